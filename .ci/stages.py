@@ -1,0 +1,116 @@
+"""What `make test` runs: every stage, a line for each, the log of a stage that failed, and last what pytest says.
+
+A drift stage makes something anew in a copy of the sources and compares it to what stands here. Logs: .stages/.
+"""
+
+import difflib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / ".stages"
+BIN = Path(sys.executable).parent
+WORKERS = 2
+SECONDS = 900  # a stage that takes longer hangs
+
+
+def run(command, log, cwd=ROOT, **variables):
+    """Exit status of `command` with `variables` in its environment and its output in the open file `log`.
+
+    It and all that it started are killed after SECONDS.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # which would make nbdev_export do nothing
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"} | variables
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(SECONDS)
+    except subprocess.TimeoutExpired:
+        print(f"\nkilled after {SECONDS} s", file=log, flush=True)
+        return 1
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def drift(commands, patterns, log):
+    """0 if `commands`, run in a copy of the sources, make the files of `patterns` as they stand here; else the differences go to `log`."""
+    with tempfile.TemporaryDirectory() as copy:
+        copy = Path(copy)
+        for source in [ROOT / "settings.ini", *ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")]:
+            target = copy / source.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(source, target)
+        if any(run(command, log, cwd=copy) for command in commands):
+            return 1
+        here, made = ({p.relative_to(tree): p for g in patterns for p in tree.glob(g)} for tree in (ROOT, copy))
+        differing = 0
+        for name in sorted(here | made):
+            have, want = (tree[name].read_text(encoding="utf-8").splitlines() if name in tree else [] for tree in (here, made))
+            lines = list(difflib.unified_diff(have, want, f"{name} as it stands", f"{name} as it is made", lineterm="", n=1))
+            if lines or (name in here) != (name in made):
+                differing += 1
+                print(*(lines[:40] or [f"{name}: only {'here' if name in here else 'made'}"]), sep="\n", file=log)
+        if differing:
+            print(f"\n{differing} files differ; `make prepare` brings them into step", file=log, flush=True)
+        return int(differing > 0)
+
+
+def export_drift(log):
+    return drift([[BIN / "nbdev_export"]], ["sparse_nb/*.py"], log)
+
+
+def clean_drift(log):
+    folders = [folder for folder in ("nbs", "figures") if any(ROOT.glob(f"{folder}/*.ipynb"))]
+    return drift([[BIN / "nbdev_clean", "--fname", folder] for folder in folders], ["nbs/*.ipynb", "figures/*.ipynb"], log)
+
+
+def readme_drift(log):
+    return drift([[sys.executable, ROOT / ".ci/readme.py"]], ["README.md"], log)
+
+
+def notebooks(log):
+    data = os.environ.get("SPARSE_NB_DATA")
+    real = data and (Path(data) / "MNIST/raw").is_dir() and (Path(data) / "cifar-10-batches-py").is_dir()
+    if not real:
+        print("SKIPPED cells marked data: SPARSE_NB_DATA does not hold the real MNIST and CIFAR-10", file=log, flush=True)
+    command = [BIN / "nbdev_test", "--n_workers", str(WORKERS), "--do_print", "--timing", *(["--flags", "data"] if real else [])]
+    return run(command, log, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+
+def pytest(log):
+    return run([sys.executable, "-m", "pytest", "-q", "-rs"], log)
+
+
+def main():
+    LOGS.mkdir(exist_ok=True)
+    failed = False
+    for stage in (export_drift, clean_drift, readme_drift, notebooks, pytest):
+        name = stage.__name__.replace("_", " ")
+        print(f"{name:<14}", end="", flush=True)
+        start = time.monotonic()
+        with open(LOGS / f"{stage.__name__}.log", "w+", encoding="utf-8") as log:
+            status = stage(log)
+            print(f"{'FAILED' if status else 'ok':<8}{time.monotonic() - start:7.1f} s", flush=True)
+            log.seek(0)
+            said = log.read().splitlines()
+        failed |= bool(status)
+        if status:
+            print(*said, sep="\n")
+        else:
+            print(*(f"{line}\n" for line in said if line.startswith("SKIPPED")), sep="", end="")
+        if stage is pytest and not status:
+            print(said[-1])  # 12 passed, 3 skipped in 4.5s
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+# `make` alone says what there is. Everything runs in .venv, which is made and filled when a target first needs it.
+.DEFAULT_GOAL := help
+.PHONY: help figures test lab bench prepare readme clean-venv
+
+# Candidates, the first that is >= 3.10 and can make a venv is taken; another one: make PYTHON=/path/to/python3 …
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+BROWSER := .venv/.browser
+
+help: ## this list
+	@echo "Understanding the effect of sparsity on neural networks' robustness, as a paper you can run."
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop"
+	@$(BIN)/sparse-nb figures $(ARGS)
+
+test: $(BROWSER) ## export, clean and README drift, the notebooks, pytest: a line for each
+	@$(BIN)/python .ci/stages.py
+
+lab: $(INSTALLED) ## read and change the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+bench: $(INSTALLED) ## ratios measured side by side in one run
+	@$(BIN)/sparse-nb bench $(ARGS)
+
+prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make test` then finds in step
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean --fname nbs
+	@$(BIN)/nbdev_clean --fname figures
+	@$(BIN)/python .ci/readme.py
+
+readme: $(INSTALLED) ## README.md from nbs/index.ipynb
+	@$(BIN)/python .ci/readme.py
+
+clean-venv: ## remove .venv (6 GB)
+	rm -rf .venv
+
+# The one install, repeated only when its inputs changed.
+$(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
+	@set -e; \
+	if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+	    found=; \
+	    for python in $(PYTHON); do \
+	        if "$$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "No Python >= 3.10 with venv among: $(PYTHON). Install one (Debian, Ubuntu: apt-get install python3-venv)" \
+	             "or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	    fi; \
+	    echo "Making .venv with $$("$$found" --version)"; \
+	    "$$found" -m venv --clear .venv; \
+	fi; \
+	printf 'Installing what constraints.txt locks, 6 GB, some minutes '; \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 & pip=$$!; \
+	trap 'kill $$pip; exit 130' INT TERM; \
+	while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; \
+	if wait $$pip; then echo ' done'; touch $@; else echo ' failed:'; tail -n 30 .venv/install.log; exit 1; fi
+
+# Figures become SVG and PNG through a Chrome or Chromium.
+$(BROWSER): $(INSTALLED) .ci/browser.py
+	@$(BIN)/python .ci/browser.py
+	@touch $@

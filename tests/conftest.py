@@ -1,0 +1,28 @@
+"""What the markers of pyproject.toml ask for: a test whose needs are not met here is skipped, and says why."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def unmet(marker, config):
+    """Why a test with `marker` cannot run here, or None."""
+    root = os.environ.get("SPARSE_NB_DATA")
+    if marker == "data" and not root:
+        return "needs the real images: SPARSE_NB_DATA is not set"
+    if marker == "data" and not all((Path(root) / part).is_dir() for part in ("MNIST/raw", "cifar-10-batches-py")):
+        return f"needs the real images: SPARSE_NB_DATA={root} lacks MNIST/raw or cifar-10-batches-py"
+    if marker == "gpu" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if marker == "slow" and "slow" not in config.option.markexpr:
+        return "takes minutes: pytest -m slow"
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for marker in item.iter_markers():
+            if reason := unmet(marker.name, config):
+                item.add_marker(pytest.mark.skip(reason=reason))

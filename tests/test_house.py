@@ -1,0 +1,104 @@
+"""The files that describe the package say the same thing, and what they name exists."""
+
+import json
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido", "playwright": "playwright-python", "build": "python-build"}
+PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
+
+
+def settings():
+    config = ConfigParser()
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def requirements():
+    return [Requirement(r) for key in ("requirements", "dev_requirements") for r in settings()[key].split()]
+
+
+def test_pyproject_mirrors_settings_for_nbdev_3():
+    mirror = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["nbdev"]
+    as_ini = {k: " ".join(v) if isinstance(v, list) else str(v) for k, v in mirror.items()}
+    assert as_ini == {k: settings()[k] for k in mirror}
+    # Every key that nbdev 2 acts upon and that nbdev 3 still reads is there.
+    both = "lib_path nbs_path doc_path recursive tst_flags put_version_in_init update_pyproject allowed_cell_metadata_keys branch"
+    assert set(both.split()) <= set(mirror)
+
+
+def test_conda_environment_has_the_packages_and_ranges_of_settings():
+    listed = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    under_pip = next(item["pip"] for item in listed if isinstance(item, dict))
+    from_conda = [item for item in listed if isinstance(item, str) and item != "pip"]
+
+    assert "torchattacks" in {Requirement(r).name for r in under_pip}
+    wanted = {f"python>={settings()['min_python']}"}
+    for r in requirements():
+        name = r.name if r.name in {Requirement(p).name for p in under_pip} else CONDA_NAMES.get(r.name, r.name)
+        wanted.add(str(Requirement(f"{name}{r.specifier}")))
+    assert {str(Requirement(r)) for r in from_conda + under_pip} == wanted
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_pins_each_requirement_once_within_its_range(python):
+    environment = {"python_version": python.rpartition(".")[0], "python_full_version": python}
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or Marker(str(pin.marker)).evaluate(environment):
+            (version,) = pin.specifier
+            assert version.operator == "==", line
+            assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice for Python {python}"
+            pins[canonicalize_name(pin.name)] = version.version
+    for r in requirements():
+        assert r.specifier.contains(pins[canonicalize_name(r.name)]), f"{r} is locked at {pins[canonicalize_name(r.name)]}"
+
+
+def test_what_pip_is_told():
+    asked = ["--name", "--version", "--license"]
+    said = subprocess.run([sys.executable, "setup.py", "-q", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["sparse-nb", settings()["version"], "Apache-2.0"]
+    assert "pkg_resources" not in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == settings()["version"]
+
+
+def test_console_scripts_are_installed_and_resolve():
+    installed = {f"{e.name}={e.value}": e for e in entry_points(group="console_scripts")}
+    for script in settings()["console_scripts"].split():
+        assert callable(installed[script].load())
+
+
+def test_make_lists_every_target_that_it_has():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    help_text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  make (\S+)", help_text, re.MULTILINE) == phony.split()
+    assert {"figures", "test", "lab", "bench", "readme"} <= set(phony.split())
+
+
+@pytest.mark.parametrize("notebook", sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")]), ids=lambda p: p.name)
+def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    kinds = {kind for cell in cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    assert {kind for kind in kinds if not kind.startswith("text/")} <= {"image/png", "image/jpeg"}  # Pillow shows itself as both
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", []))
+    assert notebook.stat().st_size < 1_000_000
