@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from . import weight_noise
 from .data import ImageSet, as_float, load_images
-from .masks import initialise, mask_gradients, random_masks, sample_positions
+from .masks import gradient_masks, initialise, mask_gradients, random_masks, sample_positions
 from .models import build_model, counted_weights
 from .randomness import generator
 from .training import Recipe, fit
@@ -35,14 +35,13 @@ class Ratio:
     high: float
     rounds: int
 
-# %% ../nbs/35_bench.ipynb #6b51d431
 def finished():
     """Seconds since an arbitrary moment, once the GPU, if this process uses one, has done all that it was asked for."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
-# %% ../nbs/35_bench.ipynb #3fdba35f
+# %% ../nbs/35_bench.ipynb #4fc82b26
 def compare(ours, theirs, *, rounds=31, seconds=10.0, clock=finished):
     """Time two functions side by side, in the order ours, theirs, theirs, ours, and return their `Ratio`.
 
@@ -69,12 +68,12 @@ def compare(ours, theirs, *, rounds=31, seconds=10.0, clock=finished):
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median, low, high, len(ratios))
 
-# %% ../nbs/35_bench.ipynb #c2356069
+# %% ../nbs/35_bench.ipynb #f5ca38f7
 @dataclass(frozen=True)
 class Comparison:
     """A row of the table.
 
-    name: "ours / theirs", in words. prepare: from a `torch.device` to two functions without arguments, ours and theirs, that do the same work.
+    name: "ours / theirs", in words. prepare: from a `torch.device` to two functions without arguments, ours and theirs.
     at_most: the largest ratio that is as it should be, None if the row only tells a cost. remark: printed behind it.
     """
 
@@ -87,10 +86,12 @@ class Comparison:
         """Is a `Ratio` as it should be, in words; the remark alone where nothing is promised."""
         if self.at_most is None:
             return self.remark
+        if ratio.rounds < 7:
+            return f"at most {self.at_most:g}: too few rounds to tell"
         kept = "yes" if ratio.high <= self.at_most else "NO" if ratio.low > self.at_most else "too close to tell"
         return f"at most {self.at_most:g}: {kept}" + (f"; {self.remark}" if self.remark else "")
 
-# %% ../nbs/35_bench.ipynb #670671cd
+# %% ../nbs/35_bench.ipynb #535fa30d
 def network(family, width, image_shape, device, *, budget=None):
     """A network of ten classes, of the smallest depth of its family's figures, and random masks that keep `budget` weights, all if None.
 
@@ -107,7 +108,7 @@ def random_images(count, image_shape, device):
     images = torch.randint(256, (count, *image_shape), dtype=torch.uint8, generator=stream)
     return ImageSet(images, torch.randint(10, (count,), generator=stream), 10, "random", "train").to(device)
 
-# %% ../nbs/35_bench.ipynb #624b60c5
+# %% ../nbs/35_bench.ipynb #b7a56873
 def our_loop_and_usual(device):
     """One epoch of `training.fit` / one of the usual loop over a shuffling DataLoader of float images, both on the digits."""
     digits, recipe = load_images("digits", "train", device=device), Recipe(epochs=1)
@@ -126,17 +127,17 @@ def our_loop_and_usual(device):
 
     return lambda: fit(model, masks, digits, recipe, seed=0), usual
 
-# %% ../nbs/35_bench.ipynb #86e50149
+# %% ../nbs/35_bench.ipynb #35135aaa
 def training_step(model, inputs, labels, masks=None):
     """A function without arguments that takes one SGD step of `model` on one batch, a masked one if `masks` are given."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    held = gradient_masks(model, masks) if masks else []
 
     def step():
         loss = F.cross_entropy(model(inputs), labels)
         optimiser.zero_grad()
         loss.backward()
-        if masks is not None:
-            mask_gradients(model, masks)
+        mask_gradients(held)
         optimiser.step()
 
     return step
@@ -148,7 +149,7 @@ def masked_and_plain(family, width, image_shape, budget, device):
     (model, masks), (other, _) = (network(family, width, image_shape, device, budget=budget) for _ in range(2))
     return training_step(model, inputs, images.labels, masks), training_step(other, inputs, images.labels)
 
-# %% ../nbs/35_bench.ipynb #aea92132
+# %% ../nbs/35_bench.ipynb #c6f3ac57
 def wide_and_base(device, width=2**11, base=2**7):
     """A masked, densely executed training step of a wide MLP / of its dense base, at the base's budget of 101,632 weights."""
     images = random_images(128, (1, 28, 28), device)
@@ -160,7 +161,7 @@ def wide_and_base(device, width=2**11, base=2**7):
 
     return side(width), side(base)
 
-# %% ../nbs/35_bench.ipynb #d59eced1
+# %% ../nbs/35_bench.ipynb #9f14025a
 def noise_and_passes(family, width, image_shape, count, budget, device):
     """`weight_noise.evaluate` for one draw at all strengths on `count` random images / as many bare forward passes over them."""
     images = random_images(count, image_shape, device)
@@ -175,7 +176,7 @@ def noise_and_passes(family, width, image_shape, count, budget, device):
 
     return lambda: weight_noise.evaluate(model, images, draws=1), bare
 
-# %% ../nbs/35_bench.ipynb #44cb730c
+# %% ../nbs/35_bench.ipynb #aea92132
 def sampled_and_shuffled(device, size=784 * 2**15, kept=99_181):
     """`masks.sample_positions` / the start of a random permutation, for the widest MLP's first layer. Always on the CPU, as masks are."""
     stream = generator(0, "bench positions")
@@ -192,7 +193,7 @@ def channels_last_and_contiguous(device, width=16, count=128):
 
     return side(torch.channels_last), side(torch.contiguous_format)
 
-# %% ../nbs/35_bench.ipynb #31489056
+# %% ../nbs/35_bench.ipynb #73475cb4
 COMPARISONS = [
     Comparison("training.fit / DataLoader loop, MLP 128", our_loop_and_usual, at_most=1),
     Comparison("masked / plain training step, MLP 2048",
@@ -210,14 +211,14 @@ COMPARISONS = [
                remark="well below 1 would speak for channels_last"),
 ]
 
-# %% ../nbs/35_bench.ipynb #0e17daca
-def main(comparisons=COMPARISONS, *, device=None, seconds=75.0):
+# %% ../nbs/35_bench.ipynb #71ee45a3
+def main(comparisons=COMPARISONS, *, device=None, seconds=60.0):
     """Print the table, a line for each of `comparisons` when it is done, within about `seconds`.
 
     device: where to measure, default a GPU where there is one. Each row makes three rounds even if they take longer.
     """
     deadline, device = time.perf_counter() + seconds, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"time of ours / theirs, median (quartiles) over rounds; {device.type}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}", flush=True)
+    print(f"time of ours / theirs, median (quartiles) over rounds; {device.type}, threads: {torch.get_num_threads()}", flush=True)
     width = max(len(comparison.name) for comparison in comparisons)
     for done, comparison in enumerate(comparisons):
         sides = comparison.prepare(device)

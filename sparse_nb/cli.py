@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import papermill
 import tyro
 from choreographer.browsers.chromium import Chromium
-from nbclient.exceptions import DeadKernelError
-from papermill.exceptions import PapermillException
 
 from . import bench, sweep
 from .experiments import FIGURES, accept, narrow, plan
@@ -82,7 +79,8 @@ def check(command):
     """Raise ValueError, FileNotFoundError or OSError for whatever would stop a `Figures` command later."""
     for figure in command.figures:
         accept("figure", figure, FIGURES)
-    narrowed(command)
+    for figure in command.figures or FIGURES:
+        plan(figure, narrowed(command))
     sweep.resolve_device(command.device)
     for figure in command.figures or FIGURES:
         notebook = command.notebooks / f"{FIGURES[figure].notebook}.ipynb"
@@ -90,6 +88,8 @@ def check(command):
             raise FileNotFoundError(f"the notebook {notebook} is not there; run this in the project's folder, or say where with --notebooks")
     if not Chromium.find_browser(skip_local=False):
         raise FileNotFoundError("there is no Chrome or Chromium to draw SVG and PNG with; install one, or run plotly_get_chrome")
+    if command.dry_run:
+        return
     folder = command.out / command.preset
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,8 @@ def draw_figure(command, figure):
 
     Raises RuntimeError, with the notebook's own words, if it did not run to its end; then nothing is published.
     """
+    import papermill  # takes seconds, which a refusal need not wait for
+
     folder, notebook = command.out / command.preset, FIGURES[figure].notebook
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
         drawn = Path(temporary) / command.preset
@@ -113,11 +115,13 @@ def draw_figure(command, figure):
                 parameters={**notebook_parameters(command), "out": str(Path(temporary).absolute())},
                 extra_arguments=["--log-level=ERROR"],  # the kernel would warn that it speaks TCP with this process, on loopback
             )
-        except (PapermillException, DeadKernelError, RuntimeError) as error:
+        except Exception as error:  # papermill's, nbclient's, jupyter_client's: whatever stopped the notebook
             raise RuntimeError(f"{figure} was not drawn; its notebook stopped: {error}") from error
         missing = [ending for ending in ("svg", "png", "html", "csv", "ipynb") if not (drawn / f"{figure}.{ending}").exists()]
         if missing:
             raise RuntimeError(f"{figure} was not drawn; its notebook left no {', '.join(missing)}")
+        ran = drawn / f"{figure}.ipynb"
+        ran.write_text(ran.read_text(encoding="utf-8").replace(str(Path(temporary).absolute()), str(command.out)), encoding="utf-8")
         return [part.replace(folder / part.name) for part in sorted(drawn.iterdir())]
 
 # %% ../nbs/40_cli.ipynb #9400f1b2
@@ -134,6 +138,7 @@ def run_figures(command):
     if command.dry_run:
         return print_jobs(sweep.missing_jobs(wanted, wanted, store))
     print(sweep.run(wanted, wanted, store=store, device=command.device, root=command.data))
+    store.table()  # proves every record file before a notebook needs it
     for figure in figures:
         for path in draw_figure(command, figure):
             print(path)

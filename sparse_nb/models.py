@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['USUAL_STATISTICS', 'VGG_CONVOLUTIONS', 'VGG_RATIOS', 'RESNET_BLOCKS', 'RESNET_RATIOS', 'FAMILIES', 'DEPTHS',
-           'Normalise', 'counted_weights', 'layer_table', 'mlp_layers', 'vgg_layers', 'ResidualBlock', 'resnet_layers',
-           'check_request', 'build_model']
+           'Normalise', 'counted_weights', 'layer_table', 'copies', 'mlp_layers', 'vgg_layers', 'ResidualBlock',
+           'resnet_layers', 'check_request', 'channel_statistics', 'build_model']
 
 # %% ../nbs/02_models.ipynb #d4735e3a
 import math
 from collections import OrderedDict
-from itertools import pairwise
 from numbers import Integral
 
 import pandas as pd
@@ -82,38 +81,44 @@ def layer_table(model):
     return pd.DataFrame([{"layer": name.removesuffix(".weight"), "shape": tuple(w.shape), "weights": w.numel(),
                           "share %": round(100 * w.numel() / total, 2)} for name, w in weights.items()])
 
-# %% ../nbs/02_models.ipynb #f5ca38f7
-def mlp_layers(image_shape, classes, width, depth):
-    """`depth` hidden layers of `width` units, then the classifier: dict of name -> layer, in order."""
-    layers = {"flatten": nn.Flatten()}
-    units = [math.prod(image_shape)] + [width] * depth
-    for i, (inputs, outputs) in enumerate(pairwise(units), start=1):
-        layers[f"hidden{i}"] = nn.Linear(inputs, outputs)
-        layers[f"relu{i}"] = nn.ReLU()
-    layers["classifier"] = nn.Linear(units[-1], classes)
+# %% ../nbs/02_models.ipynb #785f3ec7
+def copies(repeat):
+    """What is added to a layer's name for each of its `repeat` copies: nothing for the first."""
+    return [""] + [f"_repeat{i}" for i in range(2, repeat + 1)]
+
+# %% ../nbs/02_models.ipynb #b7a56873
+def mlp_layers(image_shape, classes, width, depth, repeat=1):
+    """`depth` × `repeat` hidden layers of `width` units, then the classifier: dict of name -> layer, in order."""
+    layers, units = {"flatten": nn.Flatten()}, math.prod(image_shape)
+    for i in range(1, depth + 1):
+        for copy in copies(repeat):
+            layers[f"hidden{i}{copy}"] = nn.Linear(units, width)
+            layers[f"relu{i}{copy}"] = nn.ReLU()
+            units = width
+    layers["classifier"] = nn.Linear(units, classes)
     return layers
 
-# %% ../nbs/02_models.ipynb #535fa30d
+# %% ../nbs/02_models.ipynb #59e19706
 VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # per stage
 VGG_RATIOS = (1, 2, 4, 8, 8)  # channels of the stages, in widths
 
-def vgg_layers(image_shape, classes, width, depth, batch_norm=True):
+def vgg_layers(image_shape, classes, width, depth, repeat=1, batch_norm=True):
     """VGG in CIFAR form: convolutions, average pool to 1 × 1, one linear layer. Dict of name -> layer, in order.
 
     `conv3_2` is the second convolution of the third stage, as in Simonyan & Zisserman 2015, table 1.
     """
     layers, channels = {}, image_shape[0]
     for stage, (ratio, convolutions) in enumerate(zip(VGG_RATIOS, VGG_CONVOLUTIONS[depth]), start=1):
-        for i in range(1, convolutions + 1):
-            layers[f"conv{stage}_{i}"] = nn.Conv2d(channels, ratio * width, 3, padding=1, bias=not batch_norm)
+        for place in (f"{stage}_{i}{copy}" for i in range(1, convolutions + 1) for copy in copies(repeat)):
+            layers[f"conv{place}"] = nn.Conv2d(channels, ratio * width, 3, padding=1, bias=not batch_norm)
             if batch_norm:
-                layers[f"norm{stage}_{i}"] = nn.BatchNorm2d(ratio * width)
-            layers[f"relu{stage}_{i}"] = nn.ReLU()
+                layers[f"norm{place}"] = nn.BatchNorm2d(ratio * width)
+            layers[f"relu{place}"] = nn.ReLU()
             channels = ratio * width
         layers[f"pool{stage}"] = nn.MaxPool2d(2)
     return layers | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, classes)}
 
-# %% ../nbs/02_models.ipynb #59e19706
+# %% ../nbs/02_models.ipynb #c6f3ac57
 class ResidualBlock(nn.Module):
     """`relu(body(x) + shortcut(x))`, basic or bottleneck (He et al. 2015, figure 5).
 
@@ -141,33 +146,33 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         return self.relu(self.body(x) + self.shortcut(x))
 
-# %% ../nbs/02_models.ipynb #eb1e33e8
+# %% ../nbs/02_models.ipynb #76a50887
 RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # per stage; 50 has bottlenecks
 RESNET_RATIOS = (1, 2, 4, 8)  # of the 3 × 3 convolutions of the stages, in widths
 
-def resnet_layers(image_shape, classes, width, depth):
+def resnet_layers(image_shape, classes, width, depth, repeat=1):
     """ResNet in CIFAR form: a 3 × 3 stem and no max-pool. Dict of name -> layer, in order."""
     layers = {"stem": nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False),
               "stem_norm": nn.BatchNorm2d(width), "stem_relu": nn.ReLU()}
     channels = width
     for stage, (ratio, blocks) in enumerate(zip(RESNET_RATIOS, RESNET_BLOCKS[depth]), start=1):
-        for i in range(1, blocks + 1):
-            stride = 2 if stage > 1 and i == 1 else 1  # the first block of each later stage halves the image
+        for place in (f"{i}{copy}" for i in range(1, blocks + 1) for copy in copies(repeat)):
+            stride = 2 if stage > 1 and place == "1" else 1  # the first block of each later stage halves the image
             block = ResidualBlock(channels, ratio * width, stride, bottleneck=depth == 50)
-            layers[f"stage{stage}_block{i}"], channels = block, block.channels
+            layers[f"stage{stage}_block{place}"], channels = block, block.channels
     return layers | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, classes)}
 
-# %% ../nbs/02_models.ipynb #76a50887
+# %% ../nbs/02_models.ipynb #3d914f93
 FAMILIES = ("mlp", "vgg", "resnet")
 DEPTHS = {"mlp": None, "vgg": tuple(VGG_CONVOLUTIONS), "resnet": tuple(RESNET_BLOCKS)}  # None: any, from 1
 
-def check_request(family, image_shape, classes, width, depth):
+def check_request(family, image_shape, classes, width, depth, repeat=1):
     """Raise TypeError or ValueError, naming value and accepted ones, for a network that `build_model` cannot build."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
         raise ValueError(f"image_shape is {image_shape!r}; it must be (channels, height, width)")
-    whole = {"classes": classes, "width": width, "depth": depth,
+    whole = {"classes": classes, "width": width, "depth": depth, "repeat": repeat,
              **{f"image_shape[{i}]": side for i, side in enumerate(image_shape)}}
     for name, value in whole.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
@@ -177,30 +182,38 @@ def check_request(family, image_shape, classes, width, depth):
     if DEPTHS[family] and depth not in DEPTHS[family]:
         raise ValueError(f"depth is {depth}; {family} has depths {', '.join(map(str, DEPTHS[family]))}")
 
-# %% ../nbs/02_models.ipynb #7a61b537
-def build_model(family, image_shape, classes, *, width, depth, batch_norm=True, mean=None, std=None):
+# %% ../nbs/02_models.ipynb #73475cb4
+def channel_statistics(channels, mean, std):
+    """`mean` and `std`, the usual ones in place of None. Raises ValueError unless each has `channels` numbers, std above 0."""
+    usual = USUAL_STATISTICS.get(channels, (None, None))
+    mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
+    given = all(isinstance(v, (tuple, list)) and len(v) == channels for v in (mean, std))
+    if not given or not all(s > 0 for s in std):
+        raise ValueError(f"mean is {mean} and std is {std}; each must be a tuple with one number per channel, "
+                         f"{channels} in all, std above 0")
+    return mean, std
+
+# %% ../nbs/02_models.ipynb #44cb730c
+def build_model(family, image_shape, classes, *, width, depth, repeat=1, batch_norm=True, mean=None, std=None):
     """A network of the paper, section 2: raw images in [0, 1] in, logits out.
 
     family: "mlp", "vgg" or "resnet". image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
     width: hidden units (mlp) or channels of the first convolution (vgg, resnet).
-    depth: hidden layers (mlp), 11/13/16 (vgg), 18/34/50 (resnet). batch_norm: False leaves it out of vgg;
-    resnet always has it, mlp never. mean, std: one number per channel; by default MNIST's (grey), CIFAR-10's (colour).
+    depth: hidden layers (mlp), 11/13/16 (vgg), 18/34/50 (resnet). repeat: 1 or more; every hidden layer, convolution
+    or residual block stands so many times in a row, at its own output width (paper, B.1).
+    batch_norm: False leaves it out of vgg; resnet always has it, mlp never.
+    mean, std: one number per channel; by default MNIST's (grey), CIFAR-10's (colour).
     Returns an nn.Sequential, float (N, C, H, W) -> float (N, classes). Raises ValueError or TypeError.
     """
-    check_request(family, image_shape, classes, width, depth)
+    check_request(family, image_shape, classes, width, depth, repeat)
     if family == "resnet" and not batch_norm:
         raise ValueError("batch_norm is False; resnet always has batch norm, only vgg can go without")
-    usual = USUAL_STATISTICS.get(image_shape[0], (None, None))
-    mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
-    given = all(isinstance(v, (tuple, list)) and len(v) == image_shape[0] for v in (mean, std))
-    if not given or not all(s > 0 for s in std):
-        raise ValueError(f"mean is {mean} and std is {std}; each must be a tuple with one number per channel, "
-                         f"{image_shape[0]} in all, std above 0")
+    mean, std = channel_statistics(image_shape[0], mean, std)
     if family == "mlp":
-        layers = mlp_layers(image_shape, classes, width, depth)
+        layers = mlp_layers(image_shape, classes, width, depth, repeat)
     elif family == "vgg":
-        layers = vgg_layers(image_shape, classes, width, depth, batch_norm)
+        layers = vgg_layers(image_shape, classes, width, depth, repeat, batch_norm)
     else:
-        layers = resnet_layers(image_shape, classes, width, depth)
+        layers = resnet_layers(image_shape, classes, width, depth, repeat)
     least_side = 1 if family == "mlp" else 32
     return nn.Sequential(OrderedDict(input=Normalise(image_shape, mean, std, least_side), **layers))

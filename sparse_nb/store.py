@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUN_COLUMNS', 'RECORD_COLUMNS', 'RECORD_KEY', 'pack', 'unpack', 'write_whole', 'sync_folder', 'sha256',
-           'commit_folder', 'read_proven', 'records_text', 'parse_records', 'create_tables', 'index_run',
-           'index_records', 'update_index', 'read_table', 'open_index', 'Store', 'save_run', 'load_run', 'load_status',
+           'commit_folder', 'read_proven', 'read_about', 'records_text', 'parse_records', 'create_tables', 'index_run',
+           'index_records', 'update_index', 'read_table', 'open_index', 'Store', 'save_run', 'load_run', 'run_status',
            'load_history', 'save_records']
 
 # %% ../nbs/21_store.ipynb #d4735e3a
@@ -15,16 +15,19 @@ import json
 import os
 import sqlite3
 import tempfile
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
+import safetensors
 import safetensors.torch
 import torch
 
 from .evaluation import Record
-from .experiments import canonical, digest, evaluation_hash, evaluation_identity
+from .experiments import canonical, dense_parent, digest, evaluation_hash, evaluation_identity
 from .experiments import experiment_hash, experiment_identity, prepare
+from .masks import connectivity
 from .models import counted_weights
 from .training import Epoch, History
 
@@ -123,19 +126,31 @@ def read_proven(folder, name):
     return content
 
 # %% ../nbs/21_store.ipynb #f5ca38f7
-def records_text(evaluation, records):
+def read_about(folder):
+    """`experiment.json` of a run, proven, and to be of the run that the folder is named after. Raises ValueError naming the file."""
+    about = json.loads(read_proven(folder, "experiment.json"))
+    found = digest({key: about[key] for key in ("experiment", "data", "code")})
+    if found != Path(folder).name:
+        raise ValueError(f"{Path(folder) / 'experiment.json'} describes the run {found}; delete the folder {folder} to compute it again")
+    return about
+
+# %% ../nbs/21_store.ipynb #535fa30d
+def records_text(experiment, evaluation, records):
     """The content of a record file: a header line, then one JSON record a line."""
     body = "".join(canonical(record) + "\n" for record in records)
-    header = {**evaluation_identity(evaluation), "records": len(records), "sha256": sha256(body.encode())}
+    header = {
+        "experiment": experiment_hash(experiment), **evaluation_identity(evaluation),
+        "records": len(records), "sha256": sha256(body.encode()),
+    }
     return (canonical(header) + "\n" + body).encode()
 
 def parse_records(path):
-    """The records of a file, as dicts. Raises ValueError naming the file if it was altered or belongs under another name."""
+    """The records of a file, as dicts. Raises ValueError naming the file if it was altered or belongs to another run or measurement."""
     try:
         header, _, body = path.read_bytes().partition(b"\n")
         header = json.loads(header)
         identity = {key: header[key] for key in ("measure", "evaluation", "code")}
-        proven = sha256(body) == header["sha256"] and digest(identity) == path.stem
+        proven = (sha256(body), digest(identity), header["experiment"]) == (header["sha256"], path.stem, path.parent.parent.name)
         records = [json.loads(line) for line in body.splitlines()] if proven else []
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was altered ({error!r}); delete it to measure again") from error
@@ -143,11 +158,11 @@ def parse_records(path):
         raise ValueError(f"{path} was altered: its content does not match its header or its name; delete it to measure again")
     return records
 
-# %% ../nbs/21_store.ipynb #670671cd
+# %% ../nbs/21_store.ipynb #624b60c5
 RUN_COLUMNS = {
     "experiment": "TEXT PRIMARY KEY", "dataset": "TEXT", "family": "TEXT", "width": "INTEGER", "depth": "INTEGER", "budget": "INTEGER",
     "seed": "INTEGER", "rule": "TEXT", "schedule": "TEXT", "initial_scale": "TEXT", "train_images": "INTEGER", "batch_norm": "INTEGER",
-    "counted": "INTEGER", "density": "REAL", "status": "TEXT", "epochs": "INTEGER", "train_loss": "REAL", "train_accuracy": "REAL",
+    "repeat": "INTEGER", "pruning": "TEXT", "counted": "INTEGER", "density": "REAL", "effective_density": "REAL", "status": "TEXT", "epochs": "INTEGER", "train_loss": "REAL", "train_accuracy": "REAL",
     "seconds": "REAL", "device": "TEXT", "code": "TEXT", "data": "TEXT", "description": "TEXT",
 }
 RECORD_COLUMNS = {
@@ -157,7 +172,15 @@ RECORD_KEY = tuple(column for column in RECORD_COLUMNS if column != "value")
 
 def create_tables(index):
     """Make the index's tables where they are missing. index: an `sqlite3.Connection`."""
-    index.execute("PRAGMA journal_mode=WAL")
+    deadline = time.monotonic() + 60
+    while True:  # SQLite's own timeout does not hold for this change of mode
+        try:
+            index.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
     for table, columns, key in (
         ("runs", RUN_COLUMNS, ""),
         ("records", RECORD_COLUMNS, f", PRIMARY KEY ({', '.join(RECORD_KEY)})"),
@@ -165,10 +188,10 @@ def create_tables(index):
     ):
         index.execute(f"CREATE TABLE IF NOT EXISTS {table} ({', '.join(' '.join(column) for column in columns.items())}{key}) WITHOUT ROWID")
 
-# %% ../nbs/21_store.ipynb #59e19706
+# %% ../nbs/21_store.ipynb #eb1e33e8
 def index_run(index, folder):
     """Enter the run in `folder` into the index. Raises ValueError naming a file that was altered."""
-    about = json.loads(read_proven(folder, "experiment.json"))
+    about = read_about(folder)
     values = {**about["experiment"], **about["result"], "experiment": folder.name, "device": about["environment"]["device"],
               "code": about["code"], "data": about["data"], "description": canonical(about["experiment"])}
     row = [values[column] for column in RUN_COLUMNS]
@@ -181,7 +204,7 @@ def index_records(index, path):
     index.executemany(f"INSERT OR IGNORE INTO records VALUES ({', '.join('?' * len(RECORD_COLUMNS))})", rows)
     index.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", tuple(identity.values()))
 
-# %% ../nbs/21_store.ipynb #624b60c5
+# %% ../nbs/21_store.ipynb #c6f3ac57
 def update_index(index, root):
     """Make the index agree with the run folders under `root`. Raises ValueError naming a file that was altered."""
     create_tables(index)
@@ -200,7 +223,7 @@ def update_index(index, root):
         for key in sorted(files.keys() - known_files):
             index_records(index, files[key])
 
-# %% ../nbs/21_store.ipynb #eb1e33e8
+# %% ../nbs/21_store.ipynb #86e50149
 def read_table(index, tables, columns, filters):
     """The `columns` of the index's `tables` (an SQL table or join) that match `filters`, as a DataFrame.
 
@@ -217,7 +240,7 @@ def read_table(index, tables, columns, filters):
         values.append(json.dumps([value for value in wanted if value is not None]))
     return pd.read_sql_query(f"SELECT {', '.join(columns)} FROM {tables} WHERE {' AND '.join(conditions)}", index, params=values)
 
-# %% ../nbs/21_store.ipynb #c6f3ac57
+# %% ../nbs/21_store.ipynb #76a50887
 def open_index(root):
     """A connection to the index under `root`, up to date. A damaged index file is deleted and built again."""
     path = root / "index.sqlite"
@@ -234,7 +257,7 @@ def open_index(root):
         update_index(index, root)
     return index
 
-# %% ../nbs/21_store.ipynb #86e50149
+# %% ../nbs/21_store.ipynb #7a61b537
 class Store:
     """Runs and records on disk under `root`. Raises OSError naming the folder if it cannot be written."""
 
@@ -272,7 +295,7 @@ class Store:
         with closing(open_index(self.root)) as index:
             return read_table(index, "runs", list(RUN_COLUMNS), filters)
 
-# %% ../nbs/21_store.ipynb #76a50887
+# %% ../nbs/21_store.ipynb #0b918943
 def save_run(store, experiment, model, masks, history, environment):
     """Keep a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
     last = history.epochs[-1]
@@ -280,6 +303,7 @@ def save_run(store, experiment, model, masks, history, environment):
         "status": history.status, "diverged_at": history.diverged_at, "epochs": len(history.epochs),
         "train_loss": last.loss if history.status != "diverged" else None, "train_accuracy": last.accuracy,
         "seconds": sum(epoch.seconds for epoch in history.epochs), "counted": experiment.counted, "density": experiment.density,
+        "effective_density": connectivity(model, masks).effective_density,
     }
     about = {**experiment_identity(experiment), "result": result, "environment": environment}
     lines = [json.dumps(dataclasses.asdict(epoch)) for epoch in history.epochs]
@@ -290,7 +314,7 @@ def save_run(store, experiment, model, masks, history, environment):
     }
     return commit_folder(files, store.folder(experiment))
 
-# %% ../nbs/21_store.ipynb #7a61b537
+# %% ../nbs/21_store.ipynb #d59eced1
 def load_run(store, experiment, device="cpu"):
     """The trained network of a run, in eval mode, and its masks, on `device`. Every file is proven first.
 
@@ -299,22 +323,32 @@ def load_run(store, experiment, device="cpu"):
     folder = store.folder(experiment)
     if not store.has_run(experiment):
         raise FileNotFoundError(f"there is no finished run {folder.name} in {store.root.absolute()} for {experiment}")
+    read_about(folder)
+    content = read_proven(folder, "model.safetensors")
     model, _ = prepare(experiment)
-    masks = unpack(model, safetensors.torch.load(read_proven(folder, "model.safetensors")))
+    try:
+        masks = unpack(model, safetensors.torch.load(content))
+    except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} holds no such network ({error}); delete the folder {folder} to compute it again") from error
     return model.eval().to(device), {name: mask.to(device) for name, mask in masks.items()}
 
-def load_status(store, experiment):
-    """How a finished run ended: "converged", "epochs" or "diverged"."""
-    return json.loads(read_proven(store.folder(experiment), "experiment.json"))["result"]["status"]
+def run_status(store, experiment):
+    """How a run ended: "converged", "epochs" or "diverged", the last also for one whose dense parent diverged; None if it is not there."""
+    parent = dense_parent(experiment)
+    if store.has_run(experiment):
+        return read_about(store.folder(experiment))["result"]["status"]
+    if parent and run_status(store, parent) == "diverged":
+        return "diverged"
+    return None
 
 def load_history(store, experiment):
     """The `History` of a finished run."""
     folder = store.folder(experiment)
     epochs = tuple(Epoch(**json.loads(line)) for line in read_proven(folder, "history.jsonl").splitlines())
-    result = json.loads(read_proven(folder, "experiment.json"))["result"]
+    result = read_about(folder)["result"]
     return History(epochs, result["status"], result["diverged_at"])
 
-# %% ../nbs/21_store.ipynb #71ee45a3
+# %% ../nbs/21_store.ipynb #31489056
 def save_records(store, experiment, evaluation, records):
     """Keep the `Record`s of a finished run's measurement; records that are there already stay.
 
@@ -323,4 +357,4 @@ def save_records(store, experiment, evaluation, records):
     if not store.has_run(experiment):
         raise FileNotFoundError(f"there is no finished run {experiment_hash(experiment)} in {store.root.absolute()} to keep records for")
     if not store.has_records(experiment, evaluation):
-        write_whole(store.records_path(experiment, evaluation), records_text(evaluation, records))
+        write_whole(store.records_path(experiment, evaluation), records_text(experiment, evaluation, records))

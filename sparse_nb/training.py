@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .data import as_float
-from .masks import apply_masks, check_masks, mask_gradients
+from .masks import apply_masks, gradient_masks, mask_gradients
 from .randomness import generator
 
 # %% ../nbs/05_training.ipynb #7902699b
@@ -92,8 +92,8 @@ def crop_and_flip(images, stream):
     return padded[which, :, rows, columns].permute(0, 3, 1, 2)
 
 # %% ../nbs/05_training.ipynb #f5ca38f7
-def run_epoch(model, masks, images, optimiser, recipe, *, stream):
-    """One pass over `images` in an order drawn from `stream`; `model` changes in place.
+def run_epoch(model, held, images, optimiser, recipe, *, stream):
+    """One pass over `images` in an order drawn from `stream`; `model` changes in place. held: from `masks.gradient_masks`.
 
     Returns (losses, correct, sizes): per step, the mean cross-entropy, the number of images classified correctly, the batch size; tensors on the device.
     """
@@ -108,7 +108,7 @@ def run_epoch(model, masks, images, optimiser, recipe, *, stream):
         loss = F.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
-        mask_gradients(model, masks)
+        mask_gradients(held)
         optimiser.step()
         losses.append(loss.detach())
         correct.append((logits.argmax(1) == labels).sum())
@@ -137,7 +137,7 @@ def fit(model, masks, images, recipe, *, seed, on_epoch=None):
     Returns `History`. The same seed, device and number of threads give bit-identical weights.
     Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
     """
-    check_masks(model, masks)
+    held = gradient_masks(model, masks)
     check_batches(model, images, recipe)
     apply_masks(model, masks)
     optimiser = torch.optim.SGD(
@@ -148,7 +148,7 @@ def fit(model, masks, images, recipe, *, seed, on_epoch=None):
     for number in range(recipe.epochs):
         started = time.perf_counter()
         optimiser.param_groups[0]["lr"] = rate = learning_rate(recipe, number)
-        losses, correct, sizes = run_epoch(model, masks, images, optimiser, recipe, stream=generator(seed, "batches", number))
+        losses, correct, sizes = run_epoch(model, held, images, optimiser, recipe, stream=generator(seed, "batches", number))
         loss, accuracy = float((losses.double() * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
         epochs.append(Epoch(number + 1, loss, accuracy, rate, time.perf_counter() - started))
         if on_epoch:

@@ -31,8 +31,7 @@ def draw_noise(parameters, *, seed, draw):
     for name, parameter in parameters.items():
         positions = parameter.flatten().nonzero().squeeze(1)
         xi = torch.randn(len(positions), generator=generator(seed, "weight noise", draw, name))
-        noise[name] = torch.zeros_like(parameter)
-        noise[name].view(-1)[positions] = xi.to(parameter)
+        noise[name] = parameter.new_zeros(parameter.numel()).index_copy_(0, positions, xi.to(parameter)).view(parameter.shape)
     return noise
 
 # %% ../nbs/11_weight_noise.ipynb #4a44dc15
