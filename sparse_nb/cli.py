@@ -17,7 +17,8 @@ import tyro
 from choreographer.browsers.chromium import Chromium
 
 from . import bench, sweep
-from .experiments import FIGURES, accept, narrow, plan
+from .experiments import accept
+from .presets import FIGURES, narrow, plan
 from .store import Store
 
 # %% ../nbs/40_cli.ipynb #19581e27

@@ -20,10 +20,12 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
+from plotly.io import write_images
 from plotly.subplots import make_subplots
 
 from .data import checksum
-from .experiments import MEASURE_CODE, TRAINING_CODE, code_version, evaluation_hash, experiment_hash, narrowings
+from .experiments import MEASURE_CODE, TRAINING_CODE, code_version, evaluation_hash, experiment_hash
+from .presets import narrowings
 from .stats import class_changes, summarise
 from .store import run_status
 
@@ -270,8 +272,7 @@ def publish(figure, curves, folder, name):
         raise OSError(f"the folder {folder.absolute()} cannot be written: {error}") from error
     with made as temporary:
         temporary = Path(temporary)
-        figure.write_image(temporary / f"{name}.svg")
-        figure.write_image(temporary / f"{name}.png", scale=2)
+        write_images([figure, figure], [temporary / f"{name}.svg", temporary / f"{name}.png"], scale=[1, 2])
         figure.write_html(temporary / f"{name}.html", include_plotlyjs=True, div_id=name)
         curves.to_csv(temporary / f"{name}.csv", index=False)
         return [part.replace(folder / part.name) for part in sorted(temporary.iterdir())]

@@ -26,7 +26,7 @@ from PIL import Image
 from scipy import stats
 
 from sparse_nb import cli, data, sweep
-from sparse_nb.experiments import narrow, plan
+from sparse_nb.presets import narrow, plan
 from sparse_nb.store import Store, load_history, load_run, parse_records
 
 ROOT = Path(__file__).parent.parent
