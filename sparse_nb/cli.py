@@ -7,6 +7,7 @@ __all__ = ['NARROWING', 'Figures', 'Bench', 'narrowed', 'notebook_parameters', '
            'print_jobs', 'main']
 
 # %% ../nbs/40_cli.ipynb #d4735e3a
+import sqlite3
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -87,10 +88,10 @@ def check(command):
         notebook = command.notebooks / f"{FIGURES[figure].notebook}.ipynb"
         if not notebook.exists():
             raise FileNotFoundError(f"the notebook {notebook} is not there; run this in the project's folder, or say where with --notebooks")
-    if not Chromium.find_browser(skip_local=False):
-        raise FileNotFoundError("there is no Chrome or Chromium to draw SVG and PNG with; install one, or run plotly_get_chrome")
     if command.dry_run:
         return
+    if not Chromium.find_browser(skip_local=False):
+        raise FileNotFoundError("there is no Chrome or Chromium to draw SVG and PNG with; install one, or run plotly_get_chrome")
     folder = command.out / command.preset
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +140,7 @@ def run_figures(command):
     if command.dry_run:
         return print_jobs(sweep.missing_jobs(wanted, wanted, store))
     print(sweep.run(wanted, wanted, store=store, device=command.device, root=command.data))
-    store.table()  # proves every record file before a notebook needs it
+    store.table()  # reads new record files, so that a damaged one is found before a notebook needs it
     for figure in figures:
         for path in draw_figure(command, figure):
             print(path)
@@ -147,10 +148,10 @@ def run_figures(command):
 def print_jobs(jobs):
     """One line for each network that would be trained or measured."""
     for job in jobs:
-        e = job.experiment
-        todo = (["train"] if job.train else []) + [evaluation.measure for evaluation in job.evaluations]
-        print(f"{e.dataset} {e.family} width {e.width} depth {e.depth} budget {e.budget} ({e.density:.2%}) {e.rule or 'dense'} seed {e.seed}: {', '.join(todo)}")
-    print(f"{len(jobs)} network{'s' * (len(jobs) != 1)} to do, {sum(job.work for job in jobs):.1e} operations of dense training")
+        verb = "prune" if job.experiment.schedule == "magnitude" else "train"
+        todo = [verb] * job.train + [evaluation.measure for evaluation in job.evaluations]
+        print(f"{sweep.words(job.experiment)}: {', '.join(todo)}")
+    print(f"{len(jobs)} network{'s' * (len(jobs) != 1)} to do, {sum(job.work for job in jobs):.1e} operations")
 
 # %% ../nbs/40_cli.ipynb #785f3ec7
 def main(args=None):
@@ -161,7 +162,7 @@ def main(args=None):
     )
     try:
         bench.main() if isinstance(command, Bench) else run_figures(command)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, sqlite3.Error) as error:
         print(f"sparse-nb: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TRAINING_CODE', 'MEASURE_CODE', 'counted_shapes', 'counted_total', 'without_meaning', 'accept',
            'check_experiment', 'Experiment', 'dense_parent', 'Clean', 'WeightNoise', 'ClassRecall', 'canonical',
-           'digest', 'code_lines', 'code_version', 'prepare', 'train', 'prune', 'experiment_identity',
+           'digest', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune', 'experiment_identity',
            'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
 
 # %% ../nbs/20_experiments.ipynb #d4735e3a
@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import io
 import json
+import textwrap
 import tokenize
 from dataclasses import dataclass
 from functools import cache
@@ -66,6 +67,11 @@ def check_experiment(experiment):
     accept("initial_scale", e.initial_scale, masks.SCALES)
     accept("pruning", e.pruning, masks.SCOPES)
     shapes = counted_shapes(e.dataset, e.family, e.width, e.depth, e.repeat, e.batch_norm)
+    if type(e.seed) is not int or type(e.batch_norm) is not bool:
+        raise TypeError(f"seed is {e.seed!r} and batch_norm {e.batch_norm!r}; accepted: a whole number, and True or False")
+    most = data.SIZES[e.dataset]["train"]
+    if e.train_images is not None and not (type(e.train_images) is int and 1 <= e.train_images <= most):
+        raise ValueError(f"train_images is {e.train_images!r}; accepted: 1 to {most}, or None for all")
     allocation.allocate(shapes, e.budget, allocation.RULES[0])  # is the budget possible? that does not depend on the rule
     if e.rule is not None or "rule" not in without_meaning(e):
         accept("rule", e.rule, allocation.RULES)
@@ -198,12 +204,12 @@ def code_lines(source):
 @cache
 def code_version(*parts):
     """The first 16 hexadecimal digits of the SHA-256 over the code of modules and functions `parts`, in their order."""
-    lines = [line for part in parts for line in code_lines(inspect.getsource(part))]
+    lines = [line for part in parts for line in code_lines(textwrap.dedent(inspect.getsource(part)))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_experiments.ipynb #eb1e33e8
-def prepare(experiment):
-    """The untrained network of `experiment` on the CPU, initialised, and its masks: (model, {name: bool tensor})."""
+def build(experiment):
+    """The network of `experiment` on the CPU, its weights still to be set."""
     model = models.build_model(
         experiment.family,
         data.IMAGE_SHAPES[experiment.dataset],
@@ -213,10 +219,15 @@ def prepare(experiment):
         repeat=experiment.repeat,
         batch_norm=experiment.batch_norm,
     )
+    return model.to(memory_format=torch.channels_last)
+
+def prepare(experiment):
+    """The untrained network of `experiment` on the CPU, initialised, and its masks: (model, {name: bool tensor})."""
+    model = build(experiment)
     rule = experiment.rule or allocation.RULES[0]
     kept = masks.random_masks(model, experiment.budget, rule=rule, seed=experiment.seed)
     masks.initialise(model, kept, seed=experiment.seed, scale=experiment.initial_scale)
-    return model.to(memory_format=torch.channels_last), kept
+    return model, kept
 
 def train(experiment, images, *, on_epoch=None):
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
@@ -244,7 +255,7 @@ def prune(experiment, model):
     return kept
 
 # %% ../nbs/20_experiments.ipynb #7a61b537
-TRAINING_CODE = (randomness, data, models, allocation, masks, training, evaluation.sample, prepare, train, prune)
+TRAINING_CODE = (randomness, data, models, allocation, masks, training, evaluation.sample, build, prepare, train, prune)
 MEASURE_CODE = {
     "clean": (randomness, data, models, evaluation),
     "weight_noise": (randomness, data, models, evaluation, weight_noise),
@@ -264,7 +275,7 @@ def evaluation_identity(evaluation):
     return {
         "measure": evaluation.measure,
         "evaluation": dataclasses.asdict(evaluation),
-        "code": code_version(*MEASURE_CODE[evaluation.measure]),
+        "code": code_version(*MEASURE_CODE[evaluation.measure], type(evaluation).run),
     }
 
 # %% ../nbs/20_experiments.ipynb #aea92132

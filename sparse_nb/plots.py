@@ -77,7 +77,8 @@ def summarise_curves(table):
         ended=("status", lambda s: ", ".join(f"{n} {status}" for status, n in s.value_counts().items())),
         runs=("experiment", " ".join),
     ).reset_index()
-    return networks.merge(summarise(table.dropna(subset="value"), [*PLACE, *STRENGTH]), on=PLACE, how="left")
+    points = summarise(table.dropna(subset="value"), [*PLACE, *STRENGTH])
+    return networks.merge(points.astype(networks[PLACE].dtypes), on=PLACE, how="left").astype({"mean": float, "low": float, "high": float})
 
 # %% ../nbs/32_plots.ipynb #e629fa65
 WORDS = {
@@ -150,6 +151,8 @@ def add_diverged(figure, points, *, height, row, col):
 # %% ../nbs/32_plots.ipynb #b7a56873
 def accuracy_range(means):
     """Bounds of an axis in percent that holds all `means` (in [0, 1]) with room, at least 10 points high. Bars may leave it."""
+    if means.isna().all():
+        return [0, 100]
     low, high = 100 * means.min(), 100 * means.max()
     room = max(0.08 * (high - low), (10 - (high - low)) / 2)
     return [low - room, high + room]
@@ -221,25 +224,27 @@ def finish(figure, title, legend, footer, rows, columns):
 # %% ../nbs/32_plots.ipynb #35135aaa
 def footer_lines(preset, points):
     """The lines under a figure: size of the study, where it is narrower than the paper, identities. Returns a list of str."""
-    measures = {p.evaluation.measure for p in points}
-    code = "+".join(code_version(*parts)[:8] for parts in (TRAINING_CODE, *(MEASURE_CODE[m] for m in sorted(measures))))
+    evaluations = list({p.evaluation.measure: p.evaluation for p in points}.values())
+    measures = [e.measure for e in evaluations]
+    code = "+".join(code_version(*parts)[:8] for parts in (TRAINING_CODE, *((*MEASURE_CODE[e.measure], type(e).run) for e in evaluations)))
     sums = ", ".join(f"{WORDS[d]} {checksum(d)[:8]}" for d in dict.fromkeys(p.experiment.dataset for p in points))
     runs = sorted({experiment_hash(p.experiment) for p in points})
     together = hashlib.sha256("".join(runs).encode()).hexdigest()[:8]
+    before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     lines = [
-        f"Preset {preset.name}. Each point: mean over {preset.seeds} seed{'s' * (preset.seeds > 1)}"
+        f"Preset {preset.name}, {' and '.join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))} allocation. Each point: mean over {preset.seeds} seed{'s' * (preset.seeds > 1)}"
         + (", bar: 95 % t-interval. " if preset.seeds > 1 else ", no interval from one seed. ")
-        + "Filled markers: all networks reached the stopping loss; open: at least one used up its epochs."
+        + f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
     smaller = narrowings(preset, sorted({p.growth for p in points}, reverse=True), measures, {p.experiment.family for p in points})
     if smaller:
         lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
     return lines + [f"code {code} · data {sums} · {len(runs)} networks {together}"]
 
-# %% ../nbs/32_plots.ipynb #7a61b537
+# %% ../nbs/32_plots.ipynb #0b918943
 RECALL_LINES = (Line("accuracy over all classes", "accuracy", 0, "#999999"), Line("lowest recall of a class", "lowest_recall", 0, "#440154"))
 
-# %% ../nbs/32_plots.ipynb #0b918943
+# %% ../nbs/32_plots.ipynb #3d914f93
 def changed_classes(table, alpha=0.05):
     """One row per sparse point of each curve: classes whose recall changed otherwise than the overall accuracy, from the dense base on.
 
@@ -258,7 +263,7 @@ def changed_classes(table, alpha=0.05):
     names = ["dataset", "rule", "family", "growth", "density", "width", "depth", "repeat", "classes", "changed", "fell_most", "change", "overall_change"]
     return pd.DataFrame(rows, columns=names).round({"density": 4, "change": 1, "overall_change": 1})
 
-# %% ../nbs/32_plots.ipynb #71ee45a3
+# %% ../nbs/32_plots.ipynb #25fc0e70
 def publish(figure, curves, folder, name):
     """Write `figure` as NAME.svg, NAME.png, NAME.html and its points `curves` as NAME.csv into `folder`, all or none; returns their paths.
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'BOTH_RULES', 'PRESETS', 'FIGURES',
-           'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'curve_narrowings', 'narrowings', 'Figure',
-           'sample_size', 'networks', 'Point', 'curve', 'plan']
+           'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size', 'curve_narrowings', 'narrowings',
+           'Figure', 'networks', 'Point', 'curve', 'plan']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
@@ -103,9 +103,11 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
     accept("preset", preset, PRESETS)
     preset = PRESETS[preset]
     for name, value in [("seeds", seeds), ("epochs", epochs)]:
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    widths = widths.replace(",", " ").split() if isinstance(widths, str) else widths
+        if value is not None and not (type(value) is int and value >= 1):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    widths = str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
+    if not all(width.isdecimal() and int(width) for width in widths):
+        raise ValueError(f"widths are {' '.join(widths)}; they must be whole numbers, at least 1, as in '128 256'")
     settings = {}
     for family in chosen("family", families, models.FAMILIES, tuple(preset.families)):
         setting = preset.families[family]
@@ -122,6 +124,11 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
     )
 
 # %% ../nbs/23_presets.ipynb #4ec9599f
+def sample_size(count, dataset, split):
+    """`count` if it is a proper part of the dataset's split, else None, which stands for all of it."""
+    return count if count is not None and count < data.SIZES[dataset][split] else None
+
+# %% ../nbs/23_presets.ipynb #f5ca38f7
 def curve_narrowings(ours, full, growth):
     """Where the `growth` curve of a `FamilySetting` is smaller than the paper's, as a list of words."""
     parts = []
@@ -140,6 +147,8 @@ def narrowings(preset, growths, measures, families=models.FAMILIES):
     paper, sentences = PRESETS["paper"], []
     if set(preset.datasets) != set(paper.datasets):
         sentences.append(f"datasets: {', '.join(preset.datasets)}")
+    if set(preset.rules) < set(paper.rules):
+        sentences.append(f"rules: {', '.join(preset.rules)}")
     if preset.seeds < paper.seeds:
         sentences.append(f"{preset.seeds} of {paper.seeds} seeds")
     if "weight_noise" in measures and preset.weight_noise.draws < paper.weight_noise.draws:
@@ -151,15 +160,15 @@ def narrowings(preset, growths, measures, families=models.FAMILIES):
             parts.append(f"at most {ours.recipe.epochs} of {full.recipe.epochs} epochs")
         if ours.recipe.batch_size != full.recipe.batch_size:
             parts.append(f"batches of {ours.recipe.batch_size}")
-        if ours.train_images:
+        if any(sample_size(ours.train_images, dataset, "train") for dataset in preset.datasets):
             parts.append(f"{ours.train_images:,} training images")
-        if ours.test_images and set(measures) & set(MANY_PASSES):
+        if set(measures) & set(MANY_PASSES) and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
             parts.append(f"{ours.test_images:,} test images")
         if parts:
             sentences.append(f"{family}: " + "; ".join(parts))
     return sentences
 
-# %% ../nbs/23_presets.ipynb #6f4b6612
+# %% ../nbs/23_presets.ipynb #535fa30d
 @dataclass(frozen=True)
 class Figure:
     """A figure of the paper. notebook: its file in figures/, without the ending; the rest says what its points are."""
@@ -181,11 +190,7 @@ FIGURES = {
     "fig08": Figure("fig08_class_recall", "Lowest recall among all classes; sparsity by width and by depth", ("width", "depth"), "static", "class_recall"),
 }
 
-# %% ../nbs/23_presets.ipynb #535fa30d
-def sample_size(count, dataset, split):
-    """`count` if it is a proper part of the dataset's split, else None, which stands for all of it."""
-    return count if count is not None and count < data.SIZES[dataset][split] else None
-
+# %% ../nbs/23_presets.ipynb #c2356069
 def networks(setting, growth):
     """(width, depth, repeat) of the networks on a `FamilySetting`'s curve; the dense one that sets the budget comes first."""
     if growth == "depth":
@@ -201,7 +206,7 @@ class Point:
     experiment: Experiment
     evaluation: Clean | WeightNoise | ClassRecall
 
-# %% ../nbs/23_presets.ipynb #c2356069
+# %% ../nbs/23_presets.ipynb #b7a56873
 def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
     """The points of one curve of a `Figure`, for one seed, as a list; the dense network that sets the budget only if it is on the curve."""
     nets = networks(setting, growth)

@@ -36,6 +36,8 @@ def summarise(table, by):
     table: DataFrame with the columns `by`, "seed" and "value". Returns the columns `by`, mean, low, high, seeds.
     """
     by = list(by)
+    if table.empty:
+        return pd.DataFrame(columns=[*by, "mean", "low", "high", "seeds"])
     per_seed = table.groupby([*by, "seed"], sort=False, dropna=False).value.mean().reset_index()
     groups = per_seed.groupby(by, sort=False, dropna=False).value
     rows = groups.apply(lambda values: pd.Series([*mean_interval(values), len(values)], ["mean", "low", "high", "seeds"])).unstack()

@@ -44,10 +44,14 @@ class Recipe:
     def __post_init__(self):
         if self.decay not in DECAYS:
             raise ValueError(f"decay is {self.decay!r}; accepted: {', '.join(DECAYS)}")
-        for name, least in [("epochs", 1), ("batch_size", 1), ("learning_rate", 0), ("momentum", 0), ("weight_decay", 0), ("stop_loss", 0)]:
+        for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        for name in ("learning_rate", "momentum", "weight_decay", "stop_loss"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0) and (name, value) != ("stop_loss", None):
+                raise ValueError(f"{name} is {value!r}; it must be a number, at least 0")
 
 # %% ../nbs/05_training.ipynb #4a44dc15
 def learning_rate(recipe, epoch):
@@ -69,7 +73,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs of a run. status: "converged", "epochs" or "diverged"; diverged_at: the first step, counted from 1, with a non-finite loss."""
+    """All epochs of a run. status: "converged", "epochs" or "diverged"; diverged_at: the first step, counted from 1, with a loss, or at the end weights, that are not finite."""
 
     epochs: tuple[Epoch, ...]
     status: str
@@ -124,7 +128,7 @@ def check_batches(model, images, recipe):
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if normalises and count % recipe.batch_size == 1:
         raise ValueError(
-            f"{count} images in batches of {recipe.batch_size} end with a batch of one, which batch norm cannot use; take another batch_size or number of images"
+            f"{count} images in batches of {recipe.batch_size} end with a batch of one, a poor mean for batch norm; take another batch_size or number of images"
         )
 
 # %% ../nbs/05_training.ipynb #b7a56873
@@ -151,15 +155,17 @@ def fit(model, masks, images, recipe, *, seed, on_epoch=None):
         losses, correct, sizes = run_epoch(model, held, images, optimiser, recipe, stream=generator(seed, "batches", number))
         loss, accuracy = float((losses.double() * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
         epochs.append(Epoch(number + 1, loss, accuracy, rate, time.perf_counter() - started))
+        steps += len(losses)
         if on_epoch:
             on_epoch(epochs[-1])
         if not math.isfinite(loss):
-            status, diverged_at = "diverged", steps + 1 + int((~losses.isfinite()).nonzero()[0])
+            status, diverged_at = "diverged", steps - len(losses) + 1 + int((~losses.isfinite()).nonzero()[0])
             break
         if recipe.stop_loss is not None and loss < recipe.stop_loss:
             status = "converged"
             break
-        steps += len(losses)
+    if status != "diverged" and not all(value.isfinite().all() for value in model.state_dict().values()):
+        status, diverged_at = "diverged", steps  # the loss is taken before the step: the last one is seen in the weights only
     model.eval()
     return History(tuple(epochs), status, diverged_at)
 
