@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import time
@@ -94,19 +95,20 @@ def commit_folder(files, destination):
     Returns False, changing nothing, if the folder exists already.
     """
     manifest = {name: sha256(content) for name, content in files.items()}
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".writing-", ignore_cleanup_errors=True) as folder:
-        folder = Path(folder) / destination.name
-        folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=".writing-"))
+    try:
         (folder / "evaluations").mkdir()
         for name, content in files.items():
             write_whole(folder / name, content)
         write_whole(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
-        try:
-            os.rename(folder, destination)
-        except OSError:
-            if not (destination / "manifest.json").exists():
-                raise
-            return False
+        folder.chmod(0o755)
+        os.rename(folder, destination)
+    except OSError:
+        if not (destination / "manifest.json").exists():
+            raise
+        return False
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing is there once it is renamed
     sync_folder(destination.parent)
     return True
 

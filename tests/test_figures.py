@@ -255,7 +255,7 @@ def test_in_jupyterlab_everything_lands_in_the_projects_folder(drawn, tmp_path):
     (["--seeds", "two"], ["--seeds"]),
     (["--seeds", "0"], ["at least 1"]),
     (["--epochs", "-1"], ["at least 1"]),
-    (["--families", "mlp", "--widths", "0"], ["1 or more"]),
+    (["--families", "mlp", "--widths", "0"], ["at least 1"]),
     (["--families", "mlp", "--widths", "8"], ["budget"]),  # narrower than the base: it cannot hold the budget
     (["--notebooks", "nowhere"], ["--notebooks"]),
 ], ids=lambda words: words[-1])
@@ -275,7 +275,7 @@ def test_dry_run_says_what_is_missing_and_does_nothing(tmp_path, capfd, monkeypa
     cli.main(["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("4 networks to do")
-    assert "digits mlp width 128 depth 1 budget 25408 (25.00%) water_filling seed 1: train, weight_noise" in lines
+    assert "digits mlp width 128 depth 1 25.00% static water_filling seed 1: train, weight_noise" in lines
     assert contents(tmp_path) == {}
     assert not (tmp_path / "out").exists()
 
