@@ -243,7 +243,7 @@ def train(experiment, images, *, on_epoch=None):
     )
     return model, kept, history
 
-# %% ../nbs/20_experiments.ipynb #86e50149
+# %% ../nbs/20_experiments.ipynb #76a50887
 def prune(experiment, model):
     """Prune the trained dense network of a "magnitude" experiment to its budget, in place; returns the masks.
 
@@ -254,7 +254,7 @@ def prune(experiment, model):
     masks.apply_masks(model, kept)
     return kept
 
-# %% ../nbs/20_experiments.ipynb #7a61b537
+# %% ../nbs/20_experiments.ipynb #0b918943
 TRAINING_CODE = (randomness, data, models, allocation, masks, training, evaluation.sample, build, prepare, train, prune)
 MEASURE_CODE = {
     "clean": (randomness, data, models, evaluation),
@@ -278,7 +278,7 @@ def evaluation_identity(evaluation):
         "code": code_version(*MEASURE_CODE[evaluation.measure], type(evaluation).run),
     }
 
-# %% ../nbs/20_experiments.ipynb #aea92132
+# %% ../nbs/20_experiments.ipynb #d59eced1
 @cache
 def experiment_hash(experiment):
     """The name of a run: 16 hexadecimal digits."""
@@ -289,7 +289,7 @@ def evaluation_hash(evaluation):
     """The name of a measurement: 16 hexadecimal digits."""
     return digest(evaluation_identity(evaluation))
 
-# %% ../nbs/20_experiments.ipynb #44cb730c
+# %% ../nbs/20_experiments.ipynb #811786ad
 @cache
 def forward_cost(dataset, family, width, depth, repeat=1, batch_norm=True):
     """Floating-point operations of one dense forward pass for one image."""

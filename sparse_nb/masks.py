@@ -115,7 +115,8 @@ def draw_layer(module, mask, stream, scale):
     def uniform(count):
         return ((2 * torch.rand(count, generator=stream) - 1) * bound).to(module.weight)
 
-    module.weight.zero_().view(-1)[positions] = uniform(len(positions))
+    values = torch.zeros(mask.numel()).to(module.weight).index_copy_(0, positions.to(module.weight.device), uniform(len(positions)))
+    module.weight.copy_(values.view(mask.shape))
     if module.bias is not None:
         module.bias.copy_(uniform(len(module.bias)))
 

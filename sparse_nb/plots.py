@@ -277,7 +277,8 @@ def publish(figure, curves, folder, name):
         raise OSError(f"the folder {folder.absolute()} cannot be written: {error}") from error
     with made as temporary:
         temporary = Path(temporary)
-        write_images([figure, figure], [temporary / f"{name}.svg", temporary / f"{name}.png"], scale=[1, 2])
+        size = dict(width=figure.layout.width, height=figure.layout.height)  # not taken from the figure when several are written
+        write_images([figure, figure], [temporary / f"{name}.svg", temporary / f"{name}.png"], scale=[1, 2], **size)
         figure.write_html(temporary / f"{name}.html", include_plotlyjs=True, div_id=name)
         curves.to_csv(temporary / f"{name}.csv", index=False)
         return [part.replace(folder / part.name) for part in sorted(temporary.iterdir())]

@@ -26,8 +26,11 @@ from PIL import Image
 from scipy import stats
 
 from sparse_nb import cli, data, sweep
+from sparse_nb.experiments import Experiment, WeightNoise, counted_total
+from sparse_nb.models import counted_weights
 from sparse_nb.presets import narrow, plan
 from sparse_nb.store import Store, load_history, load_run, parse_records
+from sparse_nb.training import Recipe
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -394,3 +397,16 @@ def test_kill_9_at_any_moment_loses_at_most_the_network_in_hand(undisturbed, tmp
     assert numbers(tmp_path / "runs") == numbers(undisturbed[0].root)
     assert len(Store(tmp_path / "runs").table()) == 6 * 36
     assert json.loads((tmp_path / "out/smoke/fig01.ipynb").read_text())["nbformat"] == 4
+
+
+@pytest.mark.parametrize("family, depth", [("vgg", 11), ("resnet", 18)])
+def test_convolutions_go_through_the_store(family, depth, tmp_path):
+    store, budget = Store(tmp_path / "runs"), counted_total("digits", family, 4, depth)
+    recipe = Recipe(epochs=1, batch_size=32)
+    wanted = [Experiment("digits", family, 6, depth, budget, 0, recipe, schedule=s, train_images=64) for s in ("static", "magnitude")]
+    summary = sweep.run(wanted, [WeightNoise(sigmas=(0, 0.1), draws=1, test_images=50)], store=store, device="cpu", show=False)
+    assert (summary.made, summary.measured) == (3, 2)  # the dense parent of the pruned one is the third
+    for experiment in wanted:
+        model, masks = load_run(store, experiment)
+        kept = {name: int(weight.count_nonzero()) for name, weight in counted_weights(model).items()}
+        assert sum(kept.values()) == budget and kept == {name: int(mask.sum()) for name, mask in masks.items()}
