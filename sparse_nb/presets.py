@@ -223,10 +223,12 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
 def plan(figure, preset):
     """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to deep.
 
-    Raises ValueError for an unknown figure, or a network that cannot hold its budget.
+    Raises ValueError for an unknown figure, families that it does not show, or a network that cannot hold its budget.
     """
     accept("figure", figure, FIGURES)
     spec, points = FIGURES[figure], []
+    if not set(preset.families) & set(spec.families):
+        raise ValueError(f"families are {', '.join(preset.families)}; {figure} shows {', '.join(spec.families)}")
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family, setting in preset.families.items():
