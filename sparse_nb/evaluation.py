@@ -48,6 +48,7 @@ class Record:
     measure: "clean", "weight_noise", "corruption", "attack" or "class_recall". quantity: "accuracy" or "recall" in [0, 1], "loss" or "loss_increase" in nats, …
     name: the corruption, the attack or the class, "" where there is only one kind.
     strength: sigma, severity or epsilon; 0 is undisturbed. draw: number of the random draw, from 0.
+    source: where the disturbed images come from, as "official" or "generated"; "" where there is nothing to say.
     """
 
     measure: str
@@ -56,6 +57,7 @@ class Record:
     name: str = ""
     strength: float = 0.0
     draw: int = 0
+    source: str = ""
 
 # %% ../nbs/10_evaluation.ipynb #4523540f
 def evaluate(model, images):
