@@ -60,7 +60,8 @@ def check_images(images, labels, classes):
 class ImageSet:
     """Labelled pictures: images uint8 (N, C, H, W) and labels int64 (N,), 0 <= label < classes, on one device.
 
-    name and split say where they come from; class_names (may be empty) what the labels mean. Raises as `check_images` does.
+    name and split say where they come from; class_names (may be empty) what the labels mean. index: int64 (N,), the place of each in its split, by default
+    0 … N − 1: it stays with the image through samples and shuffles. root: the folder of the files, None for what has none. Raises as `check_images` does.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -68,8 +69,12 @@ class ImageSet:
     name: str
     split: str
     class_names: tuple = ()
+    index: torch.Tensor | None = None
+    root: Path | None = None
     def __post_init__(self):
         check_images(self.images, self.labels, self.classes)
+        if self.index is None:
+            object.__setattr__(self, "index", torch.arange(len(self), device=self.labels.device))
     def __len__(self):
         return len(self.labels)
     def __repr__(self):
@@ -80,10 +85,10 @@ class ImageSet:
         return tuple(self.images.shape[1:])
     def to(self, device):
         """The same set on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), index=self.index.to(device))
     def take(self, indices):
         """The images at `indices`, a slice, list or tensor of numbers or a tensor of booleans, with their labels."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.images[indices], labels=self.labels[indices], index=self.index[indices])
 
 # %% ../nbs/01_data.ipynb #4ec9599f
 def as_float(images):
@@ -276,4 +281,4 @@ def load_images(dataset, split, *, root=None, device="cpu"):
         images, labels = read_mnist(split, data_root(root))
     else:
         images, labels, names = read_cifar(dataset, split, data_root(root))
-    return ImageSet(images, labels, len(names), dataset, split, names).to(device)
+    return ImageSet(images, labels, len(names), dataset, split, names, root=None if dataset == "digits" else data_root(root)).to(device)

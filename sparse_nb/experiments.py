@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'TRAINING_CODE', 'MEASURE_CODE', 'counted_shapes', 'counted_total', 'without_meaning', 'accept',
-           'check_experiment', 'Experiment', 'dense_parent', 'Clean', 'WeightNoise', 'ClassRecall', 'canonical',
-           'digest', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune', 'experiment_identity',
-           'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
+           'check_experiment', 'Experiment', 'dense_parent', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption',
+           'Attack', 'canonical', 'digest', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune',
+           'experiment_identity', 'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
 
 # %% ../nbs/20_experiments.ipynb #d4735e3a
 import ast
@@ -24,8 +24,9 @@ from typing import ClassVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import allocation, class_recall, data, evaluation, masks, models, randomness, training, weight_noise
-from .training import RECIPES, Recipe
+from . import allocation, attacks, cifar_corruptions, class_recall, corruption_archives, corruptions, data, evaluation, image_filters, masks
+from . import mnist_corruptions, models, randomness, sparse_execution, training, weight_noise
+from .training import Recipe
 
 # %% ../nbs/20_experiments.ipynb #7902699b
 @cache
@@ -168,6 +169,59 @@ class ClassRecall:
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
 
 # %% ../nbs/20_experiments.ipynb #c2356069
+@dataclass(frozen=True)
+class Corruption:
+    """Accuracy and loss under corruptions; see `corruptions.evaluate`. names, severities: None for those of `corruptions.evaluate`.
+
+    origins: what `corruptions.origins` says of the dataset; None does not ask.
+    """
+
+    names: tuple[str, ...] | None = None
+    severities: tuple[int, ...] | None = None
+    draws: int = 5
+    seed: int = 0
+    test_images: int | None = None
+    source: str = "auto"
+    origins: tuple[tuple[str, str], ...] | None = None
+    measure: ClassVar[str] = "corruption"
+
+    def __post_init__(self):
+        accept("source", self.source, corruptions.SOURCES)
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; it must be at least 1")
+
+    def run(self, model, images):
+        found = corruptions.origins(images.name, names=self.names, severities=self.severities, source=self.source, root=images.root)
+        if self.origins is not None and found != self.origins:
+            raise ValueError(f"corrupted images are {dict(found)}, planned were {dict(self.origins)}; plan again")
+        return corruptions.evaluate(
+            model, evaluation.sample(images, self.test_images), names=self.names, severities=self.severities, draws=self.draws, seed=self.seed, source=self.source
+        )
+
+# %% ../nbs/20_experiments.ipynb #670671cd
+@dataclass(frozen=True)
+class Attack:
+    """Accuracy, loss and perturbation under L∞ attacks; see `attacks.evaluate`. epsilons: None for those of `attacks.EPSILONS` for the images."""
+
+    attacks: tuple[str, ...] = (*attacks.PAPER_ATTACKS, "longer_pgd")
+    epsilons: tuple[float, ...] | None = None
+    steps: int = 10
+    step_size: float = 0.25
+    restarts: int = 1
+    seed: int = 0
+    test_images: int | None = None
+    measure: ClassVar[str] = "attack"
+
+    def __post_init__(self):
+        attacks.check_request(self.attacks, (0,) if self.epsilons is None else self.epsilons, self.steps, self.step_size, self.restarts)
+
+    def run(self, model, images):
+        return attacks.evaluate(
+            model, evaluation.sample(images, self.test_images), attacks=self.attacks, epsilons=self.epsilons, seed=self.seed, steps=self.steps,
+            step_size=self.step_size, restarts=self.restarts,
+        )
+
+# %% ../nbs/20_experiments.ipynb #624b60c5
 def canonical(description):
     """The one JSON text of a dataclass, or of plain data: sorted keys, defaults written out, 1.0 written as 1. NaN is refused."""
 
@@ -186,7 +240,7 @@ def digest(description):
     """The first 16 hexadecimal digits of the SHA-256 of the canonical text."""
     return hashlib.sha256(canonical(description).encode()).hexdigest()[:16]
 
-# %% ../nbs/20_experiments.ipynb #59e19706
+# %% ../nbs/20_experiments.ipynb #86e50149
 def code_lines(source):
     """The lines of Python `source` that are neither blank, comment nor docstring, comments at line ends removed."""
     lines = source.splitlines()
@@ -207,10 +261,10 @@ def code_version(*parts):
     lines = [line for part in parts for line in code_lines(textwrap.dedent(inspect.getsource(part)))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/20_experiments.ipynb #eb1e33e8
+# %% ../nbs/20_experiments.ipynb #7a61b537
 def build(experiment):
-    """The network of `experiment` on the CPU, its weights still to be set."""
-    model = models.build_model(
+    """The network of `experiment`, all its layers without memory."""
+    return models.build_model(
         experiment.family,
         data.IMAGE_SHAPES[experiment.dataset],
         data.CLASSES[experiment.dataset],
@@ -218,47 +272,44 @@ def build(experiment):
         depth=experiment.depth,
         repeat=experiment.repeat,
         batch_norm=experiment.batch_norm,
+        weightless=True,
     )
-    return model.to(memory_format=torch.channels_last)
 
 def prepare(experiment):
-    """The untrained network of `experiment` on the CPU, initialised, and its masks: (model, {name: bool tensor})."""
-    model = build(experiment)
-    rule = experiment.rule or allocation.RULES[0]
-    kept = masks.random_masks(model, experiment.budget, rule=rule, seed=experiment.seed)
-    masks.initialise(model, kept, seed=experiment.seed, scale=experiment.initial_scale)
-    return model, kept
+    """The untrained network of `experiment` on the CPU, initialised; layers that lose weights are sparse."""
+    model, rule = build(experiment), experiment.rule or allocation.RULES[0]
+    kept = masks.random_positions(model, experiment.budget, rule=rule, seed=experiment.seed)
+    model = sparse_execution.sparse_network(model, kept).to(memory_format=torch.channels_last)
+    masks.initialise(model, None, seed=experiment.seed, scale=experiment.initial_scale)
+    return model
 
 def train(experiment, images, *, on_epoch=None):
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
 
-    Returns (model, masks, `History`). on_epoch: called with each `Epoch`.
+    Returns (model, `History`). on_epoch: called with each `Epoch`.
     """
-    model, kept = prepare(experiment)
-    device = images.images.device
-    kept = {name: mask.to(device) for name, mask in kept.items()}
-    images = evaluation.sample(images, experiment.train_images)
-    history = training.fit(
-        model.to(device), kept, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch
-    )
-    return model, kept, history
+    model, images = prepare(experiment).to(images.images.device), evaluation.sample(images, experiment.train_images)
+    return model, training.fit(model, None, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch)
 
-# %% ../nbs/20_experiments.ipynb #76a50887
+# %% ../nbs/20_experiments.ipynb #73475cb4
 def prune(experiment, model):
-    """Prune the trained dense network of a "magnitude" experiment to its budget, in place; returns the masks.
+    """The trained dense network of a "magnitude" experiment, pruned to its budget: a sparse network, for which `model` is used up.
 
     Raises ValueError if the weights are not finite, as those of a diverged network.
     """
     rule = experiment.rule or allocation.RULES[0]
     kept = masks.magnitude_masks(model, experiment.budget, scope=experiment.pruning, rule=rule)
-    masks.apply_masks(model, kept)
-    return kept
+    return sparse_execution.sparse_network(model, kept)
 
-# %% ../nbs/20_experiments.ipynb #0b918943
-TRAINING_CODE = (randomness, data, models, allocation, masks, training, evaluation.sample, build, prepare, train, prune)
+# %% ../nbs/20_experiments.ipynb #811786ad
+TRAINING_CODE = (randomness, data, models, allocation, masks, sparse_execution, training, evaluation.sample, build, prepare, train, prune)
 MEASURE_CODE = {
     "clean": (randomness, data, models, evaluation),
     "weight_noise": (randomness, data, models, evaluation, weight_noise),
+    "corruption": (
+        randomness, data, models, evaluation, corruption_archives.load_official, image_filters, cifar_corruptions, mnist_corruptions, corruptions
+    ),
+    "attack": (randomness, data, models, evaluation, attacks),
     "class_recall": (randomness, data, models, evaluation, class_recall),
 }
 
@@ -275,10 +326,10 @@ def evaluation_identity(evaluation):
     return {
         "measure": evaluation.measure,
         "evaluation": dataclasses.asdict(evaluation),
-        "code": code_version(*MEASURE_CODE[evaluation.measure], type(evaluation).run),
+        "code": code_version(*MEASURE_CODE[evaluation.measure], sparse_execution, type(evaluation).run),
     }
 
-# %% ../nbs/20_experiments.ipynb #d59eced1
+# %% ../nbs/20_experiments.ipynb #25fc0e70
 @cache
 def experiment_hash(experiment):
     """The name of a run: 16 hexadecimal digits."""
@@ -289,7 +340,7 @@ def evaluation_hash(evaluation):
     """The name of a measurement: 16 hexadecimal digits."""
     return digest(evaluation_identity(evaluation))
 
-# %% ../nbs/20_experiments.ipynb #811786ad
+# %% ../nbs/20_experiments.ipynb #031b4af5
 @cache
 def forward_cost(dataset, family, width, depth, repeat=1, batch_norm=True):
     """Floating-point operations of one dense forward pass for one image."""

@@ -8,6 +8,7 @@ __all__ = ['USUAL_STATISTICS', 'VGG_CONVOLUTIONS', 'VGG_RATIOS', 'RESNET_BLOCKS'
            'resnet_layers', 'check_request', 'channel_statistics', 'build_model']
 
 # %% ../nbs/02_models.ipynb #d4735e3a
+import contextlib
 import math
 from collections import OrderedDict
 from numbers import Integral
@@ -194,7 +195,7 @@ def channel_statistics(channels, mean, std):
     return mean, std
 
 # %% ../nbs/02_models.ipynb #44cb730c
-def build_model(family, image_shape, classes, *, width, depth, repeat=1, batch_norm=True, mean=None, std=None):
+def build_model(family, image_shape, classes, *, width, depth, repeat=1, batch_norm=True, mean=None, std=None, weightless=False):
     """A network of the paper, section 2: raw images in [0, 1] in, logits out.
 
     family: "mlp", "vgg" or "resnet". image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
@@ -203,17 +204,19 @@ def build_model(family, image_shape, classes, *, width, depth, repeat=1, batch_n
     or residual block stands so many times in a row, at its own output width (paper, B.1).
     batch_norm: False leaves it out of vgg; resnet always has it, mlp never.
     mean, std: one number per channel; by default MNIST's (grey), CIFAR-10's (colour).
+    weightless: True leaves all layers on PyTorch's meta device, with shapes but no memory, for whoever fills them sparsely.
     Returns an nn.Sequential, float (N, C, H, W) -> float (N, classes). Raises ValueError or TypeError.
     """
     check_request(family, image_shape, classes, width, depth, repeat)
     if family == "resnet" and not batch_norm:
         raise ValueError("batch_norm is False; resnet always has batch norm, only vgg can go without")
     mean, std = channel_statistics(image_shape[0], mean, std)
-    if family == "mlp":
-        layers = mlp_layers(image_shape, classes, width, depth, repeat)
-    elif family == "vgg":
-        layers = vgg_layers(image_shape, classes, width, depth, repeat, batch_norm)
-    else:
-        layers = resnet_layers(image_shape, classes, width, depth, repeat)
+    with torch.device("meta") if weightless else contextlib.nullcontext():
+        if family == "mlp":
+            layers = mlp_layers(image_shape, classes, width, depth, repeat)
+        elif family == "vgg":
+            layers = vgg_layers(image_shape, classes, width, depth, repeat, batch_norm)
+        else:
+            layers = resnet_layers(image_shape, classes, width, depth, repeat)
     least_side = 1 if family == "mlp" else 32
     return nn.Sequential(OrderedDict(input=Normalise(image_shape, mean, std, least_side), **layers))

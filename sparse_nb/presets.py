@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'BOTH_RULES', 'PRESETS', 'FIGURES',
-           'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size', 'curve_narrowings', 'narrowings',
-           'Figure', 'networks', 'Point', 'curve', 'plan']
+           'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size', 'curve_narrowings',
+           'attack_narrowings', 'measure_narrowings', 'narrowings', 'Figure', 'networks', 'Point', 'measurement_of',
+           'curve', 'plan']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from . import allocation, data, models
-from .experiments import ClassRecall, Clean, Experiment, WeightNoise, accept, counted_total
+from . import allocation, attacks, corruptions, data, models
+from .experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise, accept, counted_total
 from .training import RECIPES, Recipe
 
 # %% ../nbs/23_presets.ipynb #7902699b
-MANY_PASSES = ("weight_noise",)  # measures that pass the test set through a network many times
+MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the test set through a network many times
 
 @dataclass(frozen=True)
 class FamilySetting:
@@ -46,6 +47,9 @@ class Preset:
     families: dict[str, FamilySetting]
     weight_noise: WeightNoise = WeightNoise()
     class_recall: ClassRecall = ClassRecall()
+    corruption: Corruption = Corruption(test_images=1000)
+    attack: Attack = Attack(test_images=1000)
+    attack_epsilons: dict[int, tuple[float, ...]] = field(default_factory=lambda: attacks.EPSILONS)  # by the images' channels
 
 # %% ../nbs/23_presets.ipynb #2c624232
 HALVING_WIDTHS = (16, 23, 32, 45, 64, 91, 128, 181, 256)
@@ -63,10 +67,11 @@ PRESETS = {
         "smoke", ("digits",), ("water_filling",), 2,
         {
             "mlp": FamilySetting(32, (32, 128, 512, 2048), 128, MLP_DEPTHS, shorter("mlp", epochs=12, batch_size=32)),
-            "vgg": FamilySetting(4, (4, 6, 12), 4, ((11, 1), (16, 1), (16, 2)), shorter("vgg", epochs=6, batch_size=32), 512),
-            "resnet": FamilySetting(4, (4, 6, 12), 4, ((18, 1), (34, 1), (50, 1)), shorter("resnet", epochs=5, batch_size=32), 512),
+            "vgg": FamilySetting(4, (4, 6, 12), 4, ((11, 1), (16, 1), (16, 2)), shorter("vgg", epochs=6, batch_size=32), 448),
+            "resnet": FamilySetting(4, (4, 6, 12), 4, ((18, 1), (34, 1), (50, 1)), shorter("resnet", epochs=5, batch_size=32), 448),
         },
-        WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3),
+        WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3), corruption=Corruption(draws=2, test_images=1000),
+        attack=Attack(steps=4, step_size=0.625, test_images=32), attack_epsilons={1: (0.0, 0.1, 0.5), 3: (0.0, 8 / 255, 0.5)},
     ),
     "laptop": Preset(
         "laptop", ("mnist", "cifar10", "cifar100"), BOTH_RULES, 5,
@@ -142,6 +147,26 @@ def curve_narrowings(ours, full, growth):
         parts.append("depths " + ", ".join(f"{depth}×{repeat}" if repeat > 1 else f"{depth}" for depth, repeat in ours.depths))
     return parts
 
+# %% ../nbs/23_presets.ipynb #785f3ec7
+def attack_narrowings(preset, paper):
+    """Where the attacks of a `Preset` are smaller than those of another, as a list of words."""
+    ours, full, words = preset.attack, paper.attack, []
+    if ours.steps < full.steps:
+        words.append(f"attacks of {ours.steps} of {full.steps} steps")
+    if ours.test_images and ours.test_images < full.test_images:
+        words.append(f"{ours.test_images:,} of {full.test_images:,} attacked images")
+    return words
+
+def measure_narrowings(preset, paper, measures):
+    """Where `measures` of a `Preset` are smaller than those of another, as a list of words."""
+    words = []
+    for measure, draws in (("weight_noise", "noise draws"), ("corruption", "draws of each corruption")):
+        ours, full = getattr(preset, measure).draws, getattr(paper, measure).draws
+        if measure in measures and ours < full:
+            words.append(f"{ours} of {full} {draws}")
+    return words + (attack_narrowings(preset, paper) if "attack" in measures else [])
+
+# %% ../nbs/23_presets.ipynb #c2356069
 def narrowings(preset, growths, measures, families=models.FAMILIES):
     """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself."""
     paper, sentences = PRESETS["paper"], []
@@ -151,8 +176,7 @@ def narrowings(preset, growths, measures, families=models.FAMILIES):
         sentences.append(f"rules: {', '.join(preset.rules)}")
     if preset.seeds < paper.seeds:
         sentences.append(f"{preset.seeds} of {paper.seeds} seeds")
-    if "weight_noise" in measures and preset.weight_noise.draws < paper.weight_noise.draws:
-        sentences.append(f"{preset.weight_noise.draws} of {paper.weight_noise.draws} noise draws")
+    sentences += measure_narrowings(preset, paper, measures)
     for family in (family for family in preset.families if family in families):
         ours, full = preset.families[family], paper.families[family]
         parts = [part for growth in growths for part in curve_narrowings(ours, full, growth)]
@@ -162,13 +186,13 @@ def narrowings(preset, growths, measures, families=models.FAMILIES):
             parts.append(f"batches of {ours.recipe.batch_size}")
         if any(sample_size(ours.train_images, dataset, "train") for dataset in preset.datasets):
             parts.append(f"{ours.train_images:,} training images")
-        if set(measures) & set(MANY_PASSES) and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
+        if set(measures) & {"weight_noise"} and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
             parts.append(f"{ours.test_images:,} test images")
         if parts:
             sentences.append(f"{family}: " + "; ".join(parts))
     return sentences
 
-# %% ../nbs/23_presets.ipynb #535fa30d
+# %% ../nbs/23_presets.ipynb #670671cd
 @dataclass(frozen=True)
 class Figure:
     """A figure of the paper. notebook: its file in figures/, without the ending; the rest says what its points are."""
@@ -182,15 +206,25 @@ class Figure:
 
 FIGURES = {
     "fig01": Figure("fig01_weight_noise_width", "Robustness to weight noise; sparsity by width", ("width",), "static", "weight_noise"),
+    "fig02": Figure("fig02_corruption_width", "Robustness to corrupted images; sparsity by width", ("width",), "static", "corruption"),
+    "fig03": Figure("fig03_attacks_width", "Robustness to adversarial attacks; sparsity by width", ("width",), "static", "attack"),
     "fig04": Figure(
         "fig04_weight_noise_magnitude", "Robustness to weight noise; pruned after training, sparsity by width", ("width",), "magnitude", "weight_noise",
         ("mlp", "vgg"),
     ),
+    "fig05": Figure(
+        "fig05_corruption_magnitude", "Robustness to corrupted images; pruned after training, sparsity by width", ("width",), "magnitude", "corruption",
+        ("mlp", "vgg"),
+    ),
     "fig06": Figure("fig06_weight_noise_depth", "Robustness to weight noise; sparsity by depth", ("depth",), "static", "weight_noise"),
+    "fig07": Figure("fig07_corruption_depth", "Robustness to corrupted images; sparsity by depth", ("depth",), "static", "corruption"),
     "fig08": Figure("fig08_class_recall", "Lowest recall among all classes; sparsity by width and by depth", ("width", "depth"), "static", "class_recall"),
+    "fig09": Figure("fig09_corruption_types_mlp", "The MLP under each corruption; sparsity by width", ("width",), "static", "corruption", ("mlp",)),
+    "fig10": Figure("fig10_corruption_types_vgg", "VGG under each corruption; sparsity by width", ("width",), "static", "corruption", ("vgg",)),
+    "fig11": Figure("fig11_corruption_types_resnet", "ResNet under each corruption; sparsity by width", ("width",), "static", "corruption", ("resnet",)),
 }
 
-# %% ../nbs/23_presets.ipynb #c2356069
+# %% ../nbs/23_presets.ipynb #59e19706
 def networks(setting, growth):
     """(width, depth, repeat) of the networks on a `FamilySetting`'s curve; the dense one that sets the budget comes first."""
     if growth == "depth":
@@ -204,9 +238,23 @@ class Point:
     growth: str
     rule: str
     experiment: Experiment
-    evaluation: Clean | WeightNoise | ClassRecall
+    evaluation: Clean | WeightNoise | ClassRecall | Corruption | Attack
 
-# %% ../nbs/23_presets.ipynb #b7a56873
+# %% ../nbs/23_presets.ipynb #624b60c5
+def measurement_of(preset, measure, dataset, setting, root=None):
+    """The evaluation of `measure` in a `Preset`, as it is made of networks for `dataset`, whose files are below `root`, with a `FamilySetting`."""
+    measurement = getattr(preset, measure)
+    if measure in MANY_PASSES:
+        counts = [count for count in (measurement.test_images, setting.test_images) if count is not None]
+        measurement = dataclasses.replace(measurement, test_images=sample_size(min(counts, default=None), dataset, "test"))
+    if measure == "attack":
+        measurement = dataclasses.replace(measurement, epsilons=preset.attack_epsilons[data.IMAGE_SHAPES[dataset][0]])
+    if measure == "corruption":
+        found = corruptions.origins(dataset, names=measurement.names, severities=measurement.severities, source=measurement.source, root=root)
+        measurement = dataclasses.replace(measurement, origins=found)
+    return measurement
+
+# %% ../nbs/23_presets.ipynb #e29c9c18
 def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
     """The points of one curve of a `Figure`, for one seed, as a list; the dense network that sets the budget only if it is on the curve."""
     nets = networks(setting, growth)
@@ -220,8 +268,10 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
         for width, depth, repeat in wanted
     ]
 
-def plan(figure, preset):
+def plan(figure, preset, *, root=None):
     """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to deep.
+
+    root: folder of the datasets (see `data.data_root`), where a plan with corruptions looks for the official ones.
 
     Raises ValueError for an unknown figure, families that it does not show, or a network that cannot hold its budget.
     """
@@ -232,9 +282,7 @@ def plan(figure, preset):
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family, setting in preset.families.items():
-                measurement = getattr(preset, spec.measure)
-                if spec.measure in MANY_PASSES:
-                    measurement = dataclasses.replace(measurement, test_images=sample_size(setting.test_images, dataset, "test"))
+                measurement = measurement_of(preset, spec.measure, dataset, setting, root)
                 for growth in spec.growths if family in spec.families else ():
                     for rule in preset.rules:
                         points += curve(spec, growth, rule, dataset, family, setting, seed, measurement)

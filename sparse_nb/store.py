@@ -30,35 +30,30 @@ from .experiments import build, canonical, dense_parent, digest, evaluation_hash
 from .experiments import experiment_hash, experiment_identity
 from .masks import connectivity
 from .models import counted_weights
+from .sparse_execution import pattern, sparse_network
 from .training import Epoch, History
 
 # %% ../nbs/21_store.ipynb #7902699b
-def pack(model, masks):
-    """The tensors of a checkpoint: `NAME.positions` (int32 or int64) and `NAME.values` for masked weights, all else by its own name."""
-    tensors = {}
-    for name, value in model.state_dict().items():
-        value = value.detach().cpu()
-        if name in masks and not masks[name].all():
-            positions = masks[name].cpu().flatten().nonzero().squeeze(1)
-            narrow = torch.int32 if value.numel() < 2**31 else torch.int64
-            tensors[f"{name}.positions"] = positions.to(narrow)
-            tensors[f"{name}.values"] = value.flatten()[positions]
-        else:
-            tensors[name] = value.contiguous()
+def pack(model):
+    """The tensors of a checkpoint, by their names in the network's state; positions as int32 where no position is larger."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, value in tensors.items():
+        if name.endswith("positions") and (not len(value) or value[-1] < 2**31):
+            tensors[name] = value.int()
     return tensors
 
 def unpack(model, tensors):
-    """Load the tensors of `pack` into `model`, in place; returns its masks."""
-    masks = {}
-    state = {name: value for name, value in tensors.items() if not name.endswith((".positions", ".values"))}
+    """The network of a checkpoint. model: of the same shape, without memory (`experiments.build`); it is used up. tensors: of `pack`.
+
+    Raises ValueError, KeyError or RuntimeError where the tensors are not those of such a network.
+    """
+    positions = {}
     for name, weight in counted_weights(model).items():
-        masks[name] = torch.ones(weight.shape, dtype=torch.bool)
-        if f"{name}.positions" in tensors:
-            positions = tensors[f"{name}.positions"].long()
-            masks[name] = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, positions, True).view(weight.shape)
-            state[name] = torch.zeros(weight.numel()).index_copy_(0, positions, tensors[f"{name}.values"]).view(weight.shape)
-    model.load_state_dict(state)
-    return masks
+        found = tensors.get(name.removesuffix("weight") + "positions")
+        positions[name] = torch.arange(weight.numel()) if found is None else found.long()
+    model = sparse_network(model, positions).to(memory_format=torch.channels_last)
+    model.load_state_dict(tensors)
+    return model
 
 # %% ../nbs/21_store.ipynb #4fc82b26
 def write_whole(path, content):
@@ -168,9 +163,9 @@ RUN_COLUMNS = {
     "seconds": "REAL", "device": "TEXT", "code": "TEXT", "data": "TEXT", "description": "TEXT", "stamp": "INTEGER",
 }
 RECORD_COLUMNS = {
-    "experiment": "TEXT", "evaluation": "TEXT", "measure": "TEXT", "quantity": "TEXT", "name": "TEXT", "strength": "REAL", "draw": "INTEGER", "value": "REAL",
+    "experiment": "TEXT", "evaluation": "TEXT", "measure": "TEXT", "quantity": "TEXT", "name": "TEXT", "strength": "REAL", "draw": "INTEGER", "value": "REAL", "source": "TEXT",
 }
-RECORD_KEY = tuple(column for column in RECORD_COLUMNS if column != "value")
+RECORD_KEY = tuple(column for column in RECORD_COLUMNS if column not in ("value", "source"))
 FILE_COLUMNS = {"experiment": "TEXT", "evaluation": "TEXT", "stamp": "INTEGER"}
 
 def create_tables(index):
@@ -213,7 +208,7 @@ def index_run(index, folder):
 def index_records(index, path):
     """Enter the record file at `path` into the index. Raises ValueError naming a file that was altered."""
     identity = {"experiment": path.parent.parent.name, "evaluation": path.stem}
-    rows = [tuple({**identity, **record}[column] for column in RECORD_COLUMNS) for record in parse_records(path)]
+    rows = [tuple({"source": "", **identity, **record}[column] for column in RECORD_COLUMNS) for record in parse_records(path)]
     index.executemany(f"INSERT OR IGNORE INTO records VALUES ({', '.join('?' * len(RECORD_COLUMNS))})", rows)
     index.execute("INSERT OR IGNORE INTO files VALUES (?, ?, ?)", (*identity.values(), stamp_of(path)))
 
@@ -311,27 +306,27 @@ class Store:
             return read_table(index, "runs", list(RUN_COLUMNS), filters)
 
 # %% ../nbs/21_store.ipynb #0b918943
-def save_run(store, experiment, model, masks, history, environment):
+def save_run(store, experiment, model, history, environment):
     """Keep a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
     last, trained = history.epochs[-1], dense_parent(experiment) is None  # training figures of a pruned network are its parent's
     result = {
         "status": history.status, "diverged_at": history.diverged_at, "epochs": len(history.epochs),
         "train_loss": last.loss if trained and history.status != "diverged" else None,
         "train_accuracy": last.accuracy if trained else None, "seconds": sum(epoch.seconds for epoch in history.epochs) if trained else None, "counted": experiment.counted, "density": experiment.density,
-        "effective_density": connectivity(model, masks).effective_density,
+        "effective_density": connectivity(build(experiment), pattern(model)).effective_density,
     }
     about = {**experiment_identity(experiment), "result": result, "environment": environment}
     lines = [json.dumps(dataclasses.asdict(epoch)) for epoch in history.epochs]
     files = {
         "experiment.json": json.dumps(about, indent=1).encode(),
         "history.jsonl": ("\n".join(lines) + "\n").encode(),
-        "model.safetensors": safetensors.torch.save(pack(model, masks)),
+        "model.safetensors": safetensors.torch.save(pack(model)),
     }
     return commit_folder(files, store.folder(experiment))
 
 # %% ../nbs/21_store.ipynb #d59eced1
 def load_run(store, experiment, device="cpu"):
-    """The trained network of a run, in eval mode, and its masks, on `device`. Every file is proven first.
+    """The trained network of a run, in eval mode, on `device`; `sparse_execution.dense_network` gives its masks. Every file is proven first.
 
     Raises FileNotFoundError if the run is not finished, ValueError naming a file that was altered.
     """
@@ -340,12 +335,11 @@ def load_run(store, experiment, device="cpu"):
         raise FileNotFoundError(f"there is no finished run {folder.name} in {store.root.absolute()} for {experiment}")
     read_about(folder)
     content = read_proven(folder, "model.safetensors")
-    model = build(experiment)
     try:
-        masks = unpack(model, safetensors.torch.load(content))
-    except (safetensors.SafetensorError, RuntimeError, KeyError) as error:
+        model = unpack(build(experiment), safetensors.torch.load(content))
+    except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} holds no such network ({error}); delete the folder {folder} to compute it again") from error
-    return model.eval().to(device), {name: mask.to(device) for name, mask in masks.items()}
+    return model.eval().to(device)
 
 def run_status(store, experiment):
     """How a run ended: "converged", "epochs" or "diverged", the last also for one whose dense parent diverged; None if it is not there."""

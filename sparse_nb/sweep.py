@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from . import data
 from .experiments import dense_parent, forward_cost, prune, train
+from .sparse_execution import CONVOLUTION_WALK_BELOW, WALK_BELOW
 from .store import load_history, load_run, run_status, save_records, save_run
 
 # %% ../nbs/22_sweep.ipynb #ef2d127d
@@ -52,11 +53,12 @@ class Job:
 
     @property
     def work(self):
-        """Estimated floating-point operations of the training: three forward passes' worth per image and epoch."""
+        """Estimated floating-point operations of the training: three forward passes' worth per image and epoch, of the weights that are executed."""
         e = self.experiment
         images = e.train_images or data.SIZES[e.dataset]["train"]
         passes = 3 * images * e.recipe.epochs if self.train and dense_parent(e) is None else 0
-        return forward_cost(e.dataset, e.family, e.width, e.depth, e.repeat, e.batch_norm) * (passes + 1)
+        walked = min(1, e.density / (WALK_BELOW if e.family == "mlp" else CONVOLUTION_WALK_BELOW))  # at that density as dear as dense
+        return int(walked * forward_cost(e.dataset, e.family, e.width, e.depth, e.repeat, e.batch_norm)) * (passes + 1)
 
 def missing_jobs(experiments, evaluations, store):
     """The jobs left to do, in the order of `experiments`, each network once.
@@ -138,13 +140,12 @@ def make_network(experiment, store, load, device, progress):
     """Train a network, or prune its dense parent, and keep it; False if there is nothing to prune or it was there before."""
     parent = dense_parent(experiment)
     if parent is None:
-        model, masks, history = train(experiment, load(experiment.dataset, "train"), on_epoch=progress.epoch)
+        model, history = train(experiment, load(experiment.dataset, "train"), on_epoch=progress.epoch)
     elif run_status(store, parent) == "diverged":
         return False
     else:
-        model, _ = load_run(store, parent, device)
-        masks, history = prune(experiment, model), load_history(store, parent)
-    return save_run(store, experiment, model, masks, history, environment(device))
+        model, history = prune(experiment, load_run(store, parent, device)), load_history(store, parent)
+    return save_run(store, experiment, model, history, environment(device))
 
 def run_job(job, store, load, device, progress):
     """Make the network of a job if it is still missing, then its measurements. load: (dataset, split) -> `ImageSet` on the device.
@@ -155,7 +156,7 @@ def run_job(job, store, load, device, progress):
     made = job.train and not store.has_run(e) and make_network(e, store, load, device, progress)
     if run_status(store, e) == "diverged" or not job.evaluations:
         return made, 0
-    model, _ = load_run(store, e, device)
+    model = load_run(store, e, device)
     missing = [evaluation for evaluation in job.evaluations if not store.has_records(e, evaluation)]
     for evaluation in missing:
         try:

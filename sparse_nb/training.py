@@ -135,17 +135,19 @@ def check_batches(model, images, recipe):
 def fit(model, masks, images, recipe, *, seed, on_epoch=None):
     """Train `model` in place, its removed weights held at zero, and leave it in eval mode.
 
-    model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). masks: {name: bool tensor} for its counted weights.
+    model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). masks: {name: bool tensor} for its counted weights,
+    or None if it has nothing to be held at zero, as a network that stores only kept weights.
     images: an `ImageSet` on the model's device. seed: int, names the order of batches and the augmentation; nothing else is random.
     on_epoch: called with each `Epoch` when it ends, for progress.
     Returns `History`. The same seed, device and number of threads give bit-identical weights.
     Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
     """
-    held = gradient_masks(model, masks)
+    held = gradient_masks(model, masks) if masks is not None else []
     check_batches(model, images, recipe)
-    apply_masks(model, masks)
+    if masks is not None:
+        apply_masks(model, masks)
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
     )
     epochs, steps, status, diverged_at = [], 0, "epochs", None
     model.train()

@@ -29,6 +29,7 @@ from sparse_nb import cli, data, sweep
 from sparse_nb.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.models import counted_weights
 from sparse_nb.presets import narrow, plan
+from sparse_nb.sparse_execution import pattern
 from sparse_nb.store import Store, load_history, load_run, parse_records
 from sparse_nb.training import Recipe
 
@@ -159,11 +160,11 @@ def plain_accuracy(checkpoint, images):
 
     def weight(layer):
         bias = tensors[f"{layer}.bias"]
-        if f"{layer}.weight" in tensors:
+        if f"{layer}.positions" not in tensors:
             return tensors[f"{layer}.weight"], bias
         inputs = 28 * 28 if layer == "hidden1" else len(tensors["hidden1.bias"])
         dense = np.zeros(len(bias) * inputs, np.float32)
-        dense[tensors[f"{layer}.weight.positions"].numpy()] = tensors[f"{layer}.weight.values"].numpy()
+        dense[tensors[f"{layer}.positions"].numpy()] = tensors[f"{layer}.weight"].numpy()
         return torch.from_numpy(dense.reshape(len(bias), inputs)), bias
 
     x = ((images.images.float() / 255 - 0.1307) / 0.3081).flatten(1)
@@ -407,6 +408,6 @@ def test_convolutions_go_through_the_store(family, depth, tmp_path):
     summary = sweep.run(wanted, [WeightNoise(sigmas=(0, 0.1), draws=1, test_images=50)], store=store, device="cpu", show=False)
     assert (summary.made, summary.measured) == (3, 2)  # the dense parent of the pruned one is the third
     for experiment in wanted:
-        model, masks = load_run(store, experiment)
+        model = load_run(store, experiment)
         kept = {name: int(weight.count_nonzero()) for name, weight in counted_weights(model).items()}
-        assert sum(kept.values()) == budget and kept == {name: int(mask.sum()) for name, mask in masks.items()}
+        assert sum(kept.values()) == budget and kept == {name: len(positions) for name, positions in pattern(model).items()}
