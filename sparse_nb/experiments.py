@@ -283,13 +283,13 @@ def prepare(experiment):
     masks.initialise(model, None, seed=experiment.seed, scale=experiment.initial_scale)
     return model
 
-def train(experiment, images, *, on_epoch=None):
+def train(experiment, images, *, on_epoch=None, resume=None, keep=None):
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
 
-    Returns (model, `History`). on_epoch: called with each `Epoch`.
+    Returns (model, `History`). on_epoch, resume, keep: see `training.fit`.
     """
     model, images = prepare(experiment).to(images.images.device), evaluation.sample(images, experiment.train_images)
-    return model, training.fit(model, None, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch)
+    return model, training.fit(model, None, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep)
 
 # %% ../nbs/20_experiments.ipynb #73475cb4
 def prune(experiment, model):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'RECIPES', 'Recipe', 'learning_rate', 'Epoch', 'History', 'crop_and_flip', 'run_epoch', 'check_batches',
-           'fit']
+           'TrainingState', 'take_state', 'restore_state', 'ending', 'fit']
 
 # %% ../nbs/05_training.ipynb #d4735e3a
 import dataclasses
@@ -132,14 +132,47 @@ def check_batches(model, images, recipe):
         )
 
 # %% ../nbs/05_training.ipynb #b7a56873
-def fit(model, masks, images, recipe, *, seed, on_epoch=None):
+@dataclass(frozen=True)
+class TrainingState:
+    """Training between two epochs, for `fit` to go on from. tensors: {"model.NAME": the network's state, "momentum.NAME": of a parameter}; epochs: those that are over."""
+
+    tensors: dict[str, torch.Tensor]
+    epochs: tuple[Epoch, ...]
+
+def take_state(model, optimiser, epochs):
+    """The `TrainingState` after `epochs`. Its tensors are the network's own, not copies: they change when training goes on."""
+    momentum = {name: optimiser.state[parameter].get("momentum_buffer") for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return TrainingState(tensors | {f"momentum.{name}": value for name, value in momentum.items() if value is not None}, tuple(epochs))
+
+def restore_state(model, optimiser, state):
+    """Put a `TrainingState` into a network like that which it was taken of, and its optimiser. Raises RuntimeError or KeyError if they differ."""
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.tensors.items() if name.startswith("model.")})
+    if optimiser.defaults["momentum"]:
+        for name, parameter in model.named_parameters():
+            buffer = torch.empty_like(parameter).copy_(state.tensors[f"momentum.{name}"])  # in the parameter's own layout, as fused SGD needs it
+            optimiser.state[parameter]["momentum_buffer"] = buffer
+
+# %% ../nbs/05_training.ipynb #670671cd
+def ending(epochs, recipe):
+    """How training under a `Recipe` has ended after `epochs`: "diverged", "converged" or "epochs"; None if it goes on."""
+    if not epochs:
+        return None
+    if not math.isfinite(epochs[-1].loss):
+        return "diverged"
+    if recipe.stop_loss is not None and epochs[-1].loss < recipe.stop_loss:
+        return "converged"
+    return "epochs" if len(epochs) >= recipe.epochs else None
+
+# %% ../nbs/05_training.ipynb #624b60c5
+def fit(model, masks, images, recipe, *, seed, on_epoch=None, resume=None, keep=None):
     """Train `model` in place, its removed weights held at zero, and leave it in eval mode.
 
     model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). masks: {name: bool tensor} for its counted weights,
     or None if it has nothing to be held at zero, as a network that stores only kept weights.
     images: an `ImageSet` on the model's device. seed: int, names the order of batches and the augmentation; nothing else is random.
-    on_epoch: called with each `Epoch` when it ends, for progress.
-    Returns `History`. The same seed, device and number of threads give bit-identical weights.
+    on_epoch: called with each `Epoch` when it ends, for progress. keep: called with the `TrainingState` after each epoch but the last;
+    resume: such a state, to go on from. Returns `History`. The same seed, device and number of threads give bit-identical weights, resumed or not.
     Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
     """
     held = gradient_masks(model, masks) if masks is not None else []
@@ -149,29 +182,28 @@ def fit(model, masks, images, recipe, *, seed, on_epoch=None):
     optimiser = torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
     )
-    epochs, steps, status, diverged_at = [], 0, "epochs", None
+    if resume:
+        restore_state(model, optimiser, resume)
+    epochs, batches, diverged_at = list(resume.epochs) if resume else [], math.ceil(len(images.labels) / recipe.batch_size), None
     model.train()
-    for number in range(recipe.epochs):
-        started = time.perf_counter()
+    while not (status := ending(epochs, recipe)):
+        number, started = len(epochs), time.perf_counter()
         optimiser.param_groups[0]["lr"] = rate = learning_rate(recipe, number)
         losses, correct, sizes = run_epoch(model, held, images, optimiser, recipe, stream=generator(seed, "batches", number))
         loss, accuracy = float((losses.double() * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
         epochs.append(Epoch(number + 1, loss, accuracy, rate, time.perf_counter() - started))
-        steps += len(losses)
         if on_epoch:
             on_epoch(epochs[-1])
-        if not math.isfinite(loss):
-            status, diverged_at = "diverged", steps - len(losses) + 1 + int((~losses.isfinite()).nonzero()[0])
-            break
-        if recipe.stop_loss is not None and loss < recipe.stop_loss:
-            status = "converged"
-            break
-    if status != "diverged" and not all(value.isfinite().all() for value in model.state_dict().values()):
-        status, diverged_at = "diverged", steps  # the loss is taken before the step: the last one is seen in the weights only
+        if keep and not ending(epochs, recipe):
+            keep(take_state(model, optimiser, epochs))
+    if status == "diverged":
+        diverged_at = number * batches + 1 + int((~losses.isfinite()).nonzero()[0])
+    elif not all(value.isfinite().all() for value in model.state_dict().values()):
+        status, diverged_at = "diverged", len(epochs) * batches  # the loss is taken before the step: the last one is seen in the weights only
     model.eval()
     return History(tuple(epochs), status, diverged_at)
 
-# %% ../nbs/05_training.ipynb #7a61b537
+# %% ../nbs/05_training.ipynb #71ee45a3
 RECIPES = {
     "mlp": Recipe(stop_loss=0.01),
     "vgg": Recipe(decay="cosine", stop_loss=0.1),
