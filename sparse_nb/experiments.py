@@ -133,6 +133,7 @@ class Clean:
 
     test_images: int | None = None
     measure: ClassVar[str] = "clean"
+    passes: ClassVar[int] = 1
 
     def run(self, model, images):
         return evaluation.evaluate(model, evaluation.sample(images, self.test_images))
@@ -152,6 +153,10 @@ class WeightNoise:
         weight_noise.check_sigmas(self.sigmas, self.draws)
         accept("scope", self.scope, weight_noise.SCOPES)
 
+    @property
+    def passes(self):
+        return 1 + self.draws * sum(sigma > 0 for sigma in self.sigmas)
+
     def run(self, model, images):
         images = evaluation.sample(images, self.test_images)
         return weight_noise.evaluate(
@@ -164,6 +169,7 @@ class ClassRecall:
 
     test_images: int | None = None
     measure: ClassVar[str] = "class_recall"
+    passes: ClassVar[int] = 1
 
     def run(self, model, images):
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
@@ -190,6 +196,10 @@ class Corruption:
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; it must be at least 1")
 
+    @property
+    def passes(self):
+        return 1 + len(self.names or self.origins or cifar_corruptions.CORRUPTIONS) * len(self.severities or (2, 4)) * self.draws
+
     def run(self, model, images):
         found = corruptions.origins(images.name, names=self.names, severities=self.severities, source=self.source, root=images.root)
         if self.origins is not None and found != self.origins:
@@ -214,6 +224,11 @@ class Attack:
 
     def __post_init__(self):
         attacks.check_request(self.attacks, (0,) if self.epsilons is None else self.epsilons, self.steps, self.step_size, self.restarts)
+
+    @property
+    def passes(self):
+        steps = sum(1 if attack in ("fgsm", "ffgsm") else self.steps for attack in self.attacks)
+        return 1 + 3 * steps * len(self.epsilons or (0,) * 6) * self.restarts
 
     def run(self, model, images):
         return attacks.evaluate(
