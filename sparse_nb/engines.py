@@ -109,16 +109,19 @@ def exit_words(status):
     return f"was killed by {by}" + (", as the system does when memory runs out" if by == "SIGKILL" else "")
 
 def judge(error):
-    """(whether another try makes sense, the reason in words) for the exception of a call."""
+    """(verdict, reason in words) on the exception of a call.
+
+    verdict: "again", another try makes sense; "never", it does not; "everywhere", every other call would meet it, as a full disk.
+    """
     if type(error).__name__ == "ProcessExpired":
-        return True, f"its process {exit_words(error.exitcode)}"
+        return "again", f"its process {exit_words(error.exitcode)}"
     if isinstance(error, TookTooLong):
-        return True, "it took longer than the limit"
+        return "again", "it took longer than the limit"
     if type(error).__name__ == "KilledWorker":
-        return False, "every worker that tried it died: it crashed, took all memory or longer than the limit"  # Dask has tried it again by itself
+        return "never", "every worker that tried it died: it crashed, took all memory or longer than the limit"  # Dask has tried it again by itself
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
-        return True, f"memory ran out: {str(error) or type(error).__name__}"
-    return False, str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return "again", f"memory ran out: {str(error) or type(error).__name__}"
+    return "everywhere" if isinstance(error, OSError) else "never", str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 # %% ../nbs/22_engines.ipynb #59e19706
 @contextmanager
@@ -204,4 +207,10 @@ def dask_cluster(scheduler=None, workers=None, *, memory=None, seconds=None):
             def submit(function, *args):
                 return pool.submit(*((call_within, seconds) if seconds else ()), function, *args)
 
-            yield Engine(submit, lambda: sum(client.nthreads().values()), remote=True)
+            def slots():
+                try:
+                    return sum(client.nthreads().values())
+                except OSError as error:
+                    raise ConnectionError(f"the Dask cluster at {client.scheduler.address} is gone: {error}") from error
+
+            yield Engine(submit, slots, remote=True)
