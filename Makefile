@@ -1,6 +1,6 @@
 # `make` alone says what there is. Everything runs in .venv, which is made and filled when a target first needs it.
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab bench prepare readme clean-venv
+.PHONY: help figures test lab bench bench-faults prepare readme clean-venv
 
 # Candidates, the first that is >= 3.10 and can make a venv is taken; another one: make PYTHON=/path/to/python3 …
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
@@ -23,6 +23,9 @@ lab: $(INSTALLED) ## read and change the notebooks in JupyterLab
 
 bench: $(INSTALLED) ## ratios measured side by side in one run
 	@$(BIN)/sparse-nb bench $(ARGS)
+
+bench-faults: $(BROWSER) ## kills, crashes, damage, full disks in full numbers: what survives (half an hour)
+	@$(BIN)/python .ci/faults.py
 
 prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make test` then finds in step
 	@$(BIN)/nbdev_export

@@ -32,7 +32,7 @@ setup(
     packages=[settings["lib_name"]],
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg", "slurm")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

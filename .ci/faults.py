@@ -1,0 +1,29 @@
+"""What `make bench-faults` runs: the tests of survival with full counts; their figures are printed and kept in results/bench/faults.txt."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ("survival", "index", "upkeep", "faults", "corruption_archives", "data")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "report"
+        said.touch()
+        environment = os.environ | {"SPARSE_NB_FAULTS": "full", "SPARSE_NB_FAULTS_REPORT": str(said), "OMP_NUM_THREADS": "1"}
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in TESTS)], cwd=ROOT, env=environment
+        ).returncode
+        lines = said.read_text(encoding="utf-8")
+    print(f"\n{lines}", end="")
+    if status == 0:
+        (ROOT / "results/bench/faults.txt").write_text(lines, encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
