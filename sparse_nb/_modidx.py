@@ -158,6 +158,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'sparse_nb.cli.Verify': ('cli.html#verify', 'sparse_nb/cli.py'),
                                'sparse_nb.cli.chosen_figures': ('cli.html#chosen_figures', 'sparse_nb/cli.py'),
                                'sparse_nb.cli.clean_command': ('cli.html#clean_command', 'sparse_nb/cli.py'),
+                               'sparse_nb.cli.counted': ('cli.html#counted', 'sparse_nb/cli.py'),
                                'sparse_nb.cli.duration': ('cli.html#duration', 'sparse_nb/cli.py'),
                                'sparse_nb.cli.export_command': ('cli.html#export_command', 'sparse_nb/cli.py'),
                                'sparse_nb.cli.failures_command': ('cli.html#failures_command', 'sparse_nb/cli.py'),

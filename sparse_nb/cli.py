@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NARROWING', 'COMMANDS', 'Grid', 'Sweep', 'Figures', 'Status', 'Export', 'Upkeep', 'Failures', 'Verify', 'Clean',
            'Merge', 'Bench', 'narrowed', 'chosen_figures', 'notebook_parameters', 'wanted_by', 'duration', 'print_jobs',
-           'sweep_command', 'figures_command', 'progress_of', 'status_command', 'failures_command', 'verify_command',
-           'clean_command', 'merge_command', 'export_command', 'main']
+           'sweep_command', 'figures_command', 'progress_of', 'status_command', 'failures_command', 'counted',
+           'verify_command', 'clean_command', 'merge_command', 'export_command', 'main']
 
 # %% ../nbs/40_cli.ipynb #d4735e3a
 import sqlite3
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tqdm import tqdm
 
 from . import bench, upkeep
 from .attempts import load_failures
@@ -243,24 +244,65 @@ def failures_command(command):
     failures = load_failures(store)
     for failure in failures:
         print(f"{failure['run']} {failure['network']}: {failure['reason']} ({failure['when']}, tries: {failure['tries']})")
-        print(*(f"    {line}" for line in failure["log"][-5:]), sep="\n")
+        for line in failure["log"][-5:]:
+            print(f"    {line}")
         print(f"    all of it: {store.root / '.attempts' / failure['run'] / 'failure.json'}")
     print(f"{len(failures)} failed network{'s' * (len(failures) != 1)}; a sweep tries them again")
 
 # %% ../nbs/40_cli.ipynb #35135aaa
+def counted(number, thing):
+    """As in "1 run", "2 runs"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
 def verify_command(command):
     """Carry out a `Verify` command. Raises RuntimeError if anything is damaged."""
+    store = Store(command.runs)
+    with tqdm(total=len(upkeep.run_folders(store.root)), unit=" runs", disable=None) as bar:
+        found = upkeep.verify(store, on_file=lambda folder: bar.update())
+    print(*found.problems, sep="\n", end="\n" * bool(found.problems))
+    bare = f", {found.without_checkpoint} without a checkpoint" if found.without_checkpoint else ""
+    print(f"{counted(found.runs, 'run')}{bare}, {counted(found.record_files, 'record file')} with {counted(found.records, 'record')} checked")
+    if found.problems:
+        raise RuntimeError(f"{counted(len(found.problems), 'problem')} in {store.root}, named above")
 
 def clean_command(command):
     """Carry out a `Clean` command."""
-
-def merge_command(command):
-    """Carry out a `Merge` command."""
-
-def export_command(command):
-    """Carry out an `Export` command."""
+    store = Store(command.runs)
+    found = upkeep.leftovers(store, outdated=command.outdated)
+    for entry in found:
+        print(f"{entry.path}: {entry.why} ({entry.bytes:,} bytes)")
+    if not found:
+        print("nothing to remove")
+        return
+    asked = command.yes or (sys.stdin.isatty() and input("Remove all of it? [y/N] ").lower() == "y")
+    print(f"{upkeep.remove(store, found):,} bytes removed" if asked else "nothing was removed; --yes removes it")
 
 # %% ../nbs/40_cli.ipynb #eb1e33e8
+def merge_command(command):
+    """Carry out a `Merge` command."""
+    with tqdm(total=len(upkeep.run_folders(command.other)) if command.other.is_dir() else 0, unit=" runs", disable=None) as bar:
+        taken = upkeep.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
+    print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
+    print(
+        f"{counted(taken.runs, 'run')} taken over, {taken.already_here} already here; "
+        f"{counted(taken.record_files, 'record file')} and {counted(taken.checkpoints, 'checkpoint')} with them"
+    )
+    if taken.problems:
+        raise RuntimeError(f"{counted(len(taken.problems), 'file')} of {command.other} not taken over, for the reasons above; all others are")
+
+def export_command(command):
+    """Carry out an `Export` command. Raises RuntimeError if nothing of what is asked for is there."""
+    store, wanted = Store(command.runs), wanted_by(command, chosen_figures(command))
+    there = [experiment for experiment in wanted if store.has_run(experiment)]
+    if not there:
+        raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes them")
+    folder = command.out / command.preset
+    folder.mkdir(parents=True, exist_ok=True)
+    print(*upkeep.export(store, there, folder), sep="\n")
+    if len(there) < len(wanted):
+        print(f"{len(wanted) - len(there)} of {len(wanted)} networks are not there yet")
+
+# %% ../nbs/40_cli.ipynb #86e50149
 COMMANDS = {
     "figures": (Figures, figures_command),
     "sweep": (Sweep, lambda command: sweep_command(command, chosen_figures(command))),
