@@ -101,6 +101,8 @@ def shape_of(run):
 
 def measured_rates(store, device):
     """{shape or family or None: operations per second} of the trainings in the store on this kind of device."""
+    if not any(store.root.glob("[0-9a-f]*/manifest.json")):
+        return {}
     runs = store.runs(device=device.type)
     runs = runs[runs.seconds > 0]
     work = [training_work(run, run.epochs) for run in runs.itertuples()]
@@ -202,6 +204,8 @@ def run_job(job, store, load, device, *, report=lambda share, said: None, deadli
                 measured = measure(job, store, load, device, lambda share, said: report(first + (1 - first) * share, said))
         except NoTimeLeft:
             return Outcome("late")
+        except OSError:  # of the machine, not of this network; the disk may be full
+            raise
         except Exception:
             with open(log_path(store, e), "a", encoding="utf-8") as file:
                 traceback.print_exc(file=file)

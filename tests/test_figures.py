@@ -202,7 +202,7 @@ def test_published_notebook_ran_whole_with_what_was_asked(drawn):
     found = {}
     exec(injected.source, found)
     del found["__builtins__"]
-    asked = dict(preset="smoke", datasets="", families="mlp", rules="", widths="32 128", seeds=None, epochs=2, device="auto", data=None)
+    asked = dict(preset="smoke", datasets="", families="mlp", rules="", widths="32 128", seeds=None, epochs=2, device="auto", engine="local", workers=None, data=None)
     assert {name: found[name] for name in asked} == asked and found.keys() - asked.keys() == {"runs", "out"}
     assert Path(found["runs"]) == drawn / "runs"
 
@@ -279,7 +279,7 @@ def test_dry_run_says_what_is_missing_and_does_nothing(tmp_path, capfd, monkeypa
     cli.main(["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("4 networks to do")
-    assert "digits mlp width 128 depth 1 25.00% static water_filling seed 1: train, weight_noise" in lines
+    assert any("digits mlp width 128 depth 1 25.00% static water_filling seed 1, at most 2 epochs: train, weight_noise; about" in line for line in lines)
     assert contents(tmp_path) == {}
     assert not (tmp_path / "out").exists()
 
