@@ -751,6 +751,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'sparse_nb.upkeep.proven_copy': ('upkeep.html#proven_copy', 'sparse_nb/upkeep.py'),
                                   'sparse_nb.upkeep.read_export': ('upkeep.html#read_export', 'sparse_nb/upkeep.py'),
                                   'sparse_nb.upkeep.read_manifest': ('upkeep.html#read_manifest', 'sparse_nb/upkeep.py'),
+                                  'sparse_nb.upkeep.read_rows': ('upkeep.html#read_rows', 'sparse_nb/upkeep.py'),
                                   'sparse_nb.upkeep.record_files': ('upkeep.html#record_files', 'sparse_nb/upkeep.py'),
                                   'sparse_nb.upkeep.remove': ('upkeep.html#remove', 'sparse_nb/upkeep.py'),
                                   'sparse_nb.upkeep.remove_one': ('upkeep.html#remove_one', 'sparse_nb/upkeep.py'),

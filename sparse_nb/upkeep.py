@@ -7,7 +7,7 @@ __all__ = ['RUN_FILES', 'EXPORTED', 'EXPORT_ORDER', 'read_manifest', 'check_hist
            'RunCheck', 'run_damage', 'record_files', 'strange_entries', 'verify_run', 'index_problems', 'Verification',
            'run_folders', 'verify', 'idle', 'is_idle', 'Leftover', 'size_and_age', 'leftover', 'unfinished_writing',
            'finished_attempts', 'outdated_runs', 'leftovers', 'remove_one', 'remove', 'proven_copy', 'Taken',
-           'add_to_run', 'take_run', 'merge', 'compressed_csv', 'export', 'read_export']
+           'add_to_run', 'take_run', 'merge', 'compressed_csv', 'export', 'read_rows', 'read_export']
 
 # %% ../nbs/24_upkeep.ipynb #d4735e3a
 import csv
@@ -22,6 +22,7 @@ import sqlite3
 import stat
 import tempfile
 import time
+import zlib
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -235,7 +236,7 @@ def unfinished_writing(root, older_than):
     return found
 
 def finished_attempts(root):
-    """The attempts at runs that are finished now, and empty ones; those of living processes are left out.
+    """The attempts at runs that are finished and whole now, and empty ones; those of living processes are left out.
 
     A failure that is younger than its finished run tells of a measurement that failed, and stays.
     """
@@ -246,7 +247,8 @@ def finished_attempts(root):
         if not any(folder.iterdir()):
             found += leftover(folder, "an empty attempt")
         elif manifest.exists() and not (failure.exists() and stamp_of(failure) > stamp_of(manifest)):
-            found += leftover(folder, "the run is finished")
+            check = verify_run(manifest.parent)
+            found += leftover(folder, "the run is finished") if check.checkpoint and not check.damage else []
     return found
 
 # %% ../nbs/24_upkeep.ipynb #0b918943
@@ -285,9 +287,10 @@ def remove_one(root, path):
         return
     with idle(root / ".attempts" / path.name) as free:
         if free:
-            going = Path(tempfile.mkdtemp(dir=root, prefix=".writing-")) / path.name
-            path.rename(going)
-            shutil.rmtree(going.parent)
+            going = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
+            with suppress(FileNotFoundError):  # somebody else has removed it
+                path.rename(going / path.name)
+            shutil.rmtree(going)
 
 def remove(store, found):
     """Delete what `leftovers` found and return the bytes that are free now. What a process has taken up meanwhile stays.
@@ -431,13 +434,27 @@ def export(store, experiments, folder):
     return tuple(files)
 
 # %% ../nbs/24_upkeep.ipynb #7f2253d7
-def read_export(folder, **filters):
-    """The table of what `export` wrote to `folder`, as `Store.table(**filters)` gives it, but for the column "stamp"."""
+def read_rows(path, columns):
+    """The rows of a file that `compressed_csv` made, in the order of `columns` ({name: SQL type}). Raises ValueError naming a file that was altered."""
     kinds, empty = {"TEXT": str, "INTEGER": int, "REAL": float}, {"name": "", "source": ""}  # these two are never unknown, only empty
+    readers = [(name, kinds[kind.split()[0]], empty.get(name)) for name, kind in columns.items()]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            if rows.fieldnames != list(columns):  # an empty file is a valid .gz
+                raise ValueError(f"its columns are {rows.fieldnames}")
+            return [[read(row[name]) if row[name] else nothing for name, read, nothing in readers] for row in rows]
+    except (gzip.BadGzipFile, zlib.error, csv.Error, EOFError, ValueError) as error:
+        raise ValueError(f"{path} was altered ({error!r}); export it again") from error
+
+def read_export(folder, **filters):
+    """The table of what `export` wrote to `folder`, as `Store.table(**filters)` gives it, but for the column "stamp".
+
+    Raises FileNotFoundError or ValueError naming a file that is missing or was altered.
+    """
     with closing(sqlite3.connect(":memory:")) as index:
         create_tables(index)
         for table, columns in EXPORTED.items():
-            with gzip.open(Path(folder) / f"{table}.csv.gz", "rt", encoding="utf-8", newline="") as file:
-                rows = [[kinds[columns[name].split()[0]](text) if text else empty.get(name) for name, text in row.items()] for row in csv.DictReader(file)]
+            rows = read_rows(Path(folder) / f"{table}.csv.gz", columns)
             index.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})", rows)
         return read_table(index, "records JOIN runs USING (experiment)", [*RECORD_COLUMNS, *list(EXPORTED["runs"])[1:]], filters)

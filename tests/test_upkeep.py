@@ -235,24 +235,28 @@ def test_an_unfinished_folder_in_the_way_is_named_and_left(store, empty):
     assert (empty.folder(ONE) / "evaluations" / "mine").exists()
 
 
-def merge_and_die(target, other, fsyncs):
-    """Merge, in a process that kills itself before the `fsyncs`th time that it waits for the disk."""
-    original, count = os.fsync, iter(range(fsyncs))
+def merge_and_die(target, other, steps):
+    """Merge, in a process that kills itself before its step number `steps`: making, renaming or waiting for something on the disk."""
+    count = iter(range(steps))
 
-    def fsync(descriptor):
-        if next(count, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(descriptor)
+    def deadly(step):
+        def run(*arguments, **options):
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*arguments, **options)
 
-    os.fsync = fsync
+        return run
+
+    for name in ("fsync", "mkdir", "rename", "replace"):
+        setattr(os, name, deadly(getattr(os, name)))
     merge(Store(target), other)
 
 
 def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(trained, tmp_path):
-    source, killed, partly = contents(trained), 0, set()
-    for fsyncs in range(0, 60, 4):
-        target = Store(tmp_path / f"target{fsyncs}")
-        process = processes.Process(target=merge_and_die, args=(target.root, trained, fsyncs))
+    source, killed, broken, partly = contents(trained), 0, 0, set()
+    for steps in range(2, 86, 4):
+        target = Store(tmp_path / f"target{steps}")
+        process = processes.Process(target=merge_and_die, args=(target.root, trained, steps))
         process.start()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
@@ -261,10 +265,25 @@ def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(train
         assert len(target.table()) == sum(content.count(b"\n") - 1 for name, content in contents(target.root).items() if "evaluations" in name)
         merge(target, trained)
         assert contents(target.root) == source
-        broken = leftovers(target, older_than=-1)
-        assert remove(target, broken) >= 0 and leftovers(target, older_than=-1) == []
+        found = leftovers(target, older_than=-1)
+        broken += len(found)
+        remove(target, found)
         assert merge(target, trained) == Taken(already_here=3) and not list(target.root.rglob(".writing-*"))
-    assert killed >= 8 and {0, 1, 2} <= partly
+    assert killed >= 18 and broken >= 18 and partly == {0, 1, 2, 3}
+
+
+def test_what_is_spoilt_while_it_is_copied_is_not_taken(store, empty, monkeypatch):
+    original = upkeep.write_whole
+
+    def write_whole(path, content):
+        original(path, content[:-1] if path.name == spoilt else content)
+
+    monkeypatch.setattr(upkeep, "write_whole", write_whole)
+    for spoilt in (*upkeep.RUN_FILES, "manifest.json", store.records_path(ONE, Clean()).name):
+        taken = merge(empty, store.root)
+        assert taken[:3] == (0, 0, 0) and len(taken.problems) == 3 and contents(empty.root) == {}
+    spoilt = None
+    assert merge(empty, store.root).problems == () and contents(empty.root) == contents(store.root)
 
 
 def test_two_merges_at_once_leave_a_whole_store(trained, tmp_path):
@@ -334,6 +353,19 @@ def test_attempts_at_runs_that_are_not_finished_stay(store):
     assert remove(store, leftovers(store)) == 5 and attempt.exists() and not finished.exists()
 
 
+def test_a_training_state_stays_while_its_run_is_damaged_or_lacks_its_checkpoint(store):
+    attempt, checkpoint = store.root / ".attempts" / store.folder(ONE).name, store.folder(ONE) / "model.safetensors"
+    attempt.mkdir(parents=True)
+    (attempt / "state").write_bytes(b"12345")
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:-1])
+    assert leftovers(store) == []
+    checkpoint.unlink()
+    assert leftovers(store) == []
+    checkpoint.write_bytes(whole)
+    assert [entry.path for entry in leftovers(store)] == [attempt]
+
+
 def test_links_are_never_followed(store, tmp_path):
     outside = tmp_path / "outside"
     shutil.copytree(store.root, outside)
@@ -382,3 +414,30 @@ def test_exports_read_back_as_the_table(store, tmp_path):
         assert [None if pd.isna(value) else value for value in ours[column]] == [None if pd.isna(value) else value for value in theirs[column]], column
     again = read_export(tmp_path / "published").sort_values(key).reset_index(drop=True)
     pd.testing.assert_frame_equal(again, theirs.drop(columns="stamp"), check_exact=True)
+
+
+def test_an_altered_export_is_refused_or_reads_the_same(store, tmp_path):
+    before = [path for path in export(store, NETWORKS, tmp_path / "published")], read_export(tmp_path / "published")
+    for path in before[0]:
+        whole, chance = path.read_bytes(), random.Random(0)
+        bits = [chance.randrange(8 * len(whole)) for _ in range(150)]
+        variants = [whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in bits]
+        for variant in [*variants, *(whole[:length] for length in range(0, len(whole), 40))]:
+            path.write_bytes(variant)
+            try:
+                pd.testing.assert_frame_equal(read_export(tmp_path / "published"), before[1])
+            except ValueError as error:
+                assert str(path) in str(error)
+        path.write_bytes(whole)
+    (tmp_path / "published" / "runs.csv.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="runs.csv.gz"):
+        read_export(tmp_path / "published")
+
+
+def test_diverged_and_pruned_networks_are_whole(empty, tmp_path):
+    wild = dataclasses.replace(ONE, recipe=Recipe(epochs=2, learning_rate=1e10))
+    pruned = dataclasses.replace(ONE, schedule="magnitude")
+    sweep.run([wild, pruned], [Clean()], store=empty, device="cpu", show=False)
+    assert verify(empty) == (3, 0, 1, 2, ()) and merge(Store(tmp_path / "copy"), empty.root)[:4] == (3, 1, 3, 0)
+    export(empty, None, tmp_path / "published")
+    pd.testing.assert_frame_equal(read_export(tmp_path / "published"), empty.table().drop(columns="stamp"), check_exact=True)
