@@ -421,6 +421,10 @@ def load_run(store, experiment, device="cpu"):
     if not store.has_run(experiment):
         raise FileNotFoundError(f"there is no finished run {folder.name} in {store.root.absolute()} for {experiment}")
     read_about(folder)
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(
+            f"{folder / 'model.safetensors'} is not there: the run was taken over without its checkpoint; merge a runs folder that has it, or delete the folder {folder} to train and measure again"
+        )
     content = read_proven(folder, "model.safetensors")
     try:
         model = unpack(build(experiment), safetensors.torch.load(content))

@@ -23,9 +23,9 @@ import pytest
 
 from sparse_nb import jobs, sweep
 from sparse_nb.attempts import load_failures
-from sparse_nb.experiments import Clean, Experiment, WeightNoise, experiment_hash
+from sparse_nb.experiments import Clean, Experiment, WeightNoise, evaluation_hash, experiment_hash, experiment_identity
 from sparse_nb.jobs import missing_jobs
-from sparse_nb.store import RECORD_KEY, Store
+from sparse_nb.store import RECORD_KEY, Store, sha256
 from sparse_nb.training import Recipe
 
 FULL = os.environ.get("SPARSE_NB_FAULTS") == "full"
@@ -363,3 +363,24 @@ def test_minutes_begin_nothing_that_cannot_end_and_exit_cleanly(tmp_path):
     assert len(jobs_left) == 2 and not list(Path(tmp_path).glob("*/manifest.json"))
     again = sweep.run([*long, NETS[0]], [Clean()], store=store, show=False, minutes=0.5)
     assert again.made == 1 and again.late == 2  # what fits is done
+
+
+# Many runs ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undisturbed, tmp_path):
+    nets = [dataclasses.replace(NETS[0], seed=seed) for seed in range(1000)]
+    about = json.loads((Store(undisturbed[0]).folder(NETS[0]) / "experiment.json").read_bytes())
+    for net in nets:
+        folder = tmp_path / experiment_hash(net)
+        (folder / "evaluations").mkdir(parents=True)
+        content = json.dumps({**about, **experiment_identity(net)}).encode()
+        (folder / "experiment.json").write_bytes(content)
+        (folder / "manifest.json").write_text(json.dumps({"experiment.json": sha256(content)}))
+        for measure in MEASURES:
+            (folder / "evaluations" / f"{evaluation_hash(measure)}.jsonl").touch()
+    start = time.monotonic()
+    summary = sweep.run(nets, MEASURES, store=Store(tmp_path), show=False)
+    seconds = time.monotonic() - start
+    assert (summary.wanted, summary.made, summary.measured) == (1000, 0, 0) and seconds < 2
+    report("a sweep over 1,000 finished runs", f"{seconds:.2f} s")
