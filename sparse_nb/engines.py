@@ -118,7 +118,8 @@ def judge(error):
     if isinstance(error, TookTooLong):
         return "again", "it took longer than the limit"
     if type(error).__name__ == "KilledWorker":
-        return "never", "every worker that tried it died: it crashed, took all memory or longer than the limit"  # Dask has tried it again by itself
+        workers = error.allowed_failures + 1  # Dask has tried it again by itself
+        return "never", f"each of the {workers} workers that tried it died: it crashed, took all memory or longer than the limit"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
         return "again", f"memory ran out: {str(error) or type(error).__name__}"
     return "everywhere" if isinstance(error, OSError) else "never", str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -139,10 +139,24 @@ def test_kill_9_of_workers(undisturbed, tmp_path):
     kills, sweeps = 0, 0
     while kills < (60 if FULL else 2):  # at most two in a sweep, so that no network can be hit three times
         summary, killed = sweep_while_workers_die(tmp_path / f"sweep{sweeps}", 2, seconds, sweeps)
-        assert summary.failed == () and summary.made == MADE
+        assert summary.failed == () and summary.made <= MADE  # who is killed between keeping a network and saying so does not say so
         assert_as_undisturbed(tmp_path / f"sweep{sweeps}", root)
         kills, sweeps = kills + killed, sweeps + 1
     report("kill -9 of workers", f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical")
+
+
+def test_the_workers_of_a_killed_driver_end_and_the_next_sweep_goes_on(undisturbed, tmp_path):
+    process = started(tmp_path, workers=2)
+    while not list(tmp_path.glob(".attempts/*/progress")):
+        assert process.is_alive()
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3  # the fork server and two workers
+    os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    sweep_all(tmp_path)
+    assert_as_undisturbed(tmp_path, undisturbed[0])
 
 
 KERNEL = """
@@ -261,6 +275,16 @@ def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch)
     assert len(kills) >= 1 and len(executions) <= COUNT + len(kills)
     report("Dask", f"{COUNT} of {COUNT} jobs done, {len(kills)} worker kills, {len(executions)} executions (at most {COUNT + len(kills)})")
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_poison_job_on_dask_fails_and_the_rest_goes_on(tmp_path):
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    store, wanted = Store(tmp_path), {net: [Clean(), *([Poison(how="crash")] if net is NETS[0] else [])] for net in NETS[:3]}
+    summary = sweep.run(wanted, wanted, store=store, engine="dask", workers=2, show=False)
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    (failure,) = load_failures(store)
+    assert failure["run"] == experiment_hash(NETS[0]) and "each of the 3 workers that tried it died" in failure["reason"]
+    assert len(summary.failed) == 1 and all(store.has_records(net, Clean()) for net in NETS[:3])
 
 
 def test_a_cluster_that_goes_away_ends_the_sweep_with_one_sentence(tmp_path):
