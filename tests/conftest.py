@@ -37,3 +37,15 @@ def one_thread():
     yield
     torch.set_num_threads(threads)
     os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+
+
+@pytest.fixture
+def report():
+    """A function that adds a line, a name and words, to the report of `make bench-faults`."""
+
+    def add(name, words):
+        if path := os.environ.get("SPARSE_NB_FAULTS_REPORT"):
+            with open(path, "a", encoding="utf-8") as file:
+                print(f"{name:<48}{words}", file=file)
+
+    return add

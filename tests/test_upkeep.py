@@ -15,18 +15,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparse_nb import sweep, upkeep
-from sparse_nb.experiments import ClassRecall, Clean, Experiment, WeightNoise
-from sparse_nb.store import RECORD_KEY, Store, load_run, sha256
+from sparse_nb import exchange, sweep, upkeep
+from sparse_nb.exchange import Taken, export, merge, read_export
+from sparse_nb.experiments import ClassRecall, Clean, Experiment, WeightNoise, canonical, digest, evaluation_hash
+from sparse_nb.store import Store, index_path, load_run, sha256
 from sparse_nb.training import Recipe
-from sparse_nb.upkeep import Taken, export, leftovers, merge, read_export, remove, verify, verify_run
+from sparse_nb.upkeep import leftovers, remove, verify, verify_run
 
 NETWORKS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=1)) for width in (32, 64, 256)]
 MEASUREMENTS = [Clean(), ClassRecall(), WeightNoise(sigmas=(0.0, 0.3), draws=2)]
 ONE = NETWORKS[1]
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "sparse_nb.upkeep"])
+processes.set_forkserver_preload(["pytest", "sparse_nb.exchange"])
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def names(sentence, path):
     return str(path) in sentence or (path.name == "manifest.json" and str(path.parent) in sentence and "manifest" in sentence)
 
 
-def test_a_thousand_of_a_thousand_damages_are_found_and_named(store):
+def test_a_thousand_of_a_thousand_damages_are_found_and_named(store, report):
     found, kinds = 0, set()
     for path, damaged, whole in damages(store):
         folder = store.root / path.relative_to(store.root).parts[0]
@@ -85,6 +86,7 @@ def test_a_thousand_of_a_thousand_damages_are_found_and_named(store):
         found += any(names(sentence, path) and "delete" in sentence for sentence in verify_run(folder).problems)
         path.write_bytes(whole)
         kinds.add(path.name if path.parent == folder else "records")
+    report("500 truncations and 500 flipped bits", f"{found:,} found and named by verify")
     assert found == 1000 and kinds == {"manifest.json", "experiment.json", "history.jsonl", "model.safetensors", "records"}
     assert verify(store).problems == ()
 
@@ -100,18 +102,63 @@ def test_a_missing_file_is_damage_but_for_the_checkpoint(store):
     assert verify(store) == (3, 1, 9, verify(store).records, ())
 
 
-@pytest.mark.parametrize("table", ["runs", "records"])
-def test_a_number_changed_in_the_index_is_found(table, store):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE runs SET density = 0.5 WHERE width = 64",
+        "UPDATE records SET value = value + 1e-9 WHERE kind = 1",
+        "UPDATE kinds SET strength = 0.25 WHERE strength > 0",
+        "DELETE FROM records WHERE kind IN (SELECT kind FROM kinds WHERE draw = 1 AND strength > 0)",
+    ],
+)
+def test_a_number_changed_in_the_index_is_found(change, store):
+    path = index_path(store.root)
+    assert verify(store).problems == () and not path.exists()
     assert len(store.table()) == verify(store).records and verify(store).problems == ()
-    index = sqlite3.connect(store.root / "index.sqlite")
+    index = sqlite3.connect(path)
     with index:
-        index.execute({"runs": "UPDATE runs SET density = 0.5 WHERE width = 64", "records": "DELETE FROM records WHERE draw = 1 AND strength > 0"}[table])
+        assert index.execute(change).rowcount
+    index.close()
+    for content in (None, b"this is no database, and too short to be one " * 200):
+        if content:
+            path.write_bytes(content)
+        (sentence,) = verify(store).problems
+        assert str(path) in sentence and "delete" in sentence
+    path.unlink()
+    assert len(store.table()) == verify(store).records and verify(store).problems == ()
+
+
+def test_the_index_is_looked_for_where_it_lies(store, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "cache" / "index.sqlite"
+    for module in ("store", "upkeep"):
+        monkeypatch.setattr(f"sparse_nb.{module}.index_path", lambda root: elsewhere)
+    store.table()
+    assert elsewhere.exists() and not list(store.root.glob("index*")) and verify(store).problems == ()
+    with sqlite3.connect(elsewhere) as index:
+        index.execute("UPDATE runs SET density = 0.5")
     index.close()
     (sentence,) = verify(store).problems
-    assert str(store.root / "index.sqlite") in sentence and "delete" in sentence
-    (store.root / "index.sqlite").write_bytes(b"this is no database, and too short to be one " * 200)
-    (sentence,) = verify(store).problems
-    assert str(store.root / "index.sqlite") in sentence
+    assert str(elsewhere) in sentence
+
+
+def test_damaged_runs_do_not_hide_a_changed_index(store):
+    store.table()
+    with sqlite3.connect(index_path(store.root)) as index:
+        index.execute("UPDATE records SET value = value + 1e-9")
+    index.close()
+    for network in NETWORKS:
+        (store.folder(network) / "model.safetensors").write_bytes(b"")
+    problems = verify(store).problems
+    assert len(problems) == 4 and str(index_path(store.root)) in problems[-1] and "from 3 of" in problems[-1]
+
+
+def test_an_index_of_another_release_is_no_damage(store):
+    store.table()
+    with sqlite3.connect(index_path(store.root)) as index:
+        index.execute("UPDATE runs SET density = 0.5")
+        index.execute("PRAGMA user_version = 1")
+    index.close()
+    assert verify(store).problems == () and set(store.table().density) != {0.5}
 
 
 def test_an_index_that_is_behind_is_no_damage(store):
@@ -252,7 +299,7 @@ def merge_and_die(target, other, steps):
     merge(Store(target), other)
 
 
-def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(trained, tmp_path):
+def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(trained, tmp_path, report):
     source, killed, broken, partly = contents(trained), 0, 0, set()
     for steps in range(2, 86, 4):
         target = Store(tmp_path / f"target{steps}")
@@ -269,16 +316,17 @@ def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(train
         broken += len(found)
         remove(target, found)
         assert merge(target, trained) == Taken(already_here=3) and not list(target.root.rglob(".writing-*"))
+    report("merges killed at any step", f"{killed} killed; every store whole, and completed by the next merge")
     assert killed >= 18 and broken >= 18 and partly == {0, 1, 2, 3}
 
 
 def test_what_is_spoilt_while_it_is_copied_is_not_taken(store, empty, monkeypatch):
-    original = upkeep.write_whole
+    original = exchange.write_whole
 
     def write_whole(path, content):
         original(path, content[:-1] if path.name == spoilt else content)
 
-    monkeypatch.setattr(upkeep, "write_whole", write_whole)
+    monkeypatch.setattr(exchange, "write_whole", write_whole)
     for spoilt in (*upkeep.RUN_FILES, "manifest.json", store.records_path(ONE, Clean()).name):
         taken = merge(empty, store.root)
         assert taken[:3] == (0, 0, 0) and len(taken.problems) == 3 and contents(empty.root) == {}
@@ -298,14 +346,14 @@ def test_two_merges_at_once_leave_a_whole_store(trained, tmp_path):
 
 
 def test_a_run_that_appears_during_the_merge_is_one_that_is_here(store, empty, monkeypatch):
-    original, rival = upkeep.proven_copy, []
+    original, rival = exchange.proven_copy, []
 
     def proven_copy(folder, names, root):
         if not rival:
             rival.append(shutil.copytree(folder, root / folder.name, ignore=shutil.ignore_patterns("model.safetensors")))
         return original(folder, names, root)
 
-    monkeypatch.setattr(upkeep, "proven_copy", proven_copy)
+    monkeypatch.setattr(exchange, "proven_copy", proven_copy)
     taken = merge(empty, store.root)
     assert (taken.runs, taken.already_here, taken.problems) == (2, 1, ()) and contents(empty.root) == contents(store.root)
 
@@ -399,26 +447,26 @@ def test_exports_are_the_same_bytes_from_any_copy(store, empty, tmp_path):
 
 
 def test_exports_read_back_as_the_table(store, tmp_path):
-    records, runs = None, None
-    for path in export(store, NETWORKS, tmp_path / "published"):
-        text = pd.read_csv(path, dtype=str, keep_default_na=False)
-        records, runs = (text, runs) if path.name == "records.csv.gz" else (records, text)
-    table, key = store.table(), list(RECORD_KEY)
+    paths = export(store, NETWORKS, tmp_path / "published")
+    assert [path.name for path in paths] == ["runs.csv.gz", "records.csv.gz", "evaluations.csv.gz"]
+    runs, records, evaluations = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in paths)
+    table = store.table()
     assert len(runs) == 3 and "stamp" not in runs and set(table.columns) == {*records.columns, *runs.columns, "stamp"}
     joined = records.merge(runs, on="experiment")
     for column in table.columns.drop("stamp"):
         kind = float if pd.api.types.is_numeric_dtype(table[column]) else str
-        joined[column] = joined[column].map(lambda text: None if text == "" and column not in ("name", "source") else kind(text))
-    ours, theirs = (frame.sort_values(key).reset_index(drop=True) for frame in (joined, table))
-    for column in table.columns.drop("stamp"):
-        assert [None if pd.isna(value) else value for value in ours[column]] == [None if pd.isna(value) else value for value in theirs[column]], column
-    again = read_export(tmp_path / "published").sort_values(key).reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, theirs.drop(columns="stamp"), check_exact=True)
+        found = [None if text == "" and column not in ("name", "source") else kind(text) for text in joined[column]]
+        assert found == [None if pd.isna(value) else value for value in table[column]], column
+    pd.testing.assert_frame_equal(read_export(tmp_path / "published"), table.drop(columns="stamp"), check_exact=True)
+    for row, measurement in zip(evaluations.sort_values("measure").itertuples(), sorted(MEASUREMENTS, key=lambda measurement: measurement.measure), strict=True):
+        identity = {"measure": row.measure, "evaluation": json.loads(row.settings), "code": row.code}
+        assert row.evaluation == digest(identity) == evaluation_hash(measurement) and row.measure == measurement.measure
+        assert json.loads(row.settings) == json.loads(canonical(measurement))
 
 
 def test_an_altered_export_is_refused_or_reads_the_same(store, tmp_path):
     before = [path for path in export(store, NETWORKS, tmp_path / "published")], read_export(tmp_path / "published")
-    for path in before[0]:
+    for path in before[0][:2]:
         whole, chance = path.read_bytes(), random.Random(0)
         bits = [chance.randrange(8 * len(whole)) for _ in range(150)]
         variants = [whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in bits]
