@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from . import bench, upkeep
+from . import bench, exchange, upkeep
 from .attempts import load_failures
 from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, experiment_hash
@@ -281,7 +281,7 @@ def clean_command(command):
 def merge_command(command):
     """Carry out a `Merge` command."""
     with tqdm(total=len(upkeep.run_folders(command.other)) if command.other.is_dir() else 0, unit=" runs", disable=None) as bar:
-        taken = upkeep.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
+        taken = exchange.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
     print(
         f"{counted(taken.runs, 'run')} taken over, {taken.already_here} already here; "
@@ -298,7 +298,7 @@ def export_command(command):
         raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes them")
     folder = command.out / command.preset
     folder.mkdir(parents=True, exist_ok=True)
-    print(*upkeep.export(store, there, folder), sep="\n")
+    print(*exchange.export(store, there, folder), sep="\n")
     if len(there) < len(wanted):
         print(f"{len(wanted) - len(there)} of {len(wanted)} networks are not there yet")
 

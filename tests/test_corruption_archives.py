@@ -198,7 +198,7 @@ def damages(content, number, seed):
 
 
 @pytest.mark.parametrize("path", [*CIFAR_FILES, *MNIST_FILES])
-def test_damaged_arrays_are_refused_by_name(unpacked, path):
+def test_damaged_arrays_are_refused_by_name(unpacked, path, report):
     dataset, name, severity = ("cifar10", "fog", 2) if path in CIFAR_FILES else ("mnist", path.split("/")[1], None)
     file = unpacked / path
     for damaged in damages((CIFAR_FILES | MNIST_FILES)[path], 25, path):
@@ -211,10 +211,11 @@ def test_damaged_arrays_are_refused_by_name(unpacked, path):
                 attempt()
             assert str(file) in str(caught.value)
         assert file.read_bytes() == damaged, "a wrong file was changed"
+    report(f"array {path}", "50 of 50 truncations and flipped bits refused by name")
 
 
 @pytest.mark.parametrize("dataset, good", [("cifar10", CIFAR_TAR), ("mnist", MNIST_ZIP)])
-def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, dataset, good):
+def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, dataset, good, report):
     path = root / ca.ARCHIVES[dataset].file
     for damaged in [*damages(good, 50, dataset), good + b"\0", b""]:
         path.write_bytes(damaged)
@@ -223,6 +224,7 @@ def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, datas
         assert str(path) in str(caught.value) and contents(root) == {path.name: damaged} and list(root.iterdir()) == [path]
         with pytest.raises(ValueError, match=path.name):
             ca.verify(dataset, root=root)
+    report(f"archive {path.name}", "102 of 102 truncations, flipped bits and other lengths refused by name, nothing written")
 
 
 @pytest.mark.parametrize("dataset, good, files", [("cifar10", CIFAR_TAR, CIFAR_FILES), ("mnist", MNIST_ZIP, MNIST_FILES)])
@@ -260,7 +262,7 @@ def test_wrong_forms_are_refused_even_without_a_sum(root, monkeypatch, content):
 
 
 @pytest.mark.parametrize("path", [*list(CIFAR_FILES)[::2], *list(MNIST_FILES)[:2]])
-def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path):
+def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, report):
     """Not as a bare pickle, not as an array of objects; neither from a file put there by hand nor from an archive with a forged sum."""
     mark = tmp_path / "it ran"
     pickle.loads(pickle.dumps(Bomb(mark))).close()
@@ -280,6 +282,7 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path):
             ca.verify(dataset, root=root)
         (root / path).unlink()
     assert not mark.exists()
+    report(f"pickles as {path}", "4 offered, 0 executed")
 
 
 # What is remembered ---------------------------------------------------------------------------------------------------------

@@ -39,14 +39,6 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["pytest", "sparse_nb.sweep"])
 
 
-def report(name, words):
-    """A line of `make bench-faults`."""
-    path = os.environ.get("SPARSE_NB_FAULTS_REPORT")
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            print(f"{name:<48}{words}", file=file)
-
-
 def sweep_all(root, **how):
     sweep.run(NETS, MEASURES, store=Store(root), keep_every=0, show=False, **how)
 
@@ -98,7 +90,7 @@ def kill_drivers(count, undisturbed, folder):
     return kills, sweeps
 
 
-def test_kill_9_of_the_driver(undisturbed, tmp_path):
+def test_kill_9_of_the_driver(undisturbed, tmp_path, report):
     kills, sweeps = kill_drivers(120 if FULL else 5, undisturbed, tmp_path)
     report("kill -9 of the driver", f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical")
 
@@ -134,7 +126,7 @@ def sweep_while_workers_die(root, kills, seconds, seed):
     return summary, len(killed)
 
 
-def test_kill_9_of_workers(undisturbed, tmp_path):
+def test_kill_9_of_workers(undisturbed, tmp_path, report):
     root, seconds = undisturbed
     kills, sweeps = 0, 0
     while kills < (60 if FULL else 2):  # at most two in a sweep, so that no network can be hit three times
@@ -169,7 +161,7 @@ sweep.run(NETS, MEASURES, store=Store(root), keep_every=0, show=False)
 """
 
 
-def test_kill_9_of_the_notebooks_kernel(undisturbed, tmp_path):
+def test_kill_9_of_the_notebooks_kernel(undisturbed, tmp_path, report):
     import nbformat
     import papermill
 
@@ -213,7 +205,7 @@ class Poison(Clean):
             hoard.append(bytearray(2**30))
 
 
-def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monkeypatch, report):
     monkeypatch.setattr(sweep, "memory_share", lambda workers: 3 * 2**30)
     poisoned = {NETS[1]: [Poison(how="crash")], NETS[2]: [Poison(how="loop")], NETS[3]: [Poison(how="memory")]}
     wanted = {experiment: [*MEASURES, *poisoned.get(experiment, [])] for experiment in NETS}
@@ -246,7 +238,7 @@ def counted(job, *arguments):
     return jobs.run_elsewhere(job, *arguments)
 
 
-def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch):
+def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch, report):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(sweep, "run_elsewhere", counted)
     nets = [Experiment("digits", "mlp", 128, 1, 25_408, seed, Recipe(epochs=1)) for seed in range(COUNT)]
@@ -318,7 +310,7 @@ def sweep_and_say(root, answer, together):
     answer.write_text(json.dumps(dataclasses.asdict(sweep.run(NETS, MEASURES, store=Store(root), show=False))))
 
 
-def test_two_sweeps_on_one_store_train_no_network_twice(undisturbed, tmp_path):
+def test_two_sweeps_on_one_store_train_no_network_twice(undisturbed, tmp_path, report):
     answers, together = [tmp_path / "one", tmp_path / "other"], processes.Barrier(2)
     rivals = [processes.Process(target=sweep_and_say, args=(tmp_path / "runs", path, together)) for path in answers]
     for rival in rivals:
@@ -351,7 +343,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", place])
 
 
-def test_a_full_disk_is_said_and_the_sweep_resumes_when_there_is_room(undisturbed, small_disk):
+def test_a_full_disk_is_said_and_the_sweep_resumes_when_there_is_room(undisturbed, small_disk, report):
     root, needed = undisturbed[0], sum(path.stat().st_blocks * 512 for path in undisturbed[0].rglob("*"))
     ends, tries = 0, 40 if FULL else 5
     for i in range(tries):
@@ -392,7 +384,7 @@ def test_minutes_begin_nothing_that_cannot_end_and_exit_cleanly(tmp_path):
 # Many runs ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undisturbed, tmp_path):
+def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undisturbed, tmp_path, report):
     nets = [dataclasses.replace(NETS[0], seed=seed) for seed in range(1000)]
     about = json.loads((Store(undisturbed[0]).folder(NETS[0]) / "experiment.json").read_bytes())
     for net in nets:
