@@ -74,6 +74,7 @@ def save_state(store, experiment, state, environment):
     body = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.tensors.items()})
     header = {"experiment": experiment_hash(experiment), "environment": environment, "epochs": [dataclasses.asdict(epoch) for epoch in state.epochs]}
     content = json.dumps(header).encode() + b"\n" + body
+    attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)
     write_whole(attempt_folder(store, experiment) / "state", sha256(content).encode() + b"\n" + content)
 
 def load_state(store, experiment, environment):

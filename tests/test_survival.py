@@ -52,7 +52,7 @@ def started(root, **how):
 def kept(root):
     """{path: bytes} of every checkpoint and record file: all that must be bit-identical. (A history holds seconds.)"""
     root = Path(root)
-    return {str(path.relative_to(root)): path.read_bytes() for kind in ("*/model.safetensors", "*/evaluations/*.jsonl") for path in root.glob(kind)}
+    return {str(path.relative_to(root)): path.read_bytes() for kind in ("[0-9a-f]*/model.safetensors", "[0-9a-f]*/evaluations/*.jsonl") for path in root.glob(kind)}
 
 
 def assert_as_undisturbed(root, undisturbed):
