@@ -38,9 +38,9 @@ def contrast(images, factor, draws):
     return truncated((x - mean) * factor + mean)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #6b51d431
-def draw_noise(stream, shape, parameters):
-    """Standard normal "noise" of the image's shape."""
-    return {"noise": torch.randn(shape, generator=stream)}
+def draw_noise(numbers, shape, parameters):
+    """Standard normal "noise" of the images' shape."""
+    return {"noise": numbers("noise", torch.Tensor.normal_, *shape)}
 
 def gaussian_noise(images, scale, draws):
     """x + scale·ξ."""
@@ -51,9 +51,9 @@ def speckle_noise(images, scale, draws):
     x = unit(images)
     return truncated(x + x * (scale * draws["noise"]))
 
-def draw_impulses(stream, shape, amount):
+def draw_impulses(numbers, shape, amount):
     """Bool "flipped", True for a share `amount` of the values, and "salted", True for half of those."""
-    uniform = torch.rand(shape, generator=stream)
+    uniform = numbers("flipped", torch.Tensor.uniform_, *shape)
     return {"flipped": uniform < amount, "salted": uniform < amount / 2}
 
 def impulse_noise(images, amount, draws):
@@ -96,9 +96,10 @@ def defocus_blur(images, parameters, draws):
     return total.clamp_(0, 255).to(torch.uint8)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #6f4b6612
-def draw_moves(stream, shape, parameters):
-    """0 or 1 in "moves" (iterations, 2, H, W): how far up and left each pixel takes its colour from."""
-    return {"moves": torch.randint(0, 2, (parameters[1], 2, *shape[1:]), generator=stream)}
+def draw_moves(numbers, shape, parameters):
+    """0 or 1 in "moves" (N, iterations, 2, H, W): how far up and left each pixel takes its colour from."""
+    quarter = (numbers("moves", torch.Tensor.uniform_, parameters[1], *shape[1:]) * 4).to(torch.uint8)
+    return {"moves": torch.stack([quarter >> 1, quarter & 1], 2)}
 
 def glass_blur(images, parameters, draws):
     """Blurred with sigma, shuffled `iterations` times, blurred again; parameters: (sigma, iterations). The first two rows and columns keep their place."""
@@ -179,9 +180,9 @@ def saturate(images, parameters, draws):
     return truncated(from_hsv(hue, (saturation * factor + offset).clamp_(0, 1), value))
 
 # %% ../nbs/09_cifar_corruptions.ipynb #624b60c5
-def draw_plasma(stream, shape, parameters):
-    """"uniforms" in [−1, 1) for a `plasma` of the image's height, a power of two."""
-    return {"uniforms": torch.rand(shape[1] ** 2 - 1, generator=stream) * 2 - 1}
+def draw_plasma(numbers, shape, parameters):
+    """"uniforms" (N, H² − 1) in [−1, 1) for a `plasma` of the images' height H, a power of two."""
+    return {"uniforms": numbers("uniforms", torch.Tensor.uniform_, shape[1] ** 2 - 1) * 2 - 1}
 
 def fog(images, parameters, draws):
     """x plus amount·plasma, scaled so that the image's largest value stays; parameters: (amount, decay)."""
@@ -191,9 +192,9 @@ def fog(images, parameters, draws):
     return truncated((x + amount * plasma(draws["uniforms"], decay)[:, None]) * largest / (largest + amount))
 
 # %% ../nbs/09_cifar_corruptions.ipynb #c6f3ac57
-def draw_flakes(stream, shape, parameters):
-    """Standard normal "layer" (H, W), and "angle" in degrees, uniform between −135 and −45."""
-    return {"layer": torch.randn(shape[1:], generator=stream), "angle": torch.rand((), generator=stream) * 90 - 135}
+def draw_flakes(numbers, shape, parameters):
+    """Standard normal "layer" (N, H, W), and "angle" (N,) in degrees, uniform between −135 and −45."""
+    return {"layer": numbers("layer", torch.Tensor.normal_, *shape[1:]), "angle": numbers("angle", torch.Tensor.uniform_) * 90 - 135}
 
 def snow(images, parameters, draws):
     """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the image)."""
@@ -204,7 +205,7 @@ def snow(images, parameters, draws):
     x = divided(images.float(), 255)
     grey = x[:, :1] * 0.299 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
     paler = kept * x + (1 - kept) * torch.maximum(x, grey * 1.5 + 0.5)
-    return truncated(paler.double() + flakes + flakes.flip(2, 3))
+    return truncated(paler.double().add_(flakes).add_(flakes.flip(2, 3)))
 
 # %% ../nbs/09_cifar_corruptions.ipynb #76a50887
 ICE = (((78, 149, 166), (27, 16, 15)), ((201, 205, 214), (21, 22, 23)), ((201, 205, 214), (21, 22, 23)), ((138, 153, 166), (29, 29, 30)), ((112, 123, 135), (44, 43, 42)))
@@ -229,9 +230,9 @@ def frost_textures(root=None):
     return [torch.from_numpy(photograph[2::5, 2::5].copy()).permute(2, 0, 1) for photograph in photographs[:5]], "photographs"
 
 # %% ../nbs/09_cifar_corruptions.ipynb #aea92132
-def draw_place(stream, shape, parameters):
-    """"place" (3,), uniform in [0, 1): which texture, which row, which column."""
-    return {"place": torch.rand(3, generator=stream)}
+def draw_place(numbers, shape, parameters):
+    """"place" (N, 3), uniform in [0, 1): which texture, which row, which column."""
+    return {"place": numbers("place", torch.Tensor.uniform_, 3)}
 
 def frosted(images, parameters, ice):
     """amount·x + weight·ice in levels, truncated; parameters: (amount, weight); ice: uint8 like the images."""
@@ -251,9 +252,9 @@ def frost(images, parameters, draws, *, root=None):
 # %% ../nbs/09_cifar_corruptions.ipynb #3d914f93
 WATER, MUD = (175, 238, 238), (63, 42, 20)
 
-def draw_layer(stream, shape, parameters):
-    """Standard normal "layer" (H, W)."""
-    return {"layer": torch.randn(shape[1:], generator=stream)}
+def draw_layer(numbers, shape, parameters):
+    """Standard normal "layer" (N, H, W)."""
+    return {"layer": numbers("layer", torch.Tensor.normal_, *shape[1:])}
 
 def spatter(images, parameters, draws):
     """parameters: (mean, deviation and sigma of the liquid layer, threshold, strength of the water or sigma of the mud, 1 for mud)."""
@@ -308,15 +309,14 @@ def affine_source(moved, size):
     return fixed(c, d, -c * right - d * down), fixed(a, b, -a * right - b * down)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #25fc0e70
-def draw_elastic(stream, shape, parameters):
-    """"corners" (3, 2), uniform in ± jitter pixels; "across" and "down" (H, W), uniform in ± 1."""
-    uniform = torch.rand(6 + 2 * shape[1] * shape[2], generator=stream) * 2 - 1
-    across, down = uniform[6:].view(2, *shape[1:])
-    return {"corners": uniform[:6].view(3, 2) * parameters[2], "across": across, "down": down}
+def draw_elastic(numbers, shape, parameters):
+    """"corners" (N, 3, 2), uniform in ± jitter pixels; "across" and "down" (N, H, W), uniform in ± 1."""
+    corners, field = numbers("corners", torch.Tensor.uniform_, 3, 2) * 2 - 1, numbers("field", torch.Tensor.uniform_, 2, *shape[1:]) * 2 - 1
+    return {"corners": corners * parameters[2], "across": field[:, 0], "down": field[:, 1]}
 
 def inside(place, size):
     """Coordinates reflected into the image as SciPy 1.0 did it."""
-    place = torch.where(place < 0, -place - 1, place)
+    place = torch.where(place < 0, -1 - place, place)
     return torch.where(place >= size, 2 * size - 1 - place, place)
 
 def elastic_transform(images, parameters, draws):
@@ -442,5 +442,5 @@ def archive_md5(images, corruption):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     md5 = hashlib.md5(header.getvalue())
     for parameters in corruption.parameters:
-        md5.update(apply(corruption, parameters, images, []).permute(0, 2, 3, 1).cpu().contiguous().numpy())
+        md5.update(apply(corruption, parameters, images).permute(0, 2, 3, 1).cpu().contiguous().numpy())
     return md5.hexdigest()

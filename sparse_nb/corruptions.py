@@ -92,8 +92,8 @@ def corrupt(images, name, severity, *, seed=0, draw=0, source="generated"):
         published = load_official(images.name, name, severity if images.name != "mnist" else None, root=images.root)
         return replace(images, images=published[images.index.cpu()].to(images.images.device))
     corruption = benchmark(images.shape)[name]
-    keys = [(seed, "corruption", name, severity, draw, index) for index in images.index.tolist()] if corruption.draw else []
-    return replace(images, images=apply(corruption, corruption.parameters[severity - 1], images.images, keys))
+    key = (seed, "corruption", name, severity, draw)
+    return replace(images, images=apply(corruption, corruption.parameters[severity - 1], images.images, key, images.index.tolist()))
 
 # %% ../nbs/12_corruptions.ipynb #59e19706
 remembered = lru_cache(maxsize=512)(corrupt)  # of samples of at most 4 MB: 2 GB at the very most, 0.8 GB for the paper's

@@ -28,9 +28,9 @@ def shot_noise(images, peak, draws):
     return as_bytes(divided(photon_counts(images, peak, draws["uniforms"]).double(), peak))
 
 # %% ../nbs/09_mnist_corruptions.ipynb #e629fa65
-def draw_impulse_noise(generator, shape, parameters):
-    """{"struck": uniforms that decide which pixels are hit, "white": uniforms that decide their colour}, float32 of `shape` in [0, 1)."""
-    return dict(zip(("struck", "white"), torch.rand(2, *shape, generator=generator)))
+def draw_impulse_noise(numbers, shape, parameters):
+    """{"struck": uniforms that decide which pixels are hit, "white": uniforms that decide their colour}, float32 (N, *shape) in [0, 1)."""
+    return {name: numbers(name, torch.Tensor.uniform_, *shape) for name in ("struck", "white")}
 
 def impulse_noise(images, share, draws):
     """Salt and pepper. share: probability that a pixel is struck; it is then 255 or 0, evenly."""
@@ -41,12 +41,12 @@ def visited(reach):
     """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row, `reach` pixels from the edges."""
     return [28 * row + column for row in range(28 - reach, reach, -1) for column in range(28 - reach, reach, -1)]
 
-def draw_glass_blur(generator, shape, parameters):
-    """{"steps": int64 (rounds, visits, 2), columns and rows to the pixel that each visit swaps with; (0, 0) where it does not swap}."""
+def draw_glass_blur(numbers, shape, parameters):
+    """{"steps": int64 (N, rounds, visits, 2), columns and rows to the pixel that each visit swaps with; (0, 0) where it does not swap}."""
     _, reach, rounds = parameters
     visits = len(visited(reach))
-    swaps = torch.rand(rounds, visits, 1, generator=generator) < 0.5
-    return {"steps": swaps * torch.randint(-reach, reach, (rounds, visits, 2), generator=generator)}
+    swaps = numbers("swaps", torch.Tensor.uniform_, rounds, visits, 1) < 0.5
+    return {"steps": swaps * ((numbers("steps", torch.Tensor.uniform_, rounds, visits, 2) * (2 * reach)).long() - reach)}
 
 # %% ../nbs/09_mnist_corruptions.ipynb #9400f1b2
 def swap(pixels, places, partners):
@@ -95,9 +95,9 @@ def warp(images, matrices):
     return ((1 - down) * top + down * bottom)[:, None]
 
 # %% ../nbs/09_mnist_corruptions.ipynb #35135aaa
-def draw_sign(generator, shape, parameters):
-    """{"sign": int64 (), -1 or 1}."""
-    return {"sign": torch.randint(0, 2, (), generator=generator) * 2 - 1}
+def draw_sign(numbers, shape, parameters):
+    """{"sign": int64 (N,), -1 or 1}."""
+    return {"sign": (numbers("sign", torch.Tensor.uniform_) * 2).long() * 2 - 1}
 
 def about_centre(a, b, c, d):
     """The map with linear part [[a, b], [c, d]] that leaves the centre of 28×28 pixels in place: 2×3, a nested list."""
@@ -124,9 +124,9 @@ def scale(images, factor, draws):
     return as_bytes(warp(images, torch.tensor([about_centre(factor, 0.0, 0.0, factor)], dtype=torch.float64)))
 
 # %% ../nbs/09_mnist_corruptions.ipynb #86e50149
-def draw_corner(generator, shape, parameters):
-    """{"signs": int64 (2,), -1 or 1, for columns and rows}."""
-    return {"signs": torch.randint(0, 2, (2,), generator=generator) * 2 - 1}
+def draw_corner(numbers, shape, parameters):
+    """{"signs": int64 (N, 2), -1 or 1, for columns and rows}."""
+    return {"signs": (numbers("signs", torch.Tensor.uniform_, 2) * 2).long() * 2 - 1}
 
 def translate(images, distance, draws):
     """The digit shifted by `distance` pixels along rows and along columns, black coming in; signs of 1 shift it to the left and up."""
@@ -139,9 +139,9 @@ def brightness(images, lift, draws):
     return as_bytes(unit(images) + lift)
 
 # %% ../nbs/09_mnist_corruptions.ipynb #d59eced1
-def draw_fog(generator, shape, parameters):
-    """{"uniforms": float32 (65535,) in [-1, 1), for a landscape of 256×256}."""
-    return {"uniforms": torch.empty(256**2 - 1).uniform_(-1, 1, generator=generator)}
+def draw_fog(numbers, shape, parameters):
+    """{"uniforms": float32 (N, 65535) in [-1, 1), for a landscape of 256×256}."""
+    return {"uniforms": numbers("uniforms", torch.Tensor.uniform_, 256**2 - 1).mul_(2).sub_(1)}
 
 def fog(images, parameters, draws):
     """A random landscape of light over the image. parameters: (thickness, decay); decay divides the roughness from scale to finer scale."""
@@ -153,9 +153,9 @@ def fog(images, parameters, draws):
     return as_bytes((numbers + thickness * landscape) * brightest / (brightest + thickness))
 
 # %% ../nbs/09_mnist_corruptions.ipynb #44cb730c
-def draw_spatter(generator, shape, parameters):
-    """{"field": standard normal, float64 of `shape`}."""
-    return {"field": torch.randn(shape, dtype=torch.float64, generator=generator)}
+def draw_spatter(numbers, shape, parameters):
+    """{"field": standard normal, float64 (N, *shape)}."""
+    return {"field": numbers("field", torch.Tensor.normal_, *shape).double()}
 
 def spatter(images, parameters, draws):
     """Drops of mud. parameters: mean, standard deviation, smoothing and threshold of the noise, smoothing of the drops; in pixels."""
@@ -182,9 +182,9 @@ def stroke(start_column, start_row, end_column, end_row):
     return bright * ((place >= c0.floor()) & (place < c1.ceil()))
 
 # %% ../nbs/09_mnist_corruptions.ipynb #41cfc0d1
-def draw_dotted_line(generator, shape, parameters):
-    """{"rows": int64 (2,), 0 to 26, at the left and right end}."""
-    return {"rows": torch.randint(0, 27, (2,), generator=generator)}
+def draw_dotted_line(numbers, shape, parameters):
+    """{"rows": int64 (N, 2), 0 to 26, at the left and right end}."""
+    return {"rows": (numbers("rows", torch.Tensor.uniform_, 2) * 27).long()}
 
 def dotted_line(images, parameters, draws):
     """A dashed stroke across the image."""
@@ -202,9 +202,9 @@ def corners(rise):
     cosine, sine = math.cos(angle), math.sin(angle)
     return torch.tensor([(cosine * along - sine * aside, sine * along + cosine * aside) for along, aside in flat], dtype=torch.float64)
 
-def draw_zigzag(generator, shape, parameters):
-    """{"row": int64 (), 0 to 26, at the left end; "rise": int64 (), -5 to 4, rows down to the right end}."""
-    return {"row": torch.randint(0, 27, (), generator=generator), "rise": torch.randint(-5, 5, (), generator=generator)}
+def draw_zigzag(numbers, shape, parameters):
+    """{"row": int64 (N,), 0 to 26, at the left end; "rise": int64 (N,), -5 to 4, rows down to the right end}."""
+    return {"row": (numbers("row", torch.Tensor.uniform_) * 27).long(), "rise": (numbers("rise", torch.Tensor.uniform_) * 10).long() - 5}
 
 def zigzag(images, parameters, draws):
     """A zigzag stroke across the image."""

@@ -83,7 +83,7 @@ def test_an_error_in_a_block_comes_out_and_the_threads_stay():
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="third block"):
-            apply(Corruption(breaks, (1,), block=2), 1, pictures("cifar10").images, [])
+            apply(Corruption(breaks, (1,), block=2), 1, pictures("cifar10").images)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -101,6 +101,22 @@ def test_processes_in_any_order():
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
         there = dict(zip(tasks[::-1], processes.map(checksum, tasks[::-1])))
     assert there == {task: checksum(task) for task in tasks}
+
+
+@pytest.mark.parametrize("dataset, name", [(dataset, name) for dataset, name in ALL if benchmark(IMAGE_SHAPES[dataset])[name].draw])
+def test_draws_depend_on_their_name_alone(dataset, name):
+    """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each change them."""
+    corruption, shape, own = benchmark(IMAGE_SHAPES[dataset])[name], IMAGE_SHAPES[dataset], (0, "corruption", name, 1, 0)
+
+    def drawn(key, indices):
+        return draw_all(corruption, corruption.parameters[0], key, indices, shape, "cpu")
+
+    whole, some = drawn(own, range(200, 300)), [299, 200, 231, 200]
+    for kind, values in drawn(own, some).items():
+        assert values.shape[0] == 4 and torch.equal(values, whole[kind][[index - 200 for index in some]])
+    assert all(not torch.equal(values[:50], values[50:]) for values in whole.values())
+    for other in ((1, *own[1:]), (*own[:3], 2, 0), (*own[:4], 1)):
+        assert all(not torch.equal(values, whole[kind]) for kind, values in drawn(other, range(200, 300)).items())
 
 
 # Memory --------------------------------------------------------------------------------------------------------------------------
@@ -234,11 +250,11 @@ def test_no_operation_mixes_devices(dataset, name, monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda numbers, *, device="cpu", **kind: tensor(numbers, **kind).to(device))
     images, corruption = pictures(dataset, 3).images, benchmark(IMAGE_SHAPES[dataset])[name]
     for severity in severities(dataset, name):
-        parameters, keys = corruption.parameters[severity - 1], [(0, name, index) for index in range(3)]
+        parameters, key = corruption.parameters[severity - 1], (0, name)
         with TwoDevices():
-            there = apply(corruption, parameters, images.to(ELSEWHERE), keys)
+            there = apply(corruption, parameters, images.to(ELSEWHERE), key, range(3))
             assert there.device.type == ELSEWHERE and there.dtype == torch.uint8
-        assert torch.equal(there.here, apply(corruption, parameters, images, keys))
+        assert torch.equal(there.here, apply(corruption, parameters, images, key, range(3)))
 
 
 def test_mixed_devices_would_be_noticed():
@@ -269,9 +285,9 @@ def test_a_gpu_makes_the_same_images(dataset, name):
 def test_replayed_draws_on_a_gpu(dataset, name):
     """The same draws come to a GPU as to the CPU, and the order of images is kept there."""
     images, corruption = pictures(dataset, 16).images, benchmark(IMAGE_SHAPES[dataset])[name]
-    keys, parameters = [(0, name, index) for index in range(16)], corruption.parameters[-1]
-    here, there = (draw_all(corruption, parameters, keys, images.shape[1:], device) for device in ("cpu", "cuda"))
+    key, parameters = (0, name), corruption.parameters[-1]
+    here, there = (draw_all(corruption, parameters, key, range(16), images.shape[1:], device) for device in ("cpu", "cuda"))
     assert {kind: draw.device.type for kind, draw in there.items()} == dict.fromkeys(here, "cuda")
     assert all(torch.equal(there[kind].cpu(), here[kind]) for kind in here)
-    whole = apply(corruption, parameters, images.cuda(), keys)
-    assert torch.equal(apply(corruption, parameters, images[[9, 2]].cuda(), [keys[9], keys[2]]), whole[[9, 2]])
+    whole = apply(corruption, parameters, images.cuda(), key, range(16))
+    assert torch.equal(apply(corruption, parameters, images[[9, 2]].cuda(), key, [9, 2]), whole[[9, 2]])
