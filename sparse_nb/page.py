@@ -380,7 +380,8 @@ function draw() {
     template, margin: {l: 58, r: 18, t: 22, b: 58}, dragmode: false, hovermode: "closest", hoverlabel: {align: "left"},
     xaxis: {...axis, title: {text: axis.title}, fixedrange: true, zeroline: false},
     yaxis: {range, title: {text: text(value) + " (%)"}, fixedrange: true, zeroline: false},
-    annotations: labels.map(([p, words]) => ({x: place(p), y: p.mean / 100, text: words, showarrow: false, yshift: 22, borderpad: 1, bgcolor: ink.veil, font: {size: 12, color: ink.ink}})),
+    annotations: labels.map(([p, words]) => ({x: place(p), y: p.mean / 100, text: words, showarrow: false, yshift: 22,
+      ...(p === points[0] ? {xanchor: "left", xshift: -12} : p === points[points.length - 1] ? {xanchor: "right", xshift: 12} : {}), borderpad: 1, bgcolor: ink.veil, font: {size: 12, color: ink.ink}})),
   };
   Plotly.react("chart", traces(points, base, best, range[0], ink), layout, {responsive: true, displayModeBar: false});
 }
