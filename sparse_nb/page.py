@@ -96,6 +96,7 @@ def clean_of(numbers):
     """{place: (mean, half)} without any disturbance, from `numbers_of` a curve: under any attack with ε = 0, else without a name."""
     return next(by_strength[0] for (quantity, name), by_strength in numbers.items() if quantity == "accuracy" and 0 in by_strength and (name == "" or name in ATTACKS))
 
+# %% ../nbs/34_page.ipynb #4523540f
 def questions_of(numbers, places, dataset, measure):
     """The questions of one curve as [quantity, words, first stop, stops, means, halves of the intervals]; the last two hold a list over `places` for each stop.
 
@@ -113,7 +114,7 @@ def questions_of(numbers, places, dataset, measure):
         questions.append([quantity, question_text(quantity, name), start, [stop_text(dataset, measure, q, s) for q, s, _ in stops], means, halves])
     return questions
 
-# %% ../nbs/34_page.ipynb #4ec9599f
+# %% ../nbs/34_page.ipynb #f5ca38f7
 CONTROLS = {
     "dataset": ("Images", WORDS),
     "family": ("Network", WORDS),
@@ -140,12 +141,13 @@ class Numbered(dict):
         self[key] = len(self)
         return self[key]
 
+# %% ../nbs/34_page.ipynb #6f4b6612
 def of_controls(dataset, family, growth, schedule, rule, measure):
     """The words of a curve for each of `CONTROLS`."""
     values = dict(dataset=dataset, family=family, growth=growth, schedule=schedule, rule=rule, measure=measure)
     return [words[values[name]] for name, (_, words) in CONTROLS.items()]
 
-# %% ../nbs/34_page.ipynb #9400f1b2
+# %% ../nbs/34_page.ipynb #785f3ec7
 def place_row(point, texts, runs):
     """One place as plain data. point: a row of `summarise_curves`; texts, runs: `Numbered`."""
     return (
@@ -153,6 +155,7 @@ def place_row(point, texts, runs):
         int(point.networks), int(point.converged), int(point.diverged), tuple(runs[run] for run in point.runs.split()),
     )
 
+# %% ../nbs/34_page.ipynb #535fa30d
 def curve_data(points, where, texts, runs, places, axes):
     """One curve as plain data. points: its rows of `page_curves`; where: values for `CONTROLS`; the others: `Numbered`, which are added to."""
     growth, measure = where[2], where[5]
@@ -175,6 +178,7 @@ def curve_data(points, where, texts, runs, places, axes):
         ],
     }
 
+# %% ../nbs/34_page.ipynb #c2356069
 def page_data(table):
     """All curves of a `page_table` as plain data, which `SCRIPT` reads: {"texts", "runs", "places", "axes", "curves"}."""
     texts, runs, places, axes, curves = Numbered(), Numbered(), Numbered(), Numbered(), []
@@ -185,12 +189,12 @@ def page_data(table):
                 curves.append(curve_data(points, where, texts, runs, places, axes))
     return {"texts": list(texts), "runs": list(runs), "places": list(places), "axes": [json.loads(axis) for axis in axes], "curves": curves}
 
-# %% ../nbs/34_page.ipynb #6f4b6612
+# %% ../nbs/34_page.ipynb #5f9c4ab0
 def compact(made):
     """`page_data` as JSON without blanks, safe inside a `<script>` element."""
     return json.dumps(made, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
 
-# %% ../nbs/34_page.ipynb #670671cd
+# %% ../nbs/34_page.ipynb #e29c9c18
 STYLE = """
 :root { color-scheme: light dark; --ground: LIGHT_GROUND; --ink: #1b2330; --soft: #56606f; --line: #d5dbe5; --panel: #f5f7fa; --accent: #2f57cf; }
 @media (prefers-color-scheme: dark) {
@@ -214,6 +218,8 @@ output { min-width: 5.5rem; text-align: right; font-weight: bold; font-variant-n
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 [hidden] { display: none !important; }
 """
+
+# %% ../nbs/34_page.ipynb #c6f3ac57
 STYLE += """
 #chart { height: 27rem; margin: .3rem -.5rem 0; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin: .2rem 0 .8rem; padding: 0; list-style: none; font-size: .85rem; color: var(--soft); }
@@ -234,7 +240,7 @@ footer { margin-top: 1.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 """
 STYLE = STYLE.replace("LIGHT_GROUND", BACKGROUND).replace("DARK_GROUND", DARK_BACKGROUND)
 
-# %% ../nbs/34_page.ipynb #35135aaa
+# %% ../nbs/34_page.ipynb #9f14025a
 CHOOSE = """
 "use strict";
 const find = id => document.getElementById(id);
@@ -258,6 +264,10 @@ function chosenCurve() {
   return left[0];
 }
 
+"""
+
+# %% ../nbs/34_page.ipynb #7a61b537
+CHOOSE += """
 function chooseCurve() {
   const curve = chosenCurve(), before = question.value, names = curve.questions.map(([, name]) => name);
   fill(question, names);
@@ -269,7 +279,7 @@ function chooseCurve() {
 
 function chooseQuestion() {
   const curve = chosenCurve(), [, , start, stops] = curve.questions[question.selectedIndex];
-  const same = stops.join() === slider.dataset.stops;  // another network, the same strengths: stay
+  const same = stops.join() === slider.dataset.stops;
   slider.max = stops.length - 1;
   if (!same) slider.value = start;
   slider.dataset.stops = stops.join();
@@ -279,7 +289,7 @@ function chooseQuestion() {
 }
 """
 
-# %% ../nbs/34_page.ipynb #eb1e33e8
+# %% ../nbs/34_page.ipynb #0b918943
 WORDING = """
 const percent = hundredths => hundredths === null ? "–" : (hundredths / 100).toFixed(1) + "\u00a0%";
 const weights = density => +(100 * density).toPrecision(3) + "\u00a0%";
@@ -300,6 +310,10 @@ function hover(p) {
   return lines.join("<br>");
 }
 
+"""
+
+# %% ../nbs/34_page.ipynb #3d914f93
+WORDING += """
 function summary(base, best) {
   if (!best) return "Nothing could be measured: all networks diverged.";
   const reach = p => `${percent(p.mean)}` + (p.half === null ? "" : ` (${interval(p)})`);
@@ -318,7 +332,7 @@ function row(p) {
 }
 """
 
-# %% ../nbs/34_page.ipynb #c6f3ac57
+# %% ../nbs/34_page.ipynb #44cb730c
 TRACES = """
 function band(points) {
   const x = [], y = [];
@@ -342,6 +356,10 @@ function bounds(curve, means) {
   return [Math.max(low - room, -4), Math.min(high + room, 104)];
 }
 
+"""
+
+# %% ../nbs/34_page.ipynb #71ee45a3
+TRACES += """
 function traces(points, base, best, bottom, ink) {
   const percents = name => points.map(p => p[name] === null ? null : p[name] / 100), x = points.map(p => p.x), colours = points.map(p => p.colour);
   const ringed = points.filter(p => p === base || p === best), fallen = points.filter(p => p.diverged);
@@ -360,7 +378,7 @@ function traces(points, base, best, bottom, ink) {
 }
 """
 
-# %% ../nbs/34_page.ipynb #86e50149
+# %% ../nbs/34_page.ipynb #811786ad
 DRAW = """
 function draw() {
   const curve = chosenCurve(), [value, name, , stops, means, halves] = curve.questions[question.selectedIndex], stop = +slider.value;
@@ -387,7 +405,7 @@ function draw() {
 }
 """
 
-# %% ../nbs/34_page.ipynb #76a50887
+# %% ../nbs/34_page.ipynb #31489056
 LISTEN = """
 if (data.curves.length) {
   for (const [i, control] of controls.entries()) {
@@ -404,7 +422,7 @@ if (data.curves.length) {
 """
 SCRIPT = CHOOSE + WORDING + TRACES + DRAW + LISTEN
 
-# %% ../nbs/34_page.ipynb #aea92132
+# %% ../nbs/34_page.ipynb #0e17daca
 def control_html(name, label, kind="where"):
     """A `select` with its label."""
     return f'<div><label for="{name}" id="{name}-label">{html.escape(label)}</label><select id="{name}" class="{kind}" autocomplete="off"></select></div>'
@@ -437,7 +455,7 @@ def chart_html():
 <details><summary>The numbers</summary><div class="scroll" tabindex="0" role="region" aria-labelledby="title"><table>
 <thead><tr>{"".join(f'<th scope="col">{head}</th>' for head in heads)}</tr></thead><tbody id="rows"></tbody></table></div></details>"""
 
-# %% ../nbs/34_page.ipynb #0b918943
+# %% ../nbs/34_page.ipynb #1a656259
 def page_themes():
     """The part of each `plots.template` that the page uses, and inks beside it: {"light": {"template", "ink"}, "dark": …}."""
     inks = [
@@ -447,6 +465,7 @@ def page_themes():
     templates = [{"layout": template(dark).layout.to_plotly_json()} for dark in (False, True)]
     return {name: {"template": made, "ink": ink} for name, made, ink in zip(("light", "dark"), templates, inks)}
 
+# %% ../nbs/34_page.ipynb #41cfc0d1
 TITLE = "Sparsity and robustness at equal capacity"
 INTRODUCTION = (
     "All networks of a curve keep the same number of weights. From left to right the network around them grows, so that a smaller share of its weights remains. "
@@ -481,7 +500,7 @@ def page_html(made, library, provenance, fill):
 </html>
 """
 
-# %% ../nbs/34_page.ipynb #3d914f93
+# %% ../nbs/34_page.ipynb #2fca346d
 def write_page(table, path, *, provenance=(), fill="sparse-nb sweep", include_plotlyjs=True):
     """Write all curves of a `page_table` as one HTML file; returns the paths written, the page first.
 
@@ -499,7 +518,7 @@ def write_page(table, path, *, provenance=(), fill="sparse-nb sweep", include_pl
     write_whole(path, text.encode())
     return [path, path.with_name("plotly.min.js")] if beside else [path]
 
-# %% ../nbs/34_page.ipynb #71ee45a3
+# %% ../nbs/34_page.ipynb #c837649c
 def store_page(store, preset, path, *, root=None, include_plotlyjs=True):
     """`write_page` of everything that a store has of a `Preset`'s figures; returns the paths written. root: of the datasets. Raises as `write_page` and `presets.plan`."""
     finished = finished_points(store, preset, root=root)
