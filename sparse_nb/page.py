@@ -151,7 +151,7 @@ def of_controls(dataset, family, growth, schedule, rule, measure):
 def place_row(point, texts, runs):
     """One place as plain data. point: a row of `summarise_curves`; texts, runs: `Numbered`."""
     return (
-        int(point.width), int(point.depth), int(point.repeat), float(f"{point.density:.6g}"), texts[density_colour(point.density)], texts[point.ended],
+        int(point.width), int(point.depth), int(point.repeat), float(f"{point.density:.6g}"), texts[density_colour(point.density)], texts[point.ended.replace("epochs", "not converged")],
         int(point.networks), int(point.converged), int(point.diverged), tuple(runs[run] for run in point.runs.split()),
     )
 
@@ -221,6 +221,7 @@ output { min-width: 5.5rem; text-align: right; font-weight: bold; font-variant-n
 
 # %% ../nbs/34_page.ipynb #c6f3ac57
 STYLE += """
+#summary { min-height: 3em; }
 #chart { height: 27rem; margin: .3rem -.5rem 0; }
 .key { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin: .2rem 0 .8rem; padding: 0; list-style: none; font-size: .85rem; color: var(--soft); }
 .key svg { width: 1.6rem; height: 1rem; margin-right: .3rem; vertical-align: -.2rem; overflow: visible; fill: none; stroke: currentColor; stroke-width: 2; }
@@ -235,6 +236,7 @@ footer { margin-top: 1.5rem; padding-top: .6rem; border-top: 1px solid var(--lin
 @media (max-width: 34rem) {
   body { padding-top: 1rem; }
   form { grid-template-columns: 1fr 1fr; gap: .6rem .7rem; padding: .7rem; }
+  #summary { min-height: 4.5em; }
   #chart { height: 22rem; }
 }
 """
@@ -395,7 +397,7 @@ function draw() {
   const place = p => axis.type === "log" ? Math.log10(p.x) : p.x;
   const labels = base && base === best ? [[base, "base and best"]] : [[base, "base"], [best, "best"]].filter(([p]) => p);
   const layout = {
-    template, margin: {l: 58, r: 18, t: 22, b: 58}, dragmode: false, hovermode: "closest", hoverlabel: {align: "left"},
+    template, margin: {l: 58, r: 18, t: 22, b: 58}, dragmode: false, hovermode: "closest", hoverlabel: {align: "left", bgcolor: ink.ground, bordercolor: ink.soft, font: {color: ink.ink}},
     xaxis: {...axis, title: {text: axis.title}, fixedrange: true, zeroline: false},
     yaxis: {range, title: {text: text(value) + " (%)"}, fixedrange: true, zeroline: false},
     annotations: labels.map(([p, words]) => ({x: place(p), y: p.mean / 100, text: words, showarrow: false, yshift: 22,
@@ -459,8 +461,8 @@ def chart_html():
 def page_themes():
     """The part of each `plots.template` that the page uses, and inks beside it: {"light": {"template", "ink"}, "dark": …}."""
     inks = [
-        {"ink": "#1b2330", "soft": "#7c8797", "line": "#97a1b0", "band": "rgba(86,96,111,0.14)", "alarm": "#b2182b", "veil": "rgba(255,255,255,0.75)"},
-        {"ink": "#eef1f6", "soft": "#8d98a9", "line": "#76818f", "band": "rgba(169,179,194,0.16)", "alarm": "#ff8a80", "veil": "rgba(20,24,31,0.75)"},
+        {"ink": "#1b2330", "soft": "#7c8797", "line": "#97a1b0", "band": "rgba(86,96,111,0.14)", "alarm": "#b2182b", "ground": BACKGROUND, "veil": "rgba(255,255,255,0.75)"},
+        {"ink": "#eef1f6", "soft": "#8d98a9", "line": "#76818f", "band": "rgba(169,179,194,0.16)", "alarm": "#ff8a80", "ground": DARK_BACKGROUND, "veil": "rgba(20,24,31,0.75)"},
     ]
     templates = [{"layout": template(dark).layout.to_plotly_json()} for dark in (False, True)]
     return {name: {"template": made, "ink": ink} for name, made, ink in zip(("light", "dark"), templates, inks)}
