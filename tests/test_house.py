@@ -97,7 +97,9 @@ def test_make_lists_every_target_that_it_has():
 
 @pytest.mark.parametrize("notebook", sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")]), ids=lambda p: p.name)
 def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    cells = content["cells"]
+    assert "widgets" not in content["metadata"]  # the state of widgets may be many megabytes
     kinds = {kind for cell in cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
     assert {kind for kind in kinds if not kind.startswith("text/")} <= {"image/png", "image/jpeg"}  # Pillow shows itself as both
     assert not any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", []))
