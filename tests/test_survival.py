@@ -158,6 +158,7 @@ from test_survival import MEASURES, NETS
 from sparse_nb.store import Store
 threading.Timer(float(seconds), os.kill, (os.getpid(), 9)).start()
 sweep.run(NETS, MEASURES, store=Store(root), keep_every=0, show=False)
+time.sleep(60)  # should the sweep end before its time
 """
 
 
