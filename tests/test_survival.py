@@ -211,7 +211,7 @@ def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monke
     poisoned = {NETS[1]: [Poison(how="crash")], NETS[2]: [Poison(how="loop")], NETS[3]: [Poison(how="memory")]}
     wanted = {experiment: [*MEASURES, *poisoned.get(experiment, [])] for experiment in NETS}
     store = Store(tmp_path)
-    summary = sweep.run(wanted, wanted, store=store, workers=2, limit=4 / 60, show=False)
+    summary = sweep.run(wanted, wanted, store=store, workers=2, limit=10 / 60, show=False)
     reasons = {failure["run"]: (failure["tries"], failure["reason"]) for failure in load_failures(store)}
     assert len(summary.failed) == len(reasons) == 3 and summary.made == MADE - 3  # the poisoned ones are made, and fail when they are measured
     for experiment, words in zip(poisoned, ("was killed by SIGABRT", "took longer than the limit", "memory ran out")):
