@@ -275,6 +275,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparse_nb.engines.call_within': ('engines.html#call_within', 'sparse_nb/engines.py'),
                                    'sparse_nb.engines.check_scheduler': ('engines.html#check_scheduler', 'sparse_nb/engines.py'),
                                    'sparse_nb.engines.dask_cluster': ('engines.html#dask_cluster', 'sparse_nb/engines.py'),
+                                   'sparse_nb.engines.delivered': ('engines.html#delivered', 'sparse_nb/engines.py'),
                                    'sparse_nb.engines.end_with_parent': ('engines.html#end_with_parent', 'sparse_nb/engines.py'),
                                    'sparse_nb.engines.exit_words': ('engines.html#exit_words', 'sparse_nb/engines.py'),
                                    'sparse_nb.engines.gpu_share': ('engines.html#gpu_share', 'sparse_nb/engines.py'),

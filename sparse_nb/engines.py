@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'HERE', 'Engine', 'call_here', 'end_with_parent', 'begin_worker', 'local_processes', 'memory_share',
            'gpu_share', 'exit_words', 'judge', 'logged', 'is_here', 'check_scheduler', 'call_within', 'own_cluster',
-           'dask_cluster']
+           'delivered', 'dask_cluster']
 
 # %% ../nbs/22_engines.ipynb #d4735e3a
 import faulthandler
@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -189,6 +189,24 @@ def own_cluster(workers, memory):
         yield cluster
 
 # %% ../nbs/22_engines.ipynb #76a50887
+def delivered(call):
+    """A `concurrent.futures.Future` of a Dask future, which is released when its result has arrived."""
+    ours = Future()
+
+    def deliver(call):
+        try:
+            ours.set_result(call.result())
+        except CancelledError:
+            ours.cancel()
+            ours.set_running_or_notify_cancel()
+        except Exception as error:
+            ours.set_exception(error)
+        call.release()
+
+    call.add_done_callback(deliver)
+    return ours
+
+# %% ../nbs/22_engines.ipynb #aea92132
 @contextmanager
 def dask_cluster(scheduler=None, workers=None, *, memory=None, seconds=None):
     """An `Engine` on a Dask cluster, for the length of a `with` block.
@@ -203,10 +221,9 @@ def dask_cluster(scheduler=None, workers=None, *, memory=None, seconds=None):
         check_scheduler(scheduler)
     with own_cluster(workers or os.cpu_count(), memory) if scheduler is None else nullcontext(scheduler) as cluster:
         with distributed.Client(cluster, set_as_default=False, timeout=30) as client:
-            pool = client.get_executor(pure=False)
 
             def submit(function, *args):
-                return pool.submit(*((call_within, seconds) if seconds else ()), function, *args)
+                return delivered(client.submit(*((call_within, seconds) if seconds else ()), function, *args, pure=False))
 
             def slots():
                 try:

@@ -246,15 +246,16 @@ def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch,
     store, kills, over = Store(tmp_path / "runs"), [], threading.Event()
 
     def killer():
-        chance = random.Random(0)
+        chance, executions, before = random.Random(0), tmp_path / "executions", 0
         while len(kills) < (5 if FULL else 2) and not over.is_set():
-            time.sleep(chance.uniform(0.5, 2))
-            executions = tmp_path / "executions"
-            victims = worker_processes() if executions.exists() else []
-            if victims:
+            time.sleep(chance.uniform(0.1, 0.5))
+            begun = len(executions.read_text().split()) if executions.exists() else 0
+            victims = worker_processes()
+            if victims and begun >= before + 4:  # so that no job is hit three times: that would be a poisonous one
                 with suppress(psutil.NoSuchProcess):
                     chance.choice(victims).kill()
                     kills.append(time.monotonic())
+                    before = begun
 
     thread = threading.Thread(target=killer)
     thread.start()
