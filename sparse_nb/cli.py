@@ -100,6 +100,7 @@ class Export(Grid):
     out: Path = Path("results")
     """Where the folder of the preset is."""
 
+# %% ../nbs/40_cli.ipynb #3be91257
 @dataclass(frozen=True)
 class Explore(Grid):
     """Explore the curves in the browser, or write them as one page that needs no program behind it."""
@@ -115,6 +116,7 @@ class Explore(Grid):
     notebooks: Path = Path("nbs")
     """Where explore.ipynb is."""
 
+# %% ../nbs/40_cli.ipynb #087e4fd2
 @dataclass(frozen=True)
 class Upkeep:
     """The option of commands that are about a whole runs folder."""
@@ -146,6 +148,7 @@ class Merge(Upkeep):
     other: Annotated[Path, tyro.conf.Positional] = Path()
     """The other runs folder; it is only read."""
 
+# %% ../nbs/40_cli.ipynb #4c633caa
 @dataclass(frozen=True)
 class Bench:
     """Print how long things take and what memory they need, as ratios measured side by side in one run."""

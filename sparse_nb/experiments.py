@@ -138,6 +138,7 @@ class Clean:
     def run(self, model, images):
         return evaluation.evaluate(model, evaluation.sample(images, self.test_images))
 
+# %% ../nbs/20_experiments.ipynb #a5d47b6c
 @dataclass(frozen=True)
 class WeightNoise:
     """Accuracy and loss increase under weight noise; see `weight_noise.evaluate`."""
@@ -163,6 +164,7 @@ class WeightNoise:
             model, images, sigmas=self.sigmas, draws=self.draws, seed=self.seed, scope=self.scope
         )
 
+# %% ../nbs/20_experiments.ipynb #11630d54
 @dataclass(frozen=True)
 class ClassRecall:
     """Recall of each class and of the lowest; see `class_recall.evaluate`."""
