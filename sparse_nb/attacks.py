@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-import torchattacks
 
 from .data import as_float
 from .evaluation import Record, accuracy_and_loss, logits
@@ -65,14 +64,14 @@ def guarded(model):
 
 # %% ../nbs/13_attacks.ipynb #4523540f
 LONGER = 3  # times the steps of "pgd"
-ATTACKS = {
-    "fgsm": lambda model, epsilon, **_: torchattacks.FGSM(model, eps=epsilon),
-    "ffgsm": lambda model, epsilon, **_: torchattacks.FFGSM(model, eps=epsilon, alpha=1.25 * epsilon),
-    "bim": lambda model, epsilon, steps, step_size, **_: torchattacks.BIM(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
-    "pgd": lambda model, epsilon, steps, step_size, **_: torchattacks.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
-    "longer_pgd": lambda model, epsilon, steps, step_size, **_: torchattacks.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=LONGER * steps),
-    "apgd": lambda model, epsilon, steps, seed, **_: torchattacks.APGD(model, eps=epsilon, steps=steps, seed=seed),
-    "autoattack": lambda model, epsilon, seed, classes, **_: torchattacks.AutoAttack(model, eps=epsilon, seed=seed, n_classes=classes),
+ATTACKS = {  # package: torchattacks
+    "fgsm": lambda package, model, epsilon, **_: package.FGSM(model, eps=epsilon),
+    "ffgsm": lambda package, model, epsilon, **_: package.FFGSM(model, eps=epsilon, alpha=1.25 * epsilon),
+    "bim": lambda package, model, epsilon, steps, step_size, **_: package.BIM(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
+    "pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
+    "longer_pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=LONGER * steps),
+    "apgd": lambda package, model, epsilon, steps, seed, **_: package.APGD(model, eps=epsilon, steps=steps, seed=seed),
+    "autoattack": lambda package, model, epsilon, seed, classes, **_: package.AutoAttack(model, eps=epsilon, seed=seed, n_classes=classes),
 }
 PAPER_ATTACKS = ("fgsm", "ffgsm", "bim", "pgd", "apgd")
 WITHOUT_CHANCE = ("fgsm", "bim")  # every other attack draws random numbers
@@ -111,8 +110,9 @@ def perturb(model, images, labels, *, attack, epsilon, steps=10, step_size=0.25,
     check_request((attack,), (epsilon,), steps, step_size, 1)
     if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
         raise ValueError(f"images are {images.dtype}, {images.min():.3g} to {images.max():.3g}; they must be floating point, in [0, 1]")
+    import torchattacks  # takes two seconds, and only attacks need it
     with under_attack(model), guarded(model), seeded(seed), torch.enable_grad():
-        found = ATTACKS[attack](model, epsilon, steps=steps, step_size=step_size, seed=seed, classes=classes)(images, labels)
+        found = ATTACKS[attack](torchattacks, model, epsilon, steps=steps, step_size=step_size, seed=seed, classes=classes)(images, labels)
     if not bool((((found - images).abs() <= epsilon + 1e-6) & (found >= 0) & (found <= 1)).all()):
         raise RuntimeError(f"{attack} left the images within {epsilon} or [0, 1]: it moved pixels by up to {float((found - images).abs().max())}")
     return found.detach()

@@ -4,7 +4,9 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'SAID', 'IMPORTS', 'NOTHING_YET', 'said', 'experiment_of', 'loading_code', 'list_runs', 'widget_class',
-           'differences', 'redraw', 'network', 'networks_of', 'gallery_of', 'fill', 'controls', 'Explorer', 'explore']
+           'differences', 'redraw', 'network', 'networks_of', 'gallery_of', 'fill', 'controls', 'fill_choices',
+           'fill_strengths', 'fill_curve', 'Selection', 'title_of', 'Canvas', 'notices', 'Training', 'Explorer',
+           'explore']
 
 # %% ../nbs/33_explorer.ipynb #d4735e3a
 import html
@@ -147,127 +149,136 @@ def controls():
 NOTHING_YET = """<p><b>There is no measured network in <code>{root}</code> yet.</b></p><p>Fill it with <code>sparse-nb sweep --preset smoke --families mlp --runs {root}</code>, which takes
 minutes and downloads nothing, or with another preset, and press “look again”. Or train the first point here.</p>"""
 
-# %% ../nbs/33_explorer.ipynb #f5ca38f7
-class Explorer:
-    """The state behind the page: the store, the chosen curve with its points, and the widgets. `page` is what is displayed."""
+# %% ../nbs/33_explorer.ipynb #6f4b6612
+def fill_choices(handles, catalogue):
+    """Follow the handles of the choices, as far as what they say exists, to a curve of the `catalogue`, and fill them; returns the chosen {choice: value}."""
+    chosen, options = choose(catalogue, {name: handles[name].value for name in CHOICES})
+    for name in CHOICES:
+        found = options.get(name, ())
+        fill(handles[name], [(said(name, value), value) for value in found], chosen.get(name))
+        handles[name].layout.display = "none" if not options or (name in ("study", "evaluation") and len(found) < 2) else ""
+    return chosen
 
-    def __init__(self, store):
-        self.store, self.quiet, self.picture, self.figure, self.points = store, False, None, None, None
-        self.handles = controls()
-        self.notice, self.details, self.holder = widgets.HTML(), widgets.HTML(), widgets.VBox()
-        self.again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again", layout=widgets.Layout(width="120px"))
-        self.again.on_click(lambda _: self.load())
+def fill_strengths(handles, points, measure):
+    """Give the slider the strengths that `points` have of the disturbance that is shown, unless it has just these."""
+    strengths = strengths_of(points, handles["name"].value)
+    if strengths != [value for _, value in handles["strength"].options]:
+        fill(handles["strength"], [(strength_text(measure, strength) or "–", strength) for strength in strengths])
+
+def fill_curve(handles, points, measure):
+    """Fill the handles for what a curve's `points` hold: disturbances, views, places, strengths. points: None for no curve."""
+    if points is None:
+        for name in ("name", "view", "strength", "point"):
+            fill(handles[name], [])
+        return
+    fill(handles["name"], [(words(name), name) for name in kinds_of(points)])
+    fill(handles["view"], [(view, view) for view in [*views_of(points, measure), "gallery"]])
+    places = [("choose one to list its networks", "")] + [(f"{label} % remaining", place) for place, label in percent_labels(points).items()]
+    fill(handles["point"], places)
+    fill_strengths(handles, points, measure)
+
+# %% ../nbs/33_explorer.ipynb #535fa30d
+class Selection:
+    """The handles and the curve that they choose: `chosen`, `members`, `records`, `points` as in `curves`; all but the first are None where there is none.
+
+    changed: called without arguments when a handle was moved, or the runs folder was read again.
+    """
+
+    def __init__(self, store, changed):
+        self.store, self.changed, self.quiet, self.handles = store, changed, False, controls()
         for name, handle in self.handles.items():
-            answer = self.choose if name in CHOICES else self.show_details if name == "point" else self.show
-            handle.observe(lambda change, answer=answer: None if self.quiet else answer(), "value")
-        self.train, self.stop = widgets.Button(description="train one more point", icon="plus", layout=widgets.Layout(width="190px")), widgets.Button(description="stop", icon="stop", disabled=True)
-        self.bar, self.told, self.stopped = widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="200px", visibility="hidden")), widgets.Label(), threading.Event()
-        self.train.on_click(lambda _: self.begin())
-        self.stop.on_click(lambda _: self.stopped.set())
-        self.load()
-        grid = widgets.HBox([self.handles[name] for name in (*CHOICES, "name")], layout=widgets.Layout(flex_flow="row wrap"))
-        self.page = widgets.VBox([grid, self.handles["view"], self.handles["strength"], self.notice, self.holder, 
-                                  widgets.HBox([self.handles["point"], self.again, self.train, self.stop]), widgets.HBox([self.bar, self.told]), self.details])
+            handle.observe(lambda change, name=name: None if self.quiet else self.follow(name in CHOICES), "value")
 
     def load(self):
-        """Read what the store has and show it."""
+        """Read what the store has."""
         self.catalogue = read_catalogue(self.store)
-        self.choose()
+        self.follow(True)
 
-    def choose(self):
-        """Follow the choices, as far as they exist, to a curve."""
-        self.chosen, options = choose(self.catalogue, {name: self.handles[name].value for name in CHOICES})
+    def follow(self, to_another_curve):
+        """A handle was moved."""
         self.quiet = True
         try:
-            for name in CHOICES:
-                fill(self.handles[name], [(said(name, value), value) for value in options.get(name, ())], self.chosen.get(name))
-                self.handles[name].layout.display = "none" if name in ("study", "evaluation") and len(options.get(name, ())) < 2 or not options else ""
-            self.load_points()
+            if to_another_curve:
+                self.chosen = fill_choices(self.handles, self.catalogue)
+                self.members, self.records = load_curve(self.store, self.catalogue, self.chosen) if self.chosen else (None, None)
+                self.points = points_of(self.members, self.records) if self.chosen else None
+                fill_curve(self.handles, self.points, self.chosen.get("measure"))
+            elif self.points is not None:
+                fill_strengths(self.handles, self.points, self.chosen["measure"])
         finally:
             self.quiet = False
-        self.say()
-        self.show()
+        self.changed()
 
-    def load_points(self):
-        """Load the chosen curve and fill the handles for what it holds."""
-        if not self.chosen:
-            self.members = self.records = self.points = None
-            for name in ("name", "view", "strength", "point"):
-                fill(self.handles[name], [])
-            return
-        self.members, self.records = load_curve(self.store, self.catalogue, self.chosen)
-        self.points = points_of(self.members, self.records)
-        fill(self.handles["name"], [(words(name), name) for name in kinds_of(self.points)])
-        fill(self.handles["view"], [(view, view) for view in [*views_of(self.points, self.chosen["measure"]), "gallery"]])
-        places = [("choose one to list its networks", "")] + [(f"{label} % remaining", place) for place, label in percent_labels(self.points).items()]
-        fill(self.handles["point"], places)
-        self.fill_strengths()
+    def value(self, name):
+        """What a handle says."""
+        return self.handles[name].value
 
-    def fill_strengths(self):
-        """Give the slider the strengths of what is shown."""
-        measure, strengths = self.chosen["measure"], strengths_of(self.points, self.handles["name"].value)
-        fill(self.handles["strength"], [(strength_text(measure, s) or "–", s) for s in strengths])
+# %% ../nbs/33_explorer.ipynb #5f9c4ab0
+def title_of(chosen):
+    """The title of a picture of the `chosen` curve."""
+    c = {name: said(name, value) for name, value in chosen.items()}
+    small = f"{c['schedule']}; {c['rule']}; bars: 95 % intervals over seeds"
+    return f"{c['family']} on {c['dataset']}, grown by {c['growth']}; {c['measure']}<br><span style='font-size:12px;color:#666'>{small}</span>"
 
-    def show(self):
+class Canvas:
+    """Where the picture of a `Selection` is. holder: the widget; clicked: called as plotly does with a trace and a point of it."""
+
+    def __init__(self, clicked):
+        self.clicked, self.holder, self.figure, self.picture, self.drawn = clicked, widgets.VBox(), None, None, None
+
+    def show(self, selection):
         """Draw the chosen view, in place where that is possible."""
-        if self.points is None:
-            self.picture, self.figure, self.holder.children = None, None, ()
+        view, chosen = selection.value("view"), selection.chosen
+        if selection.points is None or view == "gallery":
+            self.figure, self.holder.children = None, () if selection.points is None else (widgets.HTML(self.gallery(selection)),)
             return
-        if strengths_of(self.points, self.handles["name"].value) != [value for _, value in self.handles["strength"].options]:
-            self.quiet = True
-            self.fill_strengths()
-            self.quiet = False
-        self.draw(self.chosen, self.handles["view"].value)
-        self.show_details()
-
-    def draw(self, c, view):
-        """Draw the chosen `view` of the chosen curve `c`."""
-        name, strength = self.handles["name"].value, self.handles["strength"].value
-        if view == "gallery":
-            try:
-                text = gallery_of(self.store, self.members, dataset=c["dataset"], measure=c["measure"], name=name, strength=strength)
-            except (ValueError, OSError) as error:
-                text = f"<p>There is no gallery: {html.escape(str(error))}</p>"
-            self.figure, self.holder.children = None, (widgets.HTML(text),)
-            return
-        title = f"{said('family', c['family'])} on {said('dataset', c['dataset'])}, grown by {c['growth']}; {said('measure', c['measure'])}"
-        title += f"<br><span style='font-size:12px;color:#666'>{said('schedule', c['schedule'])}; {said('rule', c['rule'])}; bars: 95 % intervals over seeds</span>"
-        picture = VIEWS[view](self.points, measure=c["measure"], growth=c["growth"], name=name, strength=strength, title=title)
-        if not (self.figure is not None and self.drawn == (view, c) and redraw(self.figure, picture, self.picture)):
+        how = dict(measure=chosen["measure"], growth=chosen["growth"], name=selection.value("name"), strength=selection.value("strength"))
+        picture = VIEWS[view](selection.points, **how, title=title_of(chosen))
+        if self.figure is None or self.drawn != (view, chosen) or not redraw(self.figure, picture, self.picture):
             self.figure = widget_class()(picture)
             for trace in self.figure.data:
                 trace.on_click(self.clicked)
             self.holder.children = (self.figure,)
-        self.picture, self.drawn = picture, (view, dict(c))
+        self.picture, self.drawn = picture, (view, dict(chosen))
 
-    def say(self):
-        """What cannot be seen in the picture: an empty store, networks that failed or did not converge."""
-        lines = [NOTHING_YET.format(root=html.escape(str(self.store.root)))] if self.points is None else []
-        if self.points is not None:
-            networks = self.members.drop_duplicates("experiment")
-            lines += [f"{status}: {count} of {len(networks)} networks of this curve" for status, count in
-                      {"did not reach the stopping loss (open markers)": (networks.status == "epochs").sum(), "diverged (crosses)": (networks.status == "diverged").sum()}.items() if count]
-        failures = load_failures(self.store)
-        lines += [f"failed, not on any curve: {html.escape(f['network'])}: {html.escape(f['reason'])}" for f in failures[:3]]
-        lines += [f"… and {len(failures) - 3} more; <code>sparse-nb failures</code> lists them"] * (len(failures) > 3)
-        self.notice.value = "".join(f"<div style='color:#8a4b00;line-height:1.4'>{line}</div>" for line in lines)
+    def gallery(self, selection):
+        """The gallery of the chosen curve, as HTML, or why there is none."""
+        shown = {name: selection.value(name) for name in ("name", "strength")}
+        try:
+            return gallery_of(selection.store, selection.members, dataset=selection.chosen["dataset"], measure=selection.chosen["measure"], **shown)
+        except (ValueError, OSError) as error:
+            return f"<p>There is no gallery: {html.escape(str(error))}</p>"
 
-    def clicked(self, trace, where, state):
-        """A point of a trace was clicked."""
-        if where.point_inds and isinstance(where.point_inds[0], int) and trace.customdata is not None:
-            runs = trace.customdata[where.point_inds[0]].split()
-            row = self.points[self.points.runs.map(lambda found: found == runs)].iloc[0]
-            self.handles["point"].value = tuple(row[["density", "depth", "repeat"]])
+# %% ../nbs/33_explorer.ipynb #35135aaa
+def notices(store, members):
+    """Lines of HTML on a store and the networks of a curve. members: of `load_curve`; None for no curve."""
+    lines = [NOTHING_YET.format(root=html.escape(str(store.root)))] if members is None else []
+    if members is not None:
+        status = members.drop_duplicates("experiment").status
+        for ended, words in (("epochs", "did not reach the stopping loss (open markers)"), ("diverged", "diverged (crosses)")):
+            if (status == ended).any():
+                lines.append(f"{words}: {(status == ended).sum()} of {len(status)} networks of this curve")
+    failures = load_failures(store)
+    lines += [f"failed, not on any curve: {html.escape(failure['network'])}: {html.escape(failure['reason'])}" for failure in failures[:3]]
+    lines += [f"… and {len(failures) - 3} more; <code>sparse-nb failures</code> lists them"] * (len(failures) > 3)
+    return "".join(f"<div style='color:#8a4b00;line-height:1.4'>{line}</div>" for line in lines)
 
-    def show_details(self):
-        """List the networks of the selected point."""
-        place = self.handles["point"].value
-        shown = self.records[(self.records.name == self.handles["name"].value) & (self.records.strength == self.handles["strength"].value)] if place else None
-        self.details.value = list_runs(self.store.root, self.members, shown, place) if place else ""
+# %% ../nbs/33_explorer.ipynb #e29c9c18
+class Training:
+    """Buttons that train one more point in the background. wanted: called for its jobs; done: called when they are over. `row` is what is displayed."""
+
+    def __init__(self, store, wanted, done):
+        self.store, self.wanted, self.done, self.stopped = store, wanted, done, threading.Event()
+        self.train = widgets.Button(description="train one more point", icon="plus", layout=widgets.Layout(width="190px"))
+        self.stop = widgets.Button(description="stop", icon="stop", disabled=True)
+        self.bar, self.told = widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="200px", visibility="hidden")), widgets.Label()
+        self.train.on_click(lambda _: self.begin())
+        self.stop.on_click(lambda _: self.stopped.set())
+        self.row = widgets.HBox([self.train, self.stop, self.bar, self.told])
 
     def begin(self):
-        """Train one more point of the curve, in the background."""
-        jobs = next_jobs(self.store, self.chosen, () if self.points is None else self.members.experiment)
+        """Train, if it is known what."""
+        jobs = self.wanted()
         if not jobs:
             self.told.value = "no preset has this curve, so it is not known what is missing"
             return
@@ -276,19 +287,59 @@ class Explorer:
         threading.Thread(target=self.work, args=(jobs,), daemon=True).start()
 
     def work(self, jobs):
-        """Carry out `jobs`, showing how far they are, and then the longer curve."""
-        def report(share, said):
-            self.bar.value, self.told.value = share, said
+        """Carry out `jobs`, showing how far they are."""
+        def report(share, words):
+            self.bar.value, self.told.value = share, words
 
         try:
-            said = make_point(self.store, jobs, report=report, stopped=self.stopped)
+            words = make_point(self.store, jobs, report=report, stopped=self.stopped)
         except Exception as error:
-            said = f"failed: {error}"
-        self.load()
-        self.told.value = said
+            words = f"failed: {error}"
+        self.done()
+        self.told.value = words
         self.train.disabled, self.stop.disabled, self.bar.layout.visibility = False, True, "hidden"
 
-# %% ../nbs/33_explorer.ipynb #670671cd
+# %% ../nbs/33_explorer.ipynb #86e50149
+class Explorer:
+    """The page: a `Selection`, its `Canvas`, and what is said beside them. `page` is what is displayed."""
+
+    def __init__(self, store):
+        self.store, self.notice, self.details = store, widgets.HTML(), widgets.HTML()
+        self.selection, self.canvas = Selection(store, self.show), Canvas(self.clicked)
+        self.training = Training(store, self.wanted, self.selection.load)
+        again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again", layout=widgets.Layout(width="120px"))
+        again.on_click(lambda _: self.selection.load())
+        self.selection.load()
+        handles = self.selection.handles
+        choices = widgets.HBox([handles[name] for name in (*CHOICES, "name")], layout=widgets.Layout(flex_flow="row wrap"))
+        self.page = widgets.VBox([
+            choices, handles["view"], handles["strength"], self.notice, self.canvas.holder, widgets.HBox([handles["point"], again]), self.training.row, self.details
+        ])
+
+    def wanted(self):
+        """The jobs of one more point of the chosen curve."""
+        members = self.selection.members
+        return next_jobs(self.store, self.selection.chosen, () if members is None else members.experiment)
+
+    def show(self):
+        """Show what is chosen: the picture, what is to be said of it, and the networks of the chosen point."""
+        s = self.selection
+        self.notice.value = notices(self.store, s.members)
+        self.canvas.show(s)
+        if place := s.value("point"):
+            shown = s.records[(s.records.name == s.value("name")) & (s.records.strength == s.value("strength"))]
+            self.details.value = list_runs(self.store.root, s.members, shown, place)
+        else:
+            self.details.value = ""
+
+    def clicked(self, trace, where, state):
+        """A point of a trace was clicked."""
+        if where.point_inds and isinstance(where.point_inds[0], int) and trace.customdata is not None:
+            runs, points = trace.customdata[where.point_inds[0]].split(), self.selection.points
+            row = points[points.runs.map(lambda found: found == runs)].iloc[0]
+            self.selection.handles["point"].value = tuple(row[["density", "depth", "repeat"]])
+
+# %% ../nbs/33_explorer.ipynb #3d914f93
 def explore(runs="runs"):
     """The explorer of the runs folder `runs`, a widget to display. Raises OSError if the folder cannot be written."""
     return Explorer(Store(runs)).page
