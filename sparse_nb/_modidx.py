@@ -666,6 +666,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'sparse_nb/provenance.py'),
                                       'sparse_nb.provenance.check_named': ('provenance.html#check_named', 'sparse_nb/provenance.py'),
                                       'sparse_nb.provenance.code_now': ('provenance.html#code_now', 'sparse_nb/provenance.py'),
+                                      'sparse_nb.provenance.elsewhere': ('provenance.html#elsewhere', 'sparse_nb/provenance.py'),
                                       'sparse_nb.provenance.embed': ('provenance.html#embed', 'sparse_nb/provenance.py'),
                                       'sparse_nb.provenance.embedded': ('provenance.html#embedded', 'sparse_nb/provenance.py'),
                                       'sparse_nb.provenance.from_json': ('provenance.html#from_json', 'sparse_nb/provenance.py'),

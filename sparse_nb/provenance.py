@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SVG_ROOT', 'HTML_ELEMENT', 'ENDINGS', 'read_header', 'the_only', 'Provenance', 'of_runs', 'of_points', 'to_json',
-           'from_json', 'embed', 'embedded', 'runs_of_csv', 'read', 'check_named', 'publish', 'code_now', 'head_lines',
-           'run_line']
+           'from_json', 'embed', 'embedded', 'runs_of_csv', 'elsewhere', 'read', 'check_named', 'publish', 'code_now',
+           'head_lines', 'run_line']
 
 # %% ../nbs/32_provenance.ipynb #566d5451
 import csv
@@ -34,7 +34,10 @@ from .store import read_about, run_status
 
 # %% ../nbs/32_provenance.ipynb #8583f27b
 def read_header(path):
-    """The first line of the record file at `path`, a dict with measure, evaluation and code. Raises ValueError naming the file if it is not what the file is named after."""
+    """The first line of the record file at `path`, a dict with measure, evaluation and code.
+
+    Raises ValueError naming the file if it cannot be read, or is not what the file is named after.
+    """
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
@@ -51,7 +54,8 @@ def the_only(what, found):
     examples = {value: where for where, value in reversed(found.items())}
     if len(examples) > 1:
         counts = Counter(found.values())
-        each = "; ".join(f"{value} in {counts[value]}, such as {where}" for value, where in sorted(examples.items(), key=lambda item: -counts[item[0]]))
+        often_first = sorted(examples.items(), key=lambda item: -counts[item[0]])
+        each = "; ".join(f"{value} in {counts[value]}, such as {where}" for value, where in often_first)
         raise ValueError(f"the {what} is not the same for all runs: {each}; a figure is not drawn from a mixture")
     return next(iter(examples))
 
@@ -82,7 +86,8 @@ class Provenance:
     @property
     def line(self):
         """The last line under a figure: versions, checksums and hashes by their first 8 digits, and the date to the minute."""
-        code, data = "+".join(version[:8] for version in self.code.values()), ", ".join(f"{WORDS[d]} {self.data[d][:8]}" for d in self.data)
+        code = "+".join(version[:8] for version in self.code.values())
+        data = ", ".join(f"{WORDS[name]} {found[:8]}" for name, found in self.data.items())
         count = f"{len(self.runs)} network{'s' * (len(self.runs) != 1)}"
         return f"code {code} · data {data} · {count} {self.run_set[:8]} · {self.date[:16].replace('T', ' ')} UTC"
 
@@ -187,11 +192,22 @@ def runs_of_csv(path):
         return tuple(dict.fromkeys(run for row in rows for run in row["runs"].split())) if "runs" in (rows.fieldnames or ()) else None
 
 # %% ../nbs/32_provenance.ipynb #78036eb0
+def elsewhere(path):
+    """A hint, if the CSV file beside the one at `path` names runs; else nothing."""
+    table = path.with_suffix(".csv")
+    return f", or trace {table}, which names its runs" if path != table and table.exists() and runs_of_csv(table) else ""
+
+# %% ../nbs/32_provenance.ipynb #c6c5944a
 def read(path):
-    """The `Provenance` in the file of a figure: SVG, PNG or HTML; of a CSV only its runs. Raises ValueError naming the file if there is none, OSError if it cannot be read."""
+    """The `Provenance` in the SVG, PNG or HTML file of a figure; of a CSV only its runs.
+
+    Raises ValueError naming the file if there is none in it, FileNotFoundError or another OSError if there is no such file, or none that may be read.
+    """
     path = Path(path)
     if path.suffix not in (".svg", ".png", ".html", ".csv"):
         raise ValueError(f"{path} is no figure's file; accepted: .svg, .png, .html, .csv")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         if path.suffix == ".csv":
             runs = runs_of_csv(path)
@@ -206,7 +222,8 @@ def read(path):
             raise
         raise ValueError(f"the provenance in {path} cannot be read ({error}); draw the figure again") from error
     if made is None:
-        raise ValueError(f"{path} carries no provenance: it was drawn by an earlier version of this package, or by another program; draw it again")
+        why = "it was drawn by an earlier version of this package, or by another program"
+        raise ValueError(f"{path} carries no provenance: {why}; draw it again{elsewhere(path)}")
     return made
 
 # %% ../nbs/32_provenance.ipynb #2e090f34
@@ -251,7 +268,7 @@ def code_now():
 def head_lines(provenance):
     """What a `Provenance` says of all its runs together, as lines for people; nothing is said of what is not known."""
     now = code_now()
-    here = {name: "as here" if now.get(name) == code else f"other than here, {now.get(name, 'which has none')}" for name, code in provenance.code.items()}
+    here = {name: "as here" if now.get(name) == code else f"here it is {now.get(name)}" for name, code in provenance.code.items()}
     narrower = f", smaller than the paper: {'. '.join(provenance.narrower)}" * bool(provenance.narrower)
     lines = [
         provenance.preset and f"preset   {provenance.preset}{narrower}",
@@ -265,10 +282,10 @@ def head_lines(provenance):
     return [line for line in lines if line]
 
 # %% ../nbs/32_provenance.ipynb #83b96f50
-ENDINGS = {"converged": "converged in {} epochs", "epochs": "all {} epochs, not converged", "diverged": "diverged in epoch {}"}
+ENDINGS = {"converged": "converged in epoch {}", "epochs": "not converged by its last epoch, {}", "diverged": "diverged in epoch {}"}
 
 def run_line(run, root):
-    """A run in one line for people: its hash, the network in words, how it ended, and its folder below `root`; or that it is not there, or damaged."""
+    """A run in one line for people: its hash, the network in words, how it ended, its folder below `root`; or that it is not there, or damaged."""
     folder = Path(root) / run
     if not (folder / "manifest.json").exists():
         return f"{run} is not in {root}"
