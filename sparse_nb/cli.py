@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NARROWING', 'COMMANDS', 'Grid', 'Sweep', 'Figures', 'Status', 'Export', 'Explore', 'Upkeep', 'Failures', 'Verify',
-           'Clean', 'Merge', 'Bench', 'narrowed', 'chosen_figures', 'notebook_parameters', 'wanted_by', 'duration',
-           'print_jobs', 'sweep_command', 'figures_command', 'progress_of', 'status_command', 'failures_command',
-           'counted', 'verify_command', 'clean_command', 'merge_command', 'export_command', 'explore_command', 'main']
+           'Clean', 'Merge', 'Trace', 'Bench', 'narrowed', 'chosen_figures', 'notebook_parameters', 'wanted_by',
+           'duration', 'print_jobs', 'sweep_command', 'figures_command', 'progress_of', 'status_command',
+           'failures_command', 'counted', 'verify_command', 'clean_command', 'merge_command', 'export_command',
+           'trace_command', 'explore_command', 'main']
 
 # %% ../nbs/40_cli.ipynb #d4735e3a
 import sqlite3
@@ -18,7 +19,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from . import bench, exchange, page, upkeep
+from . import bench, exchange, page, provenance, upkeep
 from .attempts import load_failures
 from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, experiment_hash
@@ -147,6 +148,13 @@ class Merge(Upkeep):
 
     other: Annotated[Path, tyro.conf.Positional] = Path()
     """The other runs folder; it is only read."""
+
+@dataclass(frozen=True)
+class Trace(Upkeep):
+    """List the runs behind a figure, with its preset, seeds, code and data."""
+
+    figure: Annotated[Path, tyro.conf.Positional] = tyro.MISSING
+    """Its SVG, PNG or HTML file, or the CSV with its points, which names the runs only."""
 
 # %% ../nbs/40_cli.ipynb #4c633caa
 @dataclass(frozen=True)
@@ -321,6 +329,12 @@ def export_command(command):
     if len(there) < len(wanted):
         print(f"{len(wanted) - len(there)} of {len(wanted)} networks are not there yet")
 
+# %% ../nbs/40_cli.ipynb #cfd49365
+def trace_command(command):
+    """Carry out a `Trace` command."""
+    made = provenance.read(command.figure)
+    print(*provenance.head_lines(made), *(provenance.run_line(run, command.runs) for run in made.runs), sep="\n")
+
 # %% ../nbs/40_cli.ipynb #86e50149
 def explore_command(command):
     """Carry out an `Explore` command: the paths of the page that is written, or a server until Ctrl-C."""
@@ -340,6 +354,7 @@ COMMANDS = {
     "export": (Export, export_command),
     "explore": (Explore, explore_command),
     "merge": (Merge, merge_command),
+    "trace": (Trace, trace_command),
     "bench": (Bench, lambda command: bench.main(whole=True, keep=command.out)),
 }
 

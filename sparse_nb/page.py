@@ -23,6 +23,7 @@ from .data import IMAGE_SHAPES
 from .plots import AXIS_TITLES, BACKGROUND, DARK_BACKGROUND, WORDS, collect, corruption_means, density_colour, footer_lines
 from .plots import place_points, radius_text, summarise_curves, template
 from .presets import FIGURES, plan
+from .provenance import of_points
 from .store import run_status, write_whole
 
 # %% ../nbs/34_page.ipynb #19581e27
@@ -525,7 +526,8 @@ def store_page(store, preset, path, *, root=None, include_plotlyjs=True):
     """`write_page` of everything that a store has of a `Preset`'s figures; returns the paths written. root: of the datasets. Raises as `write_page` and `presets.plan`."""
     finished = finished_points(store, preset, root=root)
     points = [point for of_measure in finished.values() for point in of_measure]
+    footer = [*footer_lines(preset, points), of_points(preset, points, store).line] if points else [f"Preset {preset.name}."]
     return write_page(
-        page_table(store, finished), path, provenance=footer_lines(preset, points) if points else [f"Preset {preset.name}."],
+        page_table(store, finished), path, provenance=footer,
         fill=f"sparse-nb sweep --preset {preset.name}", include_plotlyjs=include_plotlyjs,
     )

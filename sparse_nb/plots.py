@@ -10,29 +10,26 @@ __all__ = ['PLACE', 'STRENGTH', 'WORDS', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BA
            'draw_panels', 'panel_title', 'finish', 'template', 'on_dark', 'in_dark', 'footer_lines', 'changed_classes',
            'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table', 'corruption_footer',
            'attack_lines', 'radius_text', 'few', 'density_lines', 'draw_radii', 'masking_tolerance', 'masking_table',
-           'attack_footer', 'publish']
+           'attack_footer']
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
-import hashlib
 import itertools
 import math
-import tempfile
 import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 import plotly.graph_objects as go
 from PIL import ImageColor
 from plotly.colors import sample_colorscale
-from plotly.io import templates, write_images
+from plotly.io import templates
 from plotly.subplots import make_subplots
 
 from .attacks import FIGURE_EPSILON, PAPER_ATTACKS, masking_signs
 from .corruptions import corruption_errors
-from .data import CLASSES, IMAGE_SHAPES, SIZES, checksum
-from .experiments import MEASURE_CODE, TRAINING_CODE, code_version, evaluation_hash, experiment_hash
+from .data import CLASSES, IMAGE_SHAPES, SIZES
+from .experiments import evaluation_hash, experiment_hash
 from .presets import narrowings
 from .stats import class_changes, mean_interval, summarise
 from .store import run_status
@@ -300,13 +297,8 @@ def in_dark(figure):
 
 # %% ../nbs/32_plots.ipynb #73475cb4
 def footer_lines(preset, points):
-    """The lines under a figure: size of the study, where it is narrower than the paper, identities. Returns a list of str."""
-    evaluations = list({p.evaluation.measure: p.evaluation for p in points}.values())
-    measures = [e.measure for e in evaluations]
-    code = "+".join(code_version(*parts)[:8] for parts in (TRAINING_CODE, *((*MEASURE_CODE[e.measure], type(e).run) for e in evaluations)))
-    sums = ", ".join(f"{WORDS[d]} {checksum(d)[:8]}" for d in dict.fromkeys(p.experiment.dataset for p in points))
-    runs = sorted({experiment_hash(p.experiment) for p in points})
-    together = hashlib.sha256("".join(runs).encode()).hexdigest()[:8]
+    """The lines under a figure: size of the study, where it is narrower than the paper. Returns a list of str."""
+    measures = list(dict.fromkeys(p.evaluation.measure for p in points))
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     lines = [
         f"Preset {preset.name}, {' and '.join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))} allocation. Each point: mean over {preset.seeds} seed{'s' * (preset.seeds > 1)}"
@@ -316,7 +308,7 @@ def footer_lines(preset, points):
     smaller = narrowings(preset, sorted({p.growth for p in points}, reverse=True), measures, {p.experiment.family for p in points})
     if smaller:
         lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
-    return lines + [f"code {code} · data {sums} · {len(runs)} networks {together}"]
+    return lines
 
 # %% ../nbs/32_plots.ipynb #2fca346d
 RECALL_LINES = (Line("accuracy over all classes", "accuracy", 0, "#999999"), Line("lowest recall of a class", "lowest_recall", 0, "#440154"))
@@ -509,23 +501,3 @@ def attack_footer(points, signs):
         f"{attack.restarts} random start{'s' * (attack.restarts > 1)}.",
         f"Signs of gradient masking above {100 * masking_tolerance(points):.2g} % of the images, in networks: " + "; ".join(f"{r.Index} {r.departing} of {r.networks}" for r in sums.itertuples()) + ".",
     ]
-
-# %% ../nbs/32_plots.ipynb #5316ca1c
-def publish(figure, curves, folder, name):
-    """Write `figure` as NAME.svg, NAME.png, NAME.html and its points `curves` as NAME.csv into `folder`, all or none; returns their paths.
-
-    The HTML holds plotly's JavaScript and needs no network. Raises OSError naming the folder if it cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(dir=folder, prefix=".writing-")
-    except OSError as error:
-        raise OSError(f"the folder {folder.absolute()} cannot be written: {error}") from error
-    with made as temporary:
-        temporary = Path(temporary)
-        size = dict(width=figure.layout.width, height=figure.layout.height)  # not taken from the figure when several are written
-        write_images([figure, figure], [temporary / f"{name}.svg", temporary / f"{name}.png"], scale=[1, 2], **size)
-        figure.write_html(temporary / f"{name}.html", include_plotlyjs=True, div_id=name)
-        curves.to_csv(temporary / f"{name}.csv", index=False)
-        return [part.replace(folder / part.name) for part in sorted(temporary.iterdir())]

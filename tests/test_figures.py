@@ -21,11 +21,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from choreographer.browsers.chromium import Chromium
 from nbclient import NotebookClient
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from scipy import stats
 
-from sparse_nb import cli, data, sweep
+from sparse_nb import cli, data, provenance, sweep
 from sparse_nb.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.models import counted_weights
 from sparse_nb.presets import narrow, plan
@@ -133,12 +135,89 @@ def test_png_is_a_picture(drawn):
 def test_svg_says_what_it_shows_and_where_it_comes_from(drawn):
     tree = ElementTree.parse(drawn / "out/smoke/fig01.svg")
     assert tree.getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for metadata in tree.getroot().findall("{http://www.w3.org/2000/svg}metadata"):  # which nobody sees
+        tree.getroot().remove(metadata)
     text = " ".join(" ".join(tree.getroot().itertext()).split())
     code = json.loads(next(drawn.glob("runs/*/experiment.json")).read_bytes())["code"][:8]
     panel = ["MLP, digits", "Figure 1.", "noise σ", "0 (clean)", "remaining weights (%)", "accuracy (%)"]
     footer = ["Preset smoke", "mean over 2 seeds", "Smaller than the paper", "2 of 5 seeds", "at most 2 of 300 epochs"]
     source = [f"data digits {data.checksum('digits')[:8]}", f"code {code}", "4 networks"]
     assert [words for words in panel + footer + source if words not in text] == []
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
+
+
+def test_a_browser_shows_of_the_svg_what_it_shows_without_metadata(drawn, tmp_path):
+    text = (drawn / "out/smoke/fig01.svg").read_text(encoding="utf-8")
+    (tmp_path / "bare.svg").write_text(re.sub("<metadata.*?</metadata>", "", text), encoding="utf-8")
+    assert len(text) - 5000 < (tmp_path / "bare.svg").stat().st_size < len(text)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=Chromium.find_browser(skip_local=False))
+        page, seen = browser.new_page(), []
+        for path in (drawn / "out/smoke/fig01.svg", tmp_path / "bare.svg"):
+            page.goto(path.as_uri())
+            seen.append(page.screenshot())
+            assert page.evaluate("document.documentElement.tagName") == "svg"
+        browser.close()
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("ending", ["svg", "png", "html", "csv"])
+def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_path, capfd):
+    cli.main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(drawn / "runs")])
+    lines = capfd.readouterr().out.splitlines()
+    listed = {line.split()[0]: line for line in lines if RUN.fullmatch(line.split()[0])}
+    assert set(listed) == {p.name for p in (drawn / "runs").iterdir() if RUN.fullmatch(p.name)} and len(listed) == 4
+    for run, line in listed.items():
+        about = json.loads((drawn / "runs" / run / "experiment.json").read_bytes())["experiment"]
+        assert f"digits mlp width {about['width']} depth 1 " in line and f"seed {about['seed']}: not converged by its last epoch, 2;" in line
+        assert line.endswith(str(drawn / "runs" / run))
+    if ending != "csv":
+        (evaluation,) = {path for path in drawn.glob("runs/*/evaluations/*") if path.parent.parent.name == run}
+        code = json.loads(evaluation.read_text().splitlines()[0])["code"]
+        head = [" ".join(line.split()) for line in lines]
+        assert f"code weight_noise {code} (as here)" in head and f"data digits {data.checksum('digits')}" in head and "seeds 0, 1" in head
+
+    cli.main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(tmp_path / "nowhere")])
+    assert {line for line in capfd.readouterr().out.splitlines() if "is not in" in line} == {f"{run} is not in {tmp_path / 'nowhere'}" for run in listed}
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("fig.pdf", "", "accepted: .svg, .png, .html, .csv"),
+    ("fig.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>", "carries no provenance"),
+    ("fig.svg", "<svg", "cannot be read"),
+    ("fig.png", "", "cannot be read"),
+    ("fig.html", '<script type="application/json" id="provenance">[]</script>', "cannot be read"),
+    ("fig.csv", "mean\n0.9\n", "carries no provenance"),
+    ("fig.csv", None, "there is no file"),
+])
+def test_trace_says_in_one_sentence_what_cannot_be_traced(name, content, words, tmp_path, capfd):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["trace", str(tmp_path / name), "--runs", str(tmp_path / "runs")])
+    out, said = capfd.readouterr()
+    assert (end.value.code, out) == (1, "") and said.count("\n") == 1 and words in said and str(tmp_path / name) in said
+
+
+@pytest.mark.parametrize("notebook", sorted(ROOT.glob("figures/*.ipynb")), ids=lambda path: path.stem)
+def test_every_figure_is_published_with_its_provenance_in_sight(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells)
+    assert len(cells) <= 12
+    assert "made = provenance.of_points(chosen, points, store)" in text and re.search(r"footer ?= ?\[.*made\.line\]", text)
+    published = re.findall(r"provenance\.publish\(.*\)", text)
+    assert published and all(call.endswith(", made)") for call in published)
+
+
+def test_a_store_of_mixed_code_is_not_drawn(drawn, tmp_path):
+    """A measurement by other code, under the name of this one's, as only a hand can put it there."""
+    shutil.copytree(drawn / "runs", tmp_path / "runs")
+    changed = sorted(tmp_path.glob("runs/*/evaluations/*"))[-1]
+    changed.write_text(re.sub('"code":"[0-9a-f]{16}"', '"code":"0123456789abcdef"', changed.read_text(), count=1))
+    store, preset = Store(tmp_path / "runs"), narrow("smoke", families="mlp", epochs=2, widths="32 128")
+    with pytest.raises(ValueError, match=re.escape(str(changed))):
+        provenance.of_points(preset, plan("fig01", preset), store)
 
 
 def test_html_asks_no_other_host(drawn):
