@@ -14,6 +14,7 @@ __all__ = ['PLACE', 'STRENGTH', 'WORDS', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BA
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -43,7 +44,7 @@ def place_of(point):
     e = point.experiment
     return {
         "dataset": e.dataset, "rule": point.rule, "family": e.family, "growth": point.growth, "width": e.width, "depth": e.depth,
-        "repeat": e.repeat, "density": e.density, "seed": e.seed,
+        "repeat": e.repeat, "budget": e.budget, "density": e.density, "seed": e.seed,
         "experiment": experiment_hash(e), "evaluation": evaluation_hash(point.evaluation),
     }
 
@@ -313,7 +314,8 @@ def footer_lines(preset, points):
         + (", bar: 95 % t-interval. " if preset.seeds > 1 else ", no interval from one seed. ")
         + f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
-    smaller = narrowings(preset, sorted({p.growth for p in points}, reverse=True), measures, {p.experiment.family for p in points})
+    used = dataclasses.replace(preset, rules=tuple(dict.fromkeys(p.rule for p in points)))  # a figure may have rules of its own
+    smaller = narrowings(used, sorted({p.growth for p in points}, reverse=True), measures, {p.experiment.family for p in points})
     if smaller:
         lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
     return lines + [f"code {code} · data {sums} · {len(runs)} networks {together}"]
