@@ -90,8 +90,8 @@ PRESETS = {
                 128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, shorter("mlp", epochs=50),
                 control=MLP_CONTROL, dataset_epochs=(("cifar10", 15), ("cifar100", 15)),
             ),
-            "vgg": FamilySetting(8, (8, 11, 16, 23, 32), 8, VGG_DEPTHS, shorter("vgg", epochs=10), 10_000, 1000),
-            "resnet": FamilySetting(8, (8, 11, 16, 23, 32), 8, RESNET_DEPTHS, shorter("resnet", epochs=10), 10_000, 1000),
+            "vgg": FamilySetting(8, (8, 11, 16, 23, 32), 8, VGG_DEPTHS, shorter("vgg", epochs=10), 5000, 250),
+            "resnet": FamilySetting(8, (8, 11, 16, 23), 8, RESNET_DEPTHS[:3], shorter("resnet", epochs=10), 5000, 250),
         },
     ),
     "paper": Preset(
