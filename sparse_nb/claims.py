@@ -6,7 +6,7 @@
 __all__ = ['NETWORK', 'CURVE', 'PLACES', 'UNDER_ATTACK', 'CLAIMS', 'EVERYTHING', 'BOTH_SCHEDULES', 'COLUMNS', 'chance', 'rows_of',
            'scores', 'panels', 'percent', 'in_words', 'Finding', 'Claim', 'by_panel', 'rise_and_fall',
            'earlier_on_mnist', 'match_or_beat', 'onsets', 'fall_together', 'sooner_by_magnitude', 'small_depth',
-           'stops_converging', 'does_not_fall', 'flatter', 'decline', 'vgg_declines_most', 'control_arms',
+           'stops_converging', 'does_not_fall', 'flatter', 'decline', 'vgg_declines_most', 'control_panels',
            'capacity_not_sparsity', 'judge', 'overall', 'together']
 
 # %% ../nbs/31_claims.ipynb #d4735e3a
@@ -327,7 +327,7 @@ CLAIMS.append(Claim(
 ))
 
 # %% ../nbs/31_claims.ipynb #41cfc0d1
-def control_arms(values, budgets):
+def control_panels(values, budgets):
     """{(dataset, rule, family): (fewer weights, sparser)}: two panels of seeds × factors, 1 first, of a Series of `scores` of the control and the budget of each network.
 
     Fewer weights: dense networks of ever smaller budgets. Sparser: the largest budget in ever wider networks. Factors that both arms have, to the nearest halving.
@@ -348,7 +348,7 @@ def capacity_not_sparsity(tables):
     """The `Finding`s of claim 12: accuracy under noise of sparser networks minus that of smaller ones, on the mean over the factors."""
     table, findings = tables["fig12"], []
     budgets = table.drop_duplicates(NETWORK + ["budget"]).set_index(NETWORK).budget
-    for curve, (fewer, sparser) in control_arms(scores(table, "noise"), budgets).items():
+    for curve, (fewer, sparser) in control_panels(scores(table, "noise"), budgets).items():
         costs = [100 * (arm.iloc[:, 1:].mean(axis=1) - arm.iloc[:, 0]) for arm in (fewer, sparser)]
         words = f"from 1/2 to 1/{2**fewer.columns[-1]}: fewer weights {costs[0].mean():+.1f} points, sparser {costs[1].mean():+.1f}"
         findings.append(Finding(*curve, "control", len(fewer), above((costs[1] - costs[0]) / 100), words))

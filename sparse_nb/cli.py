@@ -24,7 +24,7 @@ from .attempts import load_failures
 from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, experiment_hash
 from .jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
-from .presets import FIGURES, narrow, plan
+from .presets import FIGURES, narrow, plan, shown_families
 from .serve import serve
 from .store import Store
 from .sweep import check_engine, run
@@ -175,7 +175,7 @@ def chosen_figures(command):
     """The figures that a `Grid` command names; if it names none, those that show one of its families. Raises ValueError for an unknown one."""
     for figure in command.figures:
         accept("figure", figure, FIGURES)
-    return command.figures or tuple(figure for figure in FIGURES if set(narrowed(command).families) & set(FIGURES[figure].families))
+    return command.figures or tuple(figure for figure in FIGURES if shown_families(figure, narrowed(command)))
 
 def notebook_parameters(command):
     """The parameters of a figure's notebook: flat scalars, in absolute paths."""

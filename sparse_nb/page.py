@@ -22,24 +22,24 @@ from .attacks import ATTACKS, FIGURE_EPSILON
 from .data import IMAGE_SHAPES
 from .plots import AXIS_TITLES, BACKGROUND, DARK_BACKGROUND, WORDS, collect, corruption_means, density_colour, footer_lines
 from .plots import place_points, radius_text, summarise_curves, template
-from .presets import FIGURES, plan
+from .presets import FIGURES, plan, shown_families
 from .provenance import of_points
 from .store import run_status, write_whole
 
 # %% ../nbs/34_page.ipynb #19581e27
 def finished_points(store, preset, *, root=None):
-    """{(schedule, measure): points} of all figures under a `Preset`, each once, as far as the store has them measured, or diverged.
+    """{(schedule, measure): points} of all figures' curves under a `Preset`, each once, as far as the store has them measured, or diverged.
 
     root: folder of the datasets, see `presets.plan`.
     """
     plans, finished = {}, {}
     for name, figure in FIGURES.items():
-        if set(figure.families) & set(preset.families):
+        if set(figure.growths) <= set(AXIS_TITLES) and shown_families(name, preset):
             plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=root)))
     for (schedule, measure), points in plans.items():
         there = [p for p in points if store.has_records(p.experiment, p.evaluation) or run_status(store, p.experiment) == "diverged"]
         sparse = {curve_of(p) for p in there if p.experiment.density < 1}
-        shown = tuple(p for p in there if schedule == "static" or curve_of(p) in sparse)
+        shown = tuple(p for p in there if (schedule == "static" and p.rule in preset.rules) or curve_of(p) in sparse)
         if shown:
             finished[schedule, measure] = shown
     return finished

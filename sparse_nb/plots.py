@@ -7,13 +7,14 @@ __all__ = ['PLACE', 'STRENGTH', 'WORDS', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BA
            'CORRUPTION_GROUPS', 'DASHES', 'ATTACK_COLOURS', 'place_of', 'collect', 'summarise_curves',
            'ordered_colours', 'density_axis', 'density_colour', 'luminance', 'contrast', 'depth_axis', 'Line',
            'strength_lines', 'add_line', 'add_diverged', 'accuracy_range', 'place_points', 'empty_panels',
-           'draw_panels', 'panel_title', 'finish', 'template', 'on_dark', 'in_dark', 'footer_lines', 'changed_classes',
-           'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table', 'corruption_footer',
-           'attack_lines', 'radius_text', 'few', 'density_lines', 'draw_radii', 'masking_tolerance', 'masking_table',
-           'attack_footer']
+           'draw_panels', 'panel_title', 'finish', 'template', 'on_dark', 'in_dark', 'smaller_than_paper',
+           'footer_lines', 'changed_classes', 'corruption_means', 'severity_lines', 'type_lines',
+           'corruption_error_table', 'corruption_footer', 'attack_lines', 'radius_text', 'few', 'density_lines',
+           'draw_radii', 'masking_tolerance', 'masking_table', 'attack_footer']
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
+import dataclasses
 import itertools
 import math
 import textwrap
@@ -40,7 +41,7 @@ def place_of(point):
     e = point.experiment
     return {
         "dataset": e.dataset, "rule": point.rule, "family": e.family, "growth": point.growth, "width": e.width, "depth": e.depth,
-        "repeat": e.repeat, "density": e.density, "seed": e.seed,
+        "repeat": e.repeat, "budget": e.budget, "density": e.density, "seed": e.seed,
         "experiment": experiment_hash(e), "evaluation": evaluation_hash(point.evaluation),
     }
 
@@ -296,17 +297,21 @@ def in_dark(figure):
     return figure
 
 # %% ../nbs/32_plots.ipynb #73475cb4
+def smaller_than_paper(preset, points):
+    """Sentences on where a plan's `points` under a `Preset` are fewer or smaller than in the paper."""
+    used = {name: tuple(dict.fromkeys(values)) for name, values in (("rules", (p.rule for p in points)), ("datasets", (p.experiment.dataset for p in points)))}
+    growths, measures = sorted({p.growth for p in points}, reverse=True), dict.fromkeys(p.evaluation.measure for p in points)
+    return narrowings(dataclasses.replace(preset, **used), growths, list(measures), {p.experiment.family for p in points})
+
 def footer_lines(preset, points):
     """The lines under a figure: size of the study, where it is narrower than the paper. Returns a list of str."""
-    measures = list(dict.fromkeys(p.evaluation.measure for p in points))
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     lines = [
         f"Preset {preset.name}, {' and '.join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))} allocation. Each point: mean over {preset.seeds} seed{'s' * (preset.seeds > 1)}"
         + (", bar: 95 % t-interval. " if preset.seeds > 1 else ", no interval from one seed. ")
         + f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
-    smaller = narrowings(preset, sorted({p.growth for p in points}, reverse=True), measures, {p.experiment.family for p in points})
-    if smaller:
+    if smaller := smaller_than_paper(preset, points):
         lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
     return lines
 

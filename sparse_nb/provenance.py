@@ -28,8 +28,7 @@ from . import __version__
 from .experiments import TRAINING_CODE, Attack, ClassRecall, Clean, Corruption, WeightNoise, code_version, dense_parent, digest
 from .experiments import evaluation_hash, evaluation_identity, experiment_hash
 from .jobs import words
-from .plots import WORDS
-from .presets import narrowings
+from .plots import WORDS, smaller_than_paper
 from .store import read_about, run_status
 
 # %% ../nbs/32_provenance.ipynb #8583f27b
@@ -131,9 +130,7 @@ def of_points(preset, points, store):
             unmade.append(run)
             run = experiment_hash(dense_parent(point.experiment))
         runs.setdefault(run, {})[evaluation_hash(point.evaluation)] = None
-    growths, measures = sorted({p.growth for p in points}, reverse=True), sorted({p.evaluation.measure for p in points})
-    narrower = narrowings(preset, growths, measures, {p.experiment.family for p in points})
-    made = of_runs(runs, store.root, preset=preset.name, narrower=tuple(narrower))
+    made = of_runs(runs, store.root, preset=preset.name, narrower=tuple(smaller_than_paper(preset, points)))
     return replace(made, runs=(*runs, *dict.fromkeys(unmade)))
 
 # %% ../nbs/32_provenance.ipynb #548f1bfa
