@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import bench, exchange, page, upkeep
 from .attempts import load_failures
 from .drawing import check_drawing, draw_figures, notebook_of
-from .experiments import accept, experiment_hash
+from .experiments import accept, dense_parent, experiment_hash
 from .jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
 from .presets import FIGURES, narrow, plan
 from .serve import serve
@@ -95,7 +95,10 @@ class Status(Grid):
 
 @dataclass(frozen=True)
 class Export(Grid):
-    """Write the records and the description of every run behind them as compressed CSV, under results/PRESET."""
+    """Publish finished runs under results/PRESET: as an archive without checkpoints, which `merge` reads, and as compressed CSV.
+
+    What is published there already stays; if it is not in the runs folder, merge it first.
+    """
 
     out: Path = Path("results")
     """Where the folder of the preset is."""
@@ -143,10 +146,13 @@ class Clean(Upkeep):
 
 @dataclass(frozen=True)
 class Merge(Upkeep):
-    """Take over the finished runs of another runs folder, from another machine, say."""
+    """Take over finished runs from elsewhere: from the runs folder of another machine, or from what `export` published.
+
+    Networks come without checkpoints from an archive; where one is needed for a further measurement, `sweep` trains it again.
+    """
 
     other: Annotated[Path, tyro.conf.Positional] = Path()
-    """The other runs folder; it is only read."""
+    """The other runs folder, a runs.tar.xz, or a folder with one, such as results/laptop; it is only read."""
 
 # %% ../nbs/40_cli.ipynb #4c633caa
 @dataclass(frozen=True)
@@ -243,7 +249,7 @@ def progress_of(figures, command, store, rates, device, failed):
     jobs = missing_jobs(wanted, wanted, store)
     measured = [store.has_records(experiment, evaluation) for experiment, evaluations in wanted.items() for evaluation in evaluations]
     return (
-        len(wanted), len(wanted) - sum(job.train and job.experiment in wanted for job in jobs), sum(experiment_hash(e) in failed for e in wanted),
+        len(wanted), len(wanted) - sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs), sum(experiment_hash(e) in failed for e in wanted),
         len(measured), sum(measured), sum(seconds_for(job, rates, device) for job in jobs),
     )
 
@@ -299,7 +305,7 @@ def clean_command(command):
 # %% ../nbs/40_cli.ipynb #eb1e33e8
 def merge_command(command):
     """Carry out a `Merge` command."""
-    with tqdm(total=len(upkeep.run_folders(command.other)) if command.other.is_dir() else 0, unit=" runs", disable=None) as bar:
+    with tqdm(total=len(upkeep.run_folders(command.other)) or None if command.other.is_dir() else None, unit=" runs", disable=None) as bar:
         taken = exchange.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
     print(
@@ -312,12 +318,13 @@ def merge_command(command):
 def export_command(command):
     """Carry out an `Export` command. Raises RuntimeError if nothing of what is asked for is there."""
     store, wanted = Store(command.runs), wanted_by(command, chosen_figures(command))
-    there = [experiment for experiment in wanted if store.has_run(experiment)]
-    if not there:
-        raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes them")
+    there, parents = [experiment for experiment in wanted if store.has_run(experiment)], {dense_parent(experiment) for experiment in wanted} - {None}
     folder = command.out / command.preset
-    folder.mkdir(parents=True, exist_ok=True)
-    print(*exchange.export(store, there, folder), sep="\n")
+    if not there:
+        remedy = f"merge {folder}` takes over what is published" if (folder / exchange.ARCHIVE).exists() else f"sweep --preset {command.preset}` makes them"
+        raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb {remedy}")
+    say = lambda gone: print(f"no longer published, since they are of earlier code or other data: {counted(len(gone), 'run')}")
+    print(*exchange.export(store, [*there, *parents], folder, on_outdated=say), sep="\n")
     if len(there) < len(wanted):
         print(f"{len(wanted) - len(there)} of {len(wanted)} networks are not there yet")
 
