@@ -18,8 +18,8 @@ from .presets import FIGURES
 
 # %% ../nbs/36_drawing.ipynb #2c624232
 def notebook_of(figure, notebooks):
-    """The path of a figure's notebook in the folder `notebooks`. Raises FileNotFoundError if it is not there."""
-    path = Path(notebooks) / f"{FIGURES[figure].notebook}.ipynb"
+    """The path of the notebook of a figure, or of "claims", in the folder `notebooks`. Raises FileNotFoundError if it is not there."""
+    path = Path(notebooks) / f"{FIGURES[figure].notebook if figure in FIGURES else figure}.ipynb"
     if not path.exists():
         raise FileNotFoundError(f"the notebook {path} is not there; run this in the project's folder, or say where with --notebooks")
     return path

@@ -24,7 +24,7 @@ from .attempts import forget_attempts, lease, load_state, log_path, note_progres
 from .engines import logged
 from .experiments import dense_parent, forward_cost, prune, train
 from .sparse_execution import CONVOLUTION_WALK_BELOW, WALK_BELOW
-from .store import Store, load_history, load_run, run_status, save_records, save_run
+from .store import Store, load_history, load_run, other_weights, restore_checkpoint, run_status, save_records, save_run
 
 # %% ../nbs/22_jobs.ipynb #ef2d127d
 DEVICES = ("auto", "cpu", "cuda")
@@ -50,7 +50,7 @@ def environment(device):
 # %% ../nbs/22_jobs.ipynb #2c624232
 @dataclass(frozen=True)
 class Job:
-    """One network: train it (if `train`), then make the `evaluations` that are missing."""
+    """One network: train it (if `train`; perhaps again, where a finished run lacks its checkpoint), then make the `evaluations` that are missing."""
 
     experiment: object
     train: bool
@@ -67,12 +67,12 @@ def missing_jobs(experiments, evaluations, store):
         wanted = tuple(e for e in wanted if not store.has_records(experiment, e))
         if store.has_run(experiment) and not wanted:
             continue
-        status = run_status(store, experiment)
-        parent = dense_parent(experiment)
-        if parent and status is None and not store.has_run(parent):
+        if run_status(store, experiment) == "diverged":
+            continue
+        make, parent = not store.has_checkpoint(experiment), dense_parent(experiment)
+        if parent and make and not store.has_checkpoint(parent):
             jobs.setdefault(parent, Job(parent, True, ()))
-        if status is None or (wanted and status != "diverged"):
-            jobs[experiment] = Job(experiment, status is None, wanted)
+        jobs[experiment] = Job(experiment, make, wanted)
     return list(jobs.values())
 
 # %% ../nbs/22_jobs.ipynb #4fc82b26
@@ -133,8 +133,12 @@ class NoTimeLeft(Exception):
     """The sweep's time is over; the training state is kept."""
 
 def train_on(experiment, store, images, device, *, report, deadline, keep_every):
-    """Train an `Experiment` from its last state to its end, keeping states. Raises NoTimeLeft, after a last state, when `deadline` (of `time.time`) is over."""
+    """Train an `Experiment` from its last state to its end, keeping states.
+
+    Raises NoTimeLeft, after a last state, when `deadline` (of `time.time`) is over; ValueError if the run is finished and went another way.
+    """
     where, kept = environment(device), time.monotonic()
+    before = load_history(store, experiment).epochs if store.has_run(experiment) else ()
 
     def keep(state):
         nonlocal kept
@@ -146,21 +150,29 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
             raise NoTimeLeft
 
     def on_epoch(epoch):
+        for then in before[epoch.epoch - 1 : epoch.epoch]:
+            if (epoch.loss, epoch.accuracy) != (then.loss, then.accuracy):
+                raise other_weights(store.folder(experiment), f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}")
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
     return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, where), keep=keep)
 
 # %% ../nbs/22_jobs.ipynb #b17ef6d1
 def make_network(experiment, store, load, device, **how):
-    """Train a network, or prune its dense parent, and keep it; False if there is nothing to prune or it was there before. how: of `train_on`."""
-    parent = dense_parent(experiment)
+    """Train a network, or prune its dense parent, and keep it, or its checkpoint if the run is finished; False if there is nothing to prune or it was there before.
+
+    how: of `train_on`. Raises ValueError if the run is finished and has other weights.
+    """
+    parent, finished = dense_parent(experiment), store.has_run(experiment)
     if parent is None:
         model, history = train_on(experiment, store, load(experiment.dataset, "train"), device, **how)
     elif run_status(store, parent) == "diverged":
         return False
     else:
         model, history = prune(experiment, load_run(store, parent, device)), load_history(store, parent)
-    return save_run(store, experiment, model, history, environment(device))
+    if finished:
+        restore_checkpoint(store, experiment, model)
+    return finished or save_run(store, experiment, model, history, environment(device))
 
 def measure(job, store, load, device, report):
     """Make the measurements of a job that are still missing; returns their number."""
@@ -198,7 +210,7 @@ def run_job(job, store, load, device, *, report=lambda share, said: None, deadli
             return Outcome("elsewhere")
         try:
             with logged(log):
-                made = job.train and not store.has_run(e) and make_network(
+                made = job.train and not store.has_checkpoint(e) and make_network(
                     e, store, load, device, report=lambda share, said: report(first * share, said), deadline=deadline, keep_every=keep_every
                 )
                 measured = measure(job, store, load, device, lambda share, said: report(first + (1 - first) * share, said))

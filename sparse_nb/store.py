@@ -7,7 +7,8 @@ __all__ = ['RUN_COLUMNS', 'KIND_COLUMNS', 'SCHEMA', 'RECORD_COLUMNS', 'RECORD_KE
            'write_whole', 'sync_folder', 'sha256', 'commit_folder', 'read_proven', 'read_about', 'records_text',
            'parse_records', 'writing', 'create_tables', 'run_row', 'kind_of', 'enter_files', 'stamps', 'stamps_on_disk',
            'update_index', 'condition', 'read_rows', 'read_table', 'on_network', 'index_path', 'ask_index',
-           'check_columns', 'Store', 'save_run', 'load_run', 'run_status', 'load_history', 'save_records']
+           'check_columns', 'Store', 'save_run', 'load_run', 'run_status', 'load_history', 'other_weights',
+           'restore_checkpoint', 'save_records']
 
 # %% ../nbs/21_store.ipynb #d4735e3a
 import dataclasses
@@ -378,6 +379,10 @@ class Store:
         """Is the run finished?"""
         return (self.folder(experiment) / "manifest.json").exists()
 
+    def has_checkpoint(self, experiment):
+        """Is the run finished, and its trained network there? A run may be taken over without it."""
+        return self.has_run(experiment) and (self.folder(experiment) / "model.safetensors").exists()
+
     def has_records(self, experiment, evaluation):
         """Is the measurement of the run finished?"""
         return self.records_path(experiment, evaluation).exists()
@@ -447,6 +452,23 @@ def load_history(store, experiment):
     epochs = tuple(Epoch(**json.loads(line)) for line in read_proven(folder, "history.jsonl").splitlines())
     result = read_about(folder)["result"]
     return History(epochs, result["status"], result["diverged_at"])
+
+# %% ../nbs/21_store.ipynb #67324664
+def other_weights(folder, found):
+    """The ValueError for a network that was made again, for the run in `folder`, and came out differently. found: how that was seen, in words."""
+    made = ", ".join(f"{key} {value}" for key, value in read_about(folder)["environment"].items())
+    return ValueError(
+        f"{folder} was taken over without its checkpoint, and making the network again gives other weights here ({found}), to which its records do not belong; "
+        f"measure it on a machine like its own ({made}), merge a runs folder that has the checkpoint, or delete the folder {folder} to train and measure again"
+    )
+
+def restore_checkpoint(store, experiment, model):
+    """Keep a network that was made again as the checkpoint of its finished run, which lacks it. Raises ValueError if it is not the same to the last bit."""
+    folder, content = store.folder(experiment), safetensors.torch.save(pack(model))
+    expected = json.loads((folder / "manifest.json").read_bytes())["model.safetensors"]
+    if sha256(content) != expected:
+        raise other_weights(folder, f"their sha256 is {sha256(content)[:16]}…, its manifest says {expected[:16]}…")
+    write_whole(folder / "model.safetensors", content)
 
 # %% ../nbs/21_store.ipynb #81b8a03f
 def save_records(store, experiment, evaluation, records):

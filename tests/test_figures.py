@@ -303,6 +303,23 @@ def test_second_command_trains_nothing(drawn, tmp_path):
     }
 
 
+def test_a_machine_that_forgets_draws_from_what_is_published_without_training(drawn, tmp_path):
+    shutil.copytree(drawn / "runs", tmp_path / "before")
+    preset = ["--preset", "smoke", *SMALL]
+    for arguments in (
+        ["export", "--figures", "fig01", *preset, "--runs", tmp_path / "before", "--out", tmp_path / "results"],
+        ["merge", tmp_path / "results/smoke", "--runs", tmp_path / "runs"],
+        ["figures", "fig01", *preset, "--runs", tmp_path / "runs", "--out", tmp_path / "out"],
+        ["explore", *preset, "--runs", tmp_path / "runs", "--static", tmp_path / "curves.html"],
+    ):
+        done = subprocess.run([BIN / "sparse-nb", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        if arguments[0] == "figures":
+            assert done.stdout.startswith("4 networks: 0 made now, 4 already there; 0 measurements made now\n")
+    assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
+    assert (tmp_path / "curves.html").stat().st_size > 10_000 and not list(tmp_path.glob("runs/*/model.safetensors"))
+
+
 def test_plain_papermill_draws_the_same_numbers(drawn, tmp_path):
     parameters = {"preset": "smoke", "families": "mlp", "epochs": "2", "widths": "32 128", "runs": drawn / "runs", "out": tmp_path / "out"}
     flags = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
