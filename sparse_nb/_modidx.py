@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparse_nb.controls.distance_line': ('controls.html#distance_line', 'sparse_nb/controls.py'),
                                     'sparse_nb.controls.draw_arms': ('controls.html#draw_arms', 'sparse_nb/controls.py'),
                                     'sparse_nb.controls.draw_rules': ('controls.html#draw_rules', 'sparse_nb/controls.py'),
+                                    'sparse_nb.controls.effective_axis': ('controls.html#effective_axis', 'sparse_nb/controls.py'),
                                     'sparse_nb.controls.factor_axis': ('controls.html#factor_axis', 'sparse_nb/controls.py'),
                                     'sparse_nb.controls.grid_table': ('controls.html#grid_table', 'sparse_nb/controls.py'),
                                     'sparse_nb.controls.noise_means': ('controls.html#noise_means', 'sparse_nb/controls.py'),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'ARM_LINES', 'RULE_MARKS', 'noise_means', 'control_arms', 'arm_curves', 'factor_axis', 'draw_arms', 'paired',
-           'arm_differences', 'grid_table', 'draw_rules', 'rule_distance', 'rule_distances', 'distance_line']
+           'arm_differences', 'grid_table', 'effective_axis', 'draw_rules', 'rule_distance', 'rule_distances',
+           'distance_line']
 
 # %% ../nbs/32_controls.ipynb #a32c0003
 import itertools
@@ -58,10 +59,11 @@ def arm_curves(arms):
     return places.merge(curves, on=PLACE).rename(columns={"growth": "arm"})
 
 # %% ../nbs/32_controls.ipynb #a32c0011
-ARM_LINES = tuple(
-    (arm, Line(ARMS[arm], "noisy_accuracy", 0, colour, dash=dash))
-    for arm, colour, dash in (("fewer", "#d55e00", "solid"), ("sparser", "#0072b2", "solid"), ("both", "#888888", "dash"))  # Okabe and Ito's
-)
+ARM_LINES = {  # and how far each stands from its place, in halvings; colours are Okabe and Ito's, and a grey
+    "fewer": (Line(ARMS["fewer"], "noisy_accuracy", 0, "#d55e00"), 0.05),
+    "sparser": (Line(ARMS["sparser"], "noisy_accuracy", 0, "#0072b2"), -0.05),
+    "both": (Line(ARMS["both"], "noisy_accuracy", 0, "#777777", dash="dash"), 0),
+}
 
 def factor_axis(steps):
     """Settings of a logarithmic axis of factors that falls to the right: 1, 1/2, 1/4 … for steps from 0 to `steps`."""
@@ -78,11 +80,11 @@ def draw_arms(curves, *, title, footer):
     for (i, (dataset, rule)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[(curves.dataset == dataset) & (curves.rule == rule) & ((curves.quantity == "noisy_accuracy") | curves.quantity.isna())]
         panel = across[across.family == family].assign(x=lambda points: points.factor).sort_values("x", ascending=False)
-        for arm, line in ARM_LINES:
-            on_arm = panel[panel.arm == arm]
-            add_line(figure, on_arm[line.among(on_arm)], line, legend=(i, j) == (1, 1), row=i, col=j)
+        for arm, (line, apart) in ARM_LINES.items():
+            on_arm = panel[(panel.arm == arm) & line.among(panel)]
+            add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), line, legend=(i, j) == (1, 1), row=i, col=j, faint=True)
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
-        figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, or density, by this factor" if i == len(rows) else None, row=i, col=j)
+        figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor" if i == len(rows) else None, row=i, col=j)
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)" if j == 1 else None, row=i, col=j)
     return finish(figure, title, "from the dense base", footer, len(rows), len(columns))
 
@@ -124,6 +126,12 @@ def grid_table(means):
     return grid.sort_index(level="budget", ascending=False, sort_remaining=False).round(1)
 
 # %% ../nbs/32_controls.ipynb #a32c001c
+def effective_axis(densities):
+    """`plots.density_axis` with at most seven of its ticks, since effective densities reach far."""
+    axis = density_axis(densities)
+    every = math.ceil(len(axis["tickvals"]) / 7)
+    return axis | dict(tickvals=axis["tickvals"][::every], ticktext=axis["ticktext"][::every], tickangle=0)
+
 RULE_MARKS = {"water_filling": ("#0072b2", "circle"), "proportional": ("#d55e00", "square"), "erk": ("#009e73", "diamond")}  # Okabe and Ito's colours
 
 def draw_rules(curves, *, title, footer):
@@ -141,10 +149,10 @@ def draw_rules(curves, *, title, footer):
             colour, mark = RULE_MARKS[rule]
             line = Line(WORDS[rule] + words, quantity, 0, colour, dash=dash)
             of_rule = panel[panel.rule == rule]
-            add_line(figure, of_rule[line.among(of_rule)], line, legend=(i, j) == (1, 1), row=i, col=j)
+            add_line(figure, of_rule[line.among(of_rule)], line, legend=(i, j) == (1, 1), row=i, col=j, faint=True)
             figure.data[-1].marker.symbol = [symbol.replace("circle", mark) for symbol in figure.data[-1].marker.symbol]
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
-        figure.update_xaxes(density_axis(panel.effective_density), title="effective density (%)" if i == len(rows) else None, row=i, col=j)
+        figure.update_xaxes(effective_axis(panel.effective_density), title="effective density (%)" if i == len(rows) else None, row=i, col=j)
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy (%)" if j == 1 else None, row=i, col=j)
     return finish(figure, title, "rule", footer, len(rows), len(columns))
 

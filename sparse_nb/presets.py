@@ -255,7 +255,8 @@ FIGURES = {
     "fig11": Figure("fig11_corruption_types_resnet", "ResNet under each corruption; sparsity by width", ("width",), "static", "corruption", ("resnet",)),
     "fig12": Figure("fig12_budget_density", "Fewer weights, or the same number in a sparser network?", ("control",), "static", "weight_noise"),
     "fig13": Figure(
-        "fig13_effective_density", "Does connectivity explain the fall?", ("width",), "static", "weight_noise", rules=("water_filling", "proportional", "erk"),
+        "fig13_effective_density", "Does connectivity explain the fall?", ("width",), "static", "weight_noise",
+        ("mlp", "vgg"), ("water_filling", "proportional", "erk"),
     ),
 }
 

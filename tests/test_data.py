@@ -107,7 +107,7 @@ def no_network(monkeypatch):
         (Path(folder) / filename).write_bytes(b"half of a file")
         raise URLError("Temporary failure in name resolution")
 
-    monkeypatch.setattr(data, "download_url", download_url)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
     return asked
 
 
@@ -170,7 +170,7 @@ def test_what_is_missing_is_downloaded_once_and_nothing_else(mnist, monkeypatch)
             raise RuntimeError("File not found or corrupted.")
         (Path(folder) / filename).write_bytes(source[filename])
 
-    monkeypatch.setattr(data, "download_url", download_url)
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
     (mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz").unlink()
     for _ in range(2):
         assert len(data.load_images("mnist", "test", root=mnist)) == 5
@@ -180,7 +180,7 @@ def test_what_is_missing_is_downloaded_once_and_nothing_else(mnist, monkeypatch)
 
 def test_a_first_download_makes_its_own_folders(tmp_path, mnist, monkeypatch):
     source = contents(mnist / "MNIST" / "raw")
-    monkeypatch.setattr(data, "download_url", lambda url, folder, name, md5: (Path(folder) / name).write_bytes(source[name]))
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda url, folder, name, md5: (Path(folder) / name).write_bytes(source[name]))
     monkeypatch.setenv("SPARSE_NB_DATA", str(tmp_path / "new" / "place"))
     assert len(data.load_images("mnist", "test")) == 5
     assert sorted(contents(tmp_path / "new")) == [f"place/MNIST/raw/t10k-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]

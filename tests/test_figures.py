@@ -507,3 +507,29 @@ def test_convolutions_go_through_the_store(family, depth, tmp_path):
         model = load_run(store, experiment)
         kept = {name: int(weight.count_nonzero()) for name, weight in counted_weights(model).items()}
         assert sum(kept.values()) == budget and kept == {name: len(positions) for name, positions in pattern(model).items()}
+
+
+def noisy_accuracy(folder):
+    """The mean accuracy over all noise above 0 in the records of a run's folder, with nothing of the package."""
+    (stored,) = (folder / "evaluations").iterdir()
+    records = [json.loads(line) for line in stored.read_text().splitlines()[1:]]
+    return np.mean([r["value"] for r in records if r["quantity"] == "accuracy" and r["strength"] > 0])
+
+
+def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
+    """Figures 12 and 13: the three ways begin at one network, every point is the mean of its runs, and the networks of figure 1 are not made twice."""
+    asked = [BIN / "sparse-nb", "figures", "fig12", "fig13", "--preset", "smoke", "--families", "mlp", "--epochs", "1", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"{figure}.{e}" for figure in ("fig12", "fig13") for e in ENDINGS]
+    control, rules = (pd.read_csv(tmp_path / f"out/smoke/{figure}.csv") for figure in ("fig12", "fig13"))
+    control, rules = control[control.quantity == "noisy_accuracy"], rules[rules.quantity == "noisy_accuracy"]
+    for row in [*control.itertuples(), *rules.itertuples()]:
+        assert row.mean == pytest.approx(np.mean([noisy_accuracy(tmp_path / "runs" / run) for run in row.runs.split()]), abs=1e-12)
+    first = control[control.step == 0]
+    assert set(first.arm) == {"fewer", "sparser", "both"} and first.runs.nunique() == 1 and set(first.width) == {32}
+    assert set(control[control.arm == "fewer"].density) == {1} and control[control.arm == "sparser"].budget.nunique() == 1
+    assert set(rules.rule) == {"water_filling", "proportional", "erk"} and (rules.effective_density <= rules.density + 1e-12).all()
+    again = rules[rules.rule == "water_filling"].set_index("width").runs
+    assert all(again[row.width] == row.runs for row in control[(control.arm == "sparser") & control.width.isin([32, 128, 512])].itertuples())
+    assert "Mean distance between the rules" in (tmp_path / "out/smoke/fig13.svg").read_text()
