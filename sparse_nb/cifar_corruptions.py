@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ICE', 'WATER', 'MUD', 'CORRUPTIONS', 'DETERMINISTIC', 'contrast', 'draw_noise', 'gaussian_noise', 'speckle_noise',
            'draw_impulses', 'impulse_noise', 'shot_noise', 'gaussian_blur', 'disk', 'defocus_blur', 'draw_moves',
-           'glass_blur', 'zoomed_size', 'clipped_zoom', 'zoom_blur', 'to_hsv', 'from_hsv', 'brightness', 'saturate',
+           'glass_blur', 'zoomed_size', 'zoomed_places', 'clipped_zoom', 'enlargements', 'add_enlargements_anywhere',
+           'mix', 'enlarge_and_add', 'enlargement_tables', 'zoom_blur', 'to_hsv', 'from_hsv', 'brightness', 'saturate',
            'draw_plasma', 'fog', 'draw_flakes', 'snow', 'grown_ice', 'frost_textures', 'draw_place', 'frosted', 'frost',
-           'draw_layer', 'spatter', 'interpolated', 'affine_source', 'draw_elastic', 'inside', 'elastic_transform',
-           'box_resize', 'pixelate', 'jpeg_library', 'through_jpeg', 'jpeg_one_by_one', 'jpeg_compression',
-           'archive_md5']
+           'draw_layer', 'spatter', 'interpolated_anywhere', 'affine_source', 'interpolate', 'interpolated',
+           'draw_elastic', 'inside', 'elastic_transform', 'box_resize', 'pixelate', 'jpeg_library', 'through_jpeg',
+           'jpeg_one_by_one', 'jpeg_compression', 'archive_md5']
 
 # %% ../nbs/09_cifar_corruptions.ipynb #d4735e3a
 import hashlib
@@ -26,7 +27,7 @@ import torch
 from PIL import Image, features
 
 from .corruption_archives import frost_photographs
-from .image_filters import Corruption, apply, border, camera_motion, divided, draw_angle, draw_photons
+from .image_filters import Corruption, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
 from .image_filters import gaussian_filter, motion_blur, photon_counts, plasma, truncated, unit, water_light
 from .randomness import generator
 
@@ -119,30 +120,79 @@ def zoomed_size(size, factor):
     crop = math.ceil(size / factor)
     return crop, round(crop * factor)
 
+@cache
+def zoomed_places(size, factor):
+    """Which two pixels each of `size` enlarged ones lies between, the nearer first, int64 (2, size), and how far from the nearer, float64 (size,), at most 1/2."""
+    crop, enlarged = zoomed_size(size, factor)
+    place = (torch.arange(size, dtype=torch.float64) + (enlarged - size) // 2) * ((crop - 1) / max(enlarged - 1, 1))
+    left, first = place.floor(), (size - crop) // 2
+    share = place - left
+    index = first + left.long()
+    both = torch.stack([index, (index + 1).clamp(max=first + crop - 1)])
+    return torch.where(share < 0.5, both, both.flip(0)), torch.where(share < 0.5, share, 1 - share)
+
 def clipped_zoom(x, factor):
     """The middle of float64 x (H, W, …), enlarged by `factor` ≥ 1 to the same H and W, with linear interpolation and aligned corners."""
     for dim in (0, 1):
-        size = x.shape[dim]
-        crop, enlarged = zoomed_size(size, factor)
-        place = torch.arange(size, dtype=torch.float64) + (enlarged - size) // 2
-        place *= (crop - 1) / max(enlarged - 1, 1)
-        left = place.floor()
-        index = (left.long() + (size - crop) // 2).to(x.device)
-        last = (size - crop) // 2 + crop - 1
-        share = (place - left).to(x.device).view([-1 if axis == dim else 1 for axis in range(x.ndim)])
-        x = torch.lerp(x.index_select(dim, index), x.index_select(dim, (index + 1).clamp(max=last)), share)
+        (near, far), share = (part.to(x.device) for part in zoomed_places(x.shape[dim], factor))
+        x = torch.lerp(x.index_select(dim, near), x.index_select(dim, far), share.view([-1 if axis == dim else 1 for axis in range(x.ndim)]))
     return x
+
+@cache
+def enlargements(sizes, stop):
+    """((factor, how often), …) of the enlargements by 1.01, 1.02, … below `stop` of images of `sizes` (H, W); those that are the same are counted together."""
+    factors = np.arange(1, stop, 0.01).tolist()[1:]
+    alike = (list(group) for _, group in groupby(factors, key=lambda factor: [zoomed_size(size, factor) for size in sizes]))
+    return tuple((group[0], len(group)) for group in alike)
+
+# %% ../nbs/09_cifar_corruptions.ipynb #ad77af74
+def add_enlargements_anywhere(x, factors, total):
+    """Add the enlargements of float32 x (H, W, N) by each (factor, how often) to `total`, in operations of PyTorch, for any device."""
+    wide = x.double()
+    for factor, times in factors:
+        enlarged = clipped_zoom(wide, factor).float()
+        for _ in range(times):
+            total += enlarged
+
+@compiled
+def mix(near, far, share, mixed):
+    """near + share·(far − near) into `mixed`, in doubles, whatever the type of `mixed`."""
+    for n in range(len(mixed)):
+        mixed[n] = near[n] + share * (far[n] - near[n])
+
+@compiled
+def enlarge_and_add(x, rows, down, columns, right, times, total):
+    """As `add_enlargements_anywhere`, of float64 x; rows, columns: int64 (factors, 2, size); down, right: float64 (factors, size), see `zoomed_places`; times: (factors,)."""
+    height, width, count = x.shape
+    line, enlarged = np.empty((width, count)), np.empty((width, count), np.float32)
+    for f in range(len(times)):
+        for h in range(height):
+            mix(x[rows[f, 0, h]].reshape(-1), x[rows[f, 1, h]].reshape(-1), down[f, h], line.reshape(-1))
+            for w in range(width):
+                mix(line[columns[f, 0, w]], line[columns[f, 1, w]], right[f, w], enlarged[w])
+            sums, values = total[h].reshape(-1), enlarged.reshape(-1)
+            for _ in range(times[f]):
+                for n in range(len(sums)):
+                    sums[n] += values[n]
+
+# %% ../nbs/09_cifar_corruptions.ipynb #d569d808
+@cache
+def enlargement_tables(sizes, factors):
+    """What `enlarge_and_add` needs to know of `factors`, as NumPy arrays: rows, down, columns, right, times."""
+    places = [[zoomed_places(size, factor) for factor, _ in factors] for size in sizes]
+    tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction)]
+    return *tables, np.array([times for _, times in factors])
 
 def zoom_blur(images, stop, draws):
     """The mean of the image and of its enlargements by 1, 1.01, … below `stop`, summed in 32 bits."""
-    x = unit(images.permute(2, 3, 0, 1).contiguous()).float()
-    wide, total, factors = x.double(), x.clone(), np.arange(1, stop, 0.01).tolist()
-    for _, alike in groupby(factors[1:], key=lambda factor: [zoomed_size(size, factor) for size in images.shape[-2:]]):
-        alike = list(alike)
-        enlarged = clipped_zoom(wide, alike[0]).float()
-        for _ in alike:
-            total += enlarged
-    return truncated(divided(x + total, len(factors) + 1)).permute(2, 3, 0, 1).contiguous()
+    x = divided(images.permute(2, 3, 0, 1).contiguous().double(), 255).float()
+    total, factors = x.clone(), enlargements(tuple(images.shape[-2:]), stop)
+    if images.device.type == "cpu":
+        enlarge_and_add(x.double().flatten(2).numpy(), *enlargement_tables(tuple(images.shape[-2:]), factors), total.flatten(2).numpy())
+    else:
+        add_enlargements_anywhere(x, factors, total)
+    count = 2 + sum(times for _, times in factors)
+    return truncated(divided(x.add_(total), count)).permute(2, 3, 0, 1).contiguous()
 
 # %% ../nbs/09_cifar_corruptions.ipynb #670671cd
 def to_hsv(x):
@@ -270,8 +320,8 @@ def spatter(images, parameters, draws):
     return truncated((x * (1 - cover)).float() + (colour * cover).float())
 
 # %% ../nbs/09_cifar_corruptions.ipynb #71ee45a3
-def interpolated(x, rows, columns, down, right):
-    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
+def interpolated_anywhere(x, rows, columns, down, right):
+    """`interpolated` in operations of PyTorch, for any device."""
     count, channels, height, width = x.shape
     first = torch.arange(0, x[:, 0].numel(), height * width, dtype=torch.int32, device=x.device)[:, None, None]
 
@@ -307,6 +357,32 @@ def affine_source(moved, size):
         return (torch.round(across[:, None] * grid * 1024)[:, None] + start + 16).int() >> 5
 
     return fixed(c, d, -c * right - d * down), fixed(a, b, -a * right - b * down)
+
+# %% ../nbs/09_cifar_corruptions.ipynb #3b446be7
+@compiled
+def interpolate(x, rows, columns, down, right, moved):
+    """`interpolated` into `moved`, of the shape and type of `x`; all numbers of that type."""
+    (count, channels, height, width), one = x.shape, x.dtype.type(1)
+    for n in range(count):
+        for h in range(height):
+            for w in range(width):
+                row, column, below, beside = rows[n, h, w], columns[n, h, w], down[n, h, w], right[n, h, w]
+                first, second = height - 1 - abs(height - 1 - abs(row)), height - 1 - abs(height - 1 - abs(row + 1))
+                left, next_ = width - 1 - abs(width - 1 - abs(column)), width - 1 - abs(width - 1 - abs(column + 1))
+                above, before = one - below, one - beside
+                a, b, c, d = above * before, above * beside, below * before, below * beside
+                for channel in range(channels):
+                    plane = x[n, channel]
+                    upper = plane[first, left] * a + plane[first, next_] * b
+                    moved[n, channel, h, w] = upper + plane[second, left] * c + plane[second, next_] * d
+
+def interpolated(x, rows, columns, down, right):
+    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
+    if x.device.type != "cpu":
+        return interpolated_anywhere(x, rows, columns, down, right)
+    moved = torch.empty(x.shape, dtype=x.dtype)
+    interpolate(*(part.contiguous().numpy() for part in (x, rows, columns, down.to(x.dtype), right.to(x.dtype))), moved.numpy())
+    return moved
 
 # %% ../nbs/09_cifar_corruptions.ipynb #25fc0e70
 def draw_elastic(numbers, shape, parameters):

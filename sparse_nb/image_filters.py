@@ -7,7 +7,7 @@ __all__ = ['compiled', 'SIDE', 'DIAGONAL', 'KNIGHT', 'divided', 'unit', 'truncat
            'in_threads', 'apply', 'border', 'continued', 'gaussian_weights', 'gaussian_filter_anywhere', 'add_pairs',
            'smooth_planes', 'gaussian_filter', 'motion_offsets', 'motion_weights', 'motion_blur_anywhere', 'draw_out',
            'motion_blur', 'draw_angle', 'camera_motion', 'poisson_tables', 'photon_counts', 'draw_photons', 'plasma',
-           'neighbours', 'over_square', 'edges_anywhere', 'gradients', 'is_ridge', 'follow_edges', 'edges',
+           'neighbours', 'over_square', 'edges_anywhere', 'gradients', 'find_ridges', 'follow_edges', 'edges',
            'chamfer_distance_anywhere', 'sweep', 'sweep_twice', 'chamfer_distance', 'equalised', 'water_light']
 
 # %% ../nbs/08_image_filters.ipynb #d4735e3a
@@ -356,45 +356,50 @@ def edges_anywhere(x):
 
 # %% ../nbs/08_image_filters.ipynb #7dbb9bb6
 @compiled
-def gradients(image, right, down, size):
-    """Sobel's gradient of one uint8 image (H, W), its border pixels repeated, into the middles of int32 right, down and size (H + 2, W + 2)."""
+def gradients(image, padded, right, down, size):
+    """Sobel's gradient of one uint8 image (H, W), its border pixels repeated, into the middles of right, down and size; they and `padded` are int32 (H + 2, W + 2)."""
     height, width = image.shape
-    for h in range(height):
-        above, here, below = image[max(h - 1, 0)], image[h], image[min(h + 1, height - 1)]
-        for w in range(width):
-            before, after = max(w - 1, 0), min(w + 1, width - 1)
-            a, c, g, i = np.int32(above[before]), np.int32(above[after]), np.int32(below[before]), np.int32(below[after])
-            across = (c + 2 * np.int32(here[after]) + i) - (a + 2 * np.int32(here[before]) + g)
-            along = (g + 2 * np.int32(below[w]) + i) - (a + 2 * np.int32(above[w]) + c)
-            right[h + 1, w + 1], down[h + 1, w + 1], size[h + 1, w + 1] = across, along, abs(across) + abs(along)
+    padded[1:-1, 1:-1] = image
+    padded[0], padded[-1] = padded[1], padded[-2]
+    padded[:, 0], padded[:, -1] = padded[:, 1], padded[:, -2]
+    for h in range(1, height + 1):
+        above, here, below = padded[h - 1], padded[h], padded[h + 1]
+        for w in range(1, width + 1):
+            across = (above[w + 1] + 2 * here[w + 1] + below[w + 1]) - (above[w - 1] + 2 * here[w - 1] + below[w - 1])
+            along = (below[w - 1] + 2 * below[w] + below[w + 1]) - (above[w - 1] + 2 * above[w] + above[w + 1])
+            right[h, w], down[h, w], size[h, w] = across, along, abs(across) + abs(along)
 
 @compiled
-def is_ridge(right, down, size, h, w):
-    """Is the gradient at (h, w) above 50 and largest across the edge?"""
-    here, steepness, flat = size[h, w], abs(down[h, w]) << 15, abs(right[h, w]) * 13573
-    if here <= 50:
-        return False
-    if steepness < flat:
-        return here > size[h, w - 1] and here >= size[h, w + 1]
-    if steepness > flat + (abs(right[h, w]) << 16):
-        return here > size[h - 1, w] and here >= size[h + 1, w]
-    side = -1 if (right[h, w] ^ down[h, w]) < 0 else 1
-    return here > size[h - 1, w - side] and here > size[h + 1, w + side]
+def find_ridges(right, down, size, weak):
+    """Into the middle of bool weak (H + 2, W + 2): is the gradient above 50 and largest across the edge?"""
+    for h in range(1, len(size) - 1):
+        for w in range(1, size.shape[1] - 1):
+            here, x, y = size[h, w], right[h, w], down[h, w]
+            weak[h, w] = False
+            if here > 50:
+                steepness, flat = abs(y) << 15, abs(x) * 13573
+                if steepness < flat:
+                    weak[h, w] = here > size[h, w - 1] and here >= size[h, w + 1]
+                elif steepness > flat + (abs(x) << 16):
+                    weak[h, w] = here > size[h - 1, w] and here >= size[h + 1, w]
+                else:
+                    side = -1 if (x ^ y) < 0 else 1
+                    weak[h, w] = here > size[h - 1, w - side] and here > size[h + 1, w + side]
 
 # %% ../nbs/08_image_filters.ipynb #96eeb23e
 @compiled
 def follow_edges(images, found):
     """Canny edges of uint8 images (N, H, W) into bool `found`."""
     count, height, width = images.shape
-    right, down, size = np.zeros((3, height + 2, width + 2), np.int32)
+    padded, right, down, size = np.zeros((4, height + 2, width + 2), np.int32)
     weak, waiting = np.zeros((height + 2, width + 2), np.bool_), np.empty((height * width, 2), np.int64)
     for n in range(count):
-        gradients(images[n], right, down, size)
+        gradients(images[n], padded, right, down, size)
+        find_ridges(right, down, size, weak)
+        found[n] = False
         left = 0
         for h in range(1, height + 1):
             for w in range(1, width + 1):
-                weak[h, w] = is_ridge(right, down, size, h, w)
-                found[n, h - 1, w - 1] = False
                 if weak[h, w] and size[h, w] > 150:
                     waiting[left], weak[h, w], left = (h, w), False, left + 1
         while left:
