@@ -6,7 +6,8 @@
 __all__ = ['ICE', 'WATER', 'MUD', 'CORRUPTIONS', 'DETERMINISTIC', 'contrast', 'draw_noise', 'gaussian_noise', 'speckle_noise',
            'draw_impulses', 'impulse_noise', 'shot_noise', 'gaussian_blur', 'disk', 'defocus_blur', 'draw_moves',
            'glass_blur', 'zoomed_size', 'zoomed_places', 'clipped_zoom', 'enlargements', 'add_enlargements_anywhere',
-           'mix', 'enlarge_and_add', 'enlargement_tables', 'zoom_blur', 'to_hsv', 'from_hsv', 'brightness', 'saturate',
+           'mix', 'enlarge_and_add', 'enlargement_tables', 'zoom_blur', 'to_hsv', 'from_hsv', 'recoloured_anywhere',
+           'recolouring', 'long_way', 'recolour', 'recoloured', 'brighter', 'more_colourful', 'brightness', 'saturate',
            'draw_plasma', 'fog', 'draw_flakes', 'snow', 'grown_ice', 'frost_textures', 'draw_place', 'frosted', 'frost',
            'draw_layer', 'spatter', 'interpolated_anywhere', 'affine_source', 'interpolate', 'interpolated',
            'draw_elastic', 'inside', 'elastic_transform', 'box_resize', 'pixelate', 'jpeg_library', 'through_jpeg',
@@ -218,16 +219,81 @@ def from_hsv(hue, saturation, value):
     blue = torch.where(green_to_cyan, rising, torch.where(magenta_to_red, falling, torch.where(red_to_yellow | yellow_to_green, low, value)))
     return torch.stack([red, green, blue], 1)
 
+# %% ../nbs/09_cifar_corruptions.ipynb #49483d3f
+def recoloured_anywhere(images, change, parameters):
+    """`recoloured` in operations of PyTorch, for any device, with the hue of every pixel."""
+    hue, saturation, value = to_hsv(unit(images))
+    return truncated(from_hsv(hue, *change(saturation, value, parameters)))
+
+@cache
+def recolouring(change, parameters):
+    """Over (largest, smallest) level, (256, 256) each: what these two become, uint8; S' and V', float64. And the levels as doubles, (256,)."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    largest, smallest = torch.maximum(levels[:, None], levels), torch.minimum(levels[:, None], levels)
+    colours = torch.stack([largest, smallest, smallest])[None]
+    _, saturation, value = to_hsv(unit(colours))
+    ends = recoloured_anywhere(colours, change, parameters)[0]
+    changed = (part.expand(1, 256, 256)[0].contiguous() for part in change(saturation, value, parameters))
+    return tuple(part.numpy() for part in (ends[0].contiguous(), ends[1].contiguous(), *changed, unit(levels)))
+
+# %% ../nbs/09_cifar_corruptions.ipynb #e7d801dc
+@compiled
+def long_way(red, green, blue, saturation, value):
+    """The new level of the middle one of three different `unit` numbers, hue included, as `to_hsv` and `from_hsv` compute it."""
+    largest = max(red, max(green, blue))
+    spread = largest - min(red, min(green, blue))
+    hue = (green - blue) / spread if red == largest else 2 + (blue - red) / spread if green == largest else 4 + (red - green) / spread
+    hue = hue / 6.0
+    place = (hue + 1 if hue < 0 else hue) * 6
+    sector = np.floor(place)
+    part = place - sector
+    q = part if sector % 2 else 1 - part
+    return np.uint8(min(max(value * (1 - q * saturation), 0.0), 1.0) * 255)
+
+@compiled
+def recolour(images, top, bottom, saturations, values, numbers, changed):
+    """`recoloured` of uint8 images (N, 3, pixels) into `changed`; the five others from `recolouring`."""
+    for n in range(len(images)):
+        for k in range(images.shape[2]):
+            red, green, blue = int(images[n, 0, k]), int(images[n, 1, k]), int(images[n, 2, k])
+            largest, smallest = max(red, max(green, blue)), min(red, min(green, blue))
+            middle, saturation, value = red + green + blue - largest - smallest, saturations[largest, smallest], values[largest, smallest]
+            high, low = top[largest, smallest], bottom[largest, smallest]
+            between = low
+            if smallest < middle < largest:
+                level = 255 * value * (1 - (largest - middle) / (largest - smallest) * saturation)
+                between = np.uint8(level)
+                if abs(level - np.floor(level + 0.5)) < 1e-9:
+                    between = long_way(numbers[red], numbers[green], numbers[blue], saturation, value)
+            changed[n, 0, k] = high if red == largest else low if red == smallest else between  # grey has the hue of red
+            changed[n, 1, k] = low if green == smallest else high if green == largest else between
+            changed[n, 2, k] = low if blue == smallest else high if blue == largest else between
+
+# %% ../nbs/09_cifar_corruptions.ipynb #df13aa7a
+def recoloured(images, change, parameters):
+    """uint8 RGB (N, 3, H, W) with other saturation and value: change(saturation, value, parameters), each in [0, 1], gives the new two."""
+    if images.device.type != "cpu":
+        return recoloured_anywhere(images, change, parameters)
+    changed = torch.empty(images.shape, dtype=torch.uint8)
+    recolour(images.flatten(2).contiguous().numpy(), *recolouring(change, parameters), changed.flatten(2).numpy())
+    return changed
+
+def brighter(saturation, value, amount):
+    """V + amount."""
+    return saturation, (value + amount).clamp_(0, 1)
+
+def more_colourful(saturation, value, parameters):
+    """S·factor + offset; parameters: (factor, offset)."""
+    factor, offset = parameters
+    return (saturation * factor + offset).clamp_(0, 1), value
+
 def brightness(images, amount, draws):
     """V + amount."""
-    hue, saturation, value = to_hsv(unit(images))
-    return truncated(from_hsv(hue, saturation, (value + amount).clamp_(0, 1)))
+    return recoloured(images, brighter, amount)
 
 def saturate(images, parameters, draws):
     """S·factor + offset; parameters: (factor, offset). An offset tints grey red, the hue 0."""
-    factor, offset = parameters
-    hue, saturation, value = to_hsv(unit(images))
-    return truncated(from_hsv(hue, (saturation * factor + offset).clamp_(0, 1), value))
+    return recoloured(images, more_colourful, parameters)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #624b60c5
 def draw_plasma(numbers, shape, parameters):
