@@ -10,8 +10,8 @@ __all__ = ['ICE', 'WATER', 'MUD', 'CORRUPTIONS', 'DETERMINISTIC', 'contrast', 'd
            'recolouring', 'long_way', 'recolour', 'recoloured', 'brighter', 'more_colourful', 'brightness', 'saturate',
            'draw_plasma', 'fog', 'draw_flakes', 'snow', 'grown_ice', 'frost_textures', 'draw_place', 'frosted', 'frost',
            'draw_layer', 'spatter', 'interpolated_anywhere', 'affine_source', 'interpolate', 'interpolated',
-           'draw_elastic', 'inside', 'elastic_transform', 'box_resize', 'pixelate', 'jpeg_library', 'through_jpeg',
-           'jpeg_one_by_one', 'jpeg_compression', 'archive_md5']
+           'draw_elastic', 'settled_anywhere', 'settle', 'settled', 'elastic_transform', 'box_resize', 'pixelate',
+           'jpeg_library', 'through_jpeg', 'jpeg_one_by_one', 'jpeg_compression', 'archive_md5']
 
 # %% ../nbs/09_cifar_corruptions.ipynb #d4735e3a
 import hashlib
@@ -29,7 +29,7 @@ from PIL import Image, features
 
 from .corruption_archives import frost_photographs
 from .image_filters import Corruption, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
-from .image_filters import gaussian_filter, motion_blur, photon_counts, plasma, truncated, unit, water_light
+from .image_filters import gaussian_filter, in_threads, motion_blur, photon_counts, plasma, truncated, unit, water_light
 from .randomness import generator
 
 # %% ../nbs/09_cifar_corruptions.ipynb #19581e27
@@ -108,10 +108,10 @@ def glass_blur(images, parameters, draws):
     (sigma, _), (_, channels, height, width) = parameters, images.shape
     shuffled = (gaussian_filter(unit(images), sigma) * 255).to(torch.uint8)
     here = torch.arange(height * width, device=images.device).view(height, width)
-    inside = (here // width >= 2) & (here % width >= 2)
+    inside = ((here // width >= 2) & (here % width >= 2)).to(torch.uint8)
     for moves in draws["moves"].unbind(1):
         up, left = moves.unbind(1)
-        source = torch.where(inside, here - up * width - left, here).flatten(1)
+        source = (here - (up * width + left) * inside).flatten(1)
         shuffled = shuffled.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view(images.shape)
     return truncated(gaussian_filter(unit(shuffled), sigma))
 
@@ -316,7 +316,7 @@ def snow(images, parameters, draws):
     """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the image)."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = clipped_zoom((draws["layer"].double() * deviation + mean).permute(1, 2, 0).contiguous(), zoom).permute(2, 0, 1)
-    flakes = truncated(torch.where(flakes < threshold, 0.0, flakes))
+    flakes = truncated(flakes * (flakes >= threshold))
     flakes = unit(motion_blur(flakes[:, None], radius, sigma, draws["angle"]))
     x = divided(images.float(), 255)
     grey = x[:, :1] * 0.299 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
@@ -378,7 +378,7 @@ def spatter(images, parameters, draws):
     x = divided(images.float(), 255)
     colour = (torch.tensor(MUD if mud else WATER, dtype=torch.float64) / 255).float()[:, None, None].to(x.device)
     liquid = gaussian_filter(draws["layer"].double() * deviation + mean, sigma)
-    liquid = torch.where(liquid < threshold, 0.0, liquid)
+    liquid *= liquid >= threshold
     if not mud:
         return truncated(x + (water_light((liquid * 255).int().to(torch.uint8)) * strength)[:, None] * colour)
     cover = gaussian_filter((liquid > threshold).double(), strength)
@@ -456,10 +456,37 @@ def draw_elastic(numbers, shape, parameters):
     corners, field = numbers("corners", torch.Tensor.uniform_, 3, 2) * 2 - 1, numbers("field", torch.Tensor.uniform_, 2, *shape[1:]) * 2 - 1
     return {"corners": corners * parameters[2], "across": field[:, 0], "down": field[:, 1]}
 
-def inside(place, size):
-    """Coordinates reflected into the image as SciPy 1.0 did it."""
+def settled_anywhere(field, dim):
+    """`settled` in operations of PyTorch, for any device."""
+    size = field.shape[dim]
+    grid = torch.arange(size, dtype=torch.float64, device=field.device)
+    place = (grid[:, None] if dim == 1 else grid) + field
     place = torch.where(place < 0, -1 - place, place)
-    return torch.where(place >= size, 2 * size - 1 - place, place)
+    place = torch.where(place >= size, 2 * size - 1 - place, place)
+    return place.floor().int(), place - place.floor()
+
+@compiled
+def settle(field, dim, whole, share):
+    """`settled` into int32 whole and float64 share."""
+    size = field.shape[dim]
+    for n in range(field.shape[0]):
+        for h in range(field.shape[1]):
+            for w in range(field.shape[2]):
+                place = (h if dim == 1 else w) + np.float64(field[n, h, w])
+                place = -1 - place if place < 0 else place
+                place = 2 * size - 1 - place if place >= size else place
+                floor = np.floor(place)
+                whole[n, h, w], share[n, h, w] = np.int32(floor), place - floor
+
+
+# %% ../nbs/09_cifar_corruptions.ipynb #a978926d
+def settled(field, dim):
+    """Where pixels shifted by float32 field (N, H, W) along dim 1 or 2 come from, reflected into the image as SciPy 1.0 did it: the pixel before, int32, and how far behind it, float64."""
+    if field.device.type != "cpu":
+        return settled_anywhere(field, dim)
+    whole, share = torch.empty(field.shape, dtype=torch.int32), torch.empty(field.shape, dtype=torch.float64)
+    settle(field.contiguous().numpy(), dim, whole.numpy(), share.numpy())
+    return whole, share
 
 def elastic_transform(images, parameters, draws):
     """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the corners), in pixels. For 32 × 32 images."""
@@ -468,12 +495,10 @@ def elastic_transform(images, parameters, draws):
     rows, columns = affine_source((still + draws["corners"].float()).double(), size)
     x = interpolated(divided(images.float(), 255), rows >> 5, columns >> 5, (rows & 31).float() / 32, (columns & 31).float() / 32)
     if amplitude:
-        grid = torch.arange(size, dtype=torch.float64, device=images.device)
         field = torch.stack([draws["down"], draws["across"]]).double()
         field = (gaussian_filter(field, sigma, mode="reflect", truncate=3.0) * amplitude).float()
-        rows, columns = inside(grid[:, None] + field[0], size), inside(grid + field[1], size)
-        top, left = rows.floor(), columns.floor()
-        x = interpolated(x.double(), top.int(), left.int(), rows - top, columns - left).float()
+        (top, down), (left, right) = settled(field[0], 1), settled(field[1], 2)
+        x = interpolated(x.double(), top, left, down, right).float()
     return truncated(x)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #1a656259
@@ -509,13 +534,17 @@ def through_jpeg(pixels, quality):
         return jpeglib.read_spatial(path).spatial
 
 def jpeg_one_by_one(pixels, quality):
-    """uint8 (N, H, W, 3), each image written and read by Pillow."""
-    kept = []
-    for image in pixels:
-        with io.BytesIO() as file:
-            Image.fromarray(image).save(file, "JPEG", quality=quality)
-            kept.append(np.asarray(Image.open(file)))
-    return np.stack(kept)
+    """uint8 (N, H, W, 3), each image written and read by Pillow, in as many threads as PyTorch may use."""
+    kept = np.empty_like(pixels)
+
+    def keep(start):
+        for image, place in zip(pixels[start : start + 128], kept[start : start + 128]):
+            with io.BytesIO() as file:
+                Image.fromarray(image).save(file, "JPEG", quality=quality)
+                place[:] = Image.open(file, formats=("JPEG",))
+
+    in_threads(keep, range(0, len(pixels), 128))
+    return kept
 
 def jpeg_compression(images, quality, draws):
     """Written as JPEG with `quality` and read again, on the CPU, by the library that `jpeg_library` names."""
