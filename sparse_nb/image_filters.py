@@ -452,6 +452,7 @@ def sweep(distance, up, two_up):
     for w in range(2, len(distance) - 2):
         distance[w] = min(distance[w], distance[w - 1] + SIDE)
 
+# %% ../nbs/08_image_filters.ipynb #d45d0ab0
 @compiled
 def sweep_twice(places, distances):
     """Distances as in `chamfer_distance` of bool places (N, H, W) into `distances`, float32."""
