@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['ICE', 'WATER', 'MUD', 'CORRUPTIONS', 'DETERMINISTIC', 'contrast', 'draw_noise', 'gaussian_noise', 'speckle_noise',
            'draw_impulses', 'impulse_noise', 'shot_noise', 'gaussian_blur', 'disk', 'defocus_blur', 'draw_moves',
-           'glass_blur', 'zoomed_size', 'clipped_zoom', 'zoom_blur', 'to_hsv', 'from_hsv', 'brightness', 'saturate',
+           'glass_blur', 'zoomed_size', 'zoomed_places', 'clipped_zoom', 'enlargements', 'add_enlargements_anywhere',
+           'mix', 'enlarge_and_add', 'enlargement_tables', 'zoom_blur', 'to_hsv', 'from_hsv', 'recoloured_anywhere',
+           'recolouring', 'long_way', 'recolour', 'recoloured', 'brighter', 'more_colourful', 'brightness', 'saturate',
            'draw_plasma', 'fog', 'draw_flakes', 'snow', 'grown_ice', 'frost_textures', 'draw_place', 'frosted', 'frost',
-           'draw_layer', 'spatter', 'interpolated', 'affine_source', 'draw_elastic', 'inside', 'elastic_transform',
-           'box_resize', 'pixelate', 'jpeg_library', 'through_jpeg', 'jpeg_one_by_one', 'jpeg_compression',
-           'archive_md5']
+           'draw_layer', 'spatter', 'interpolated_anywhere', 'affine_source', 'interpolate', 'interpolated',
+           'draw_elastic', 'settled_anywhere', 'settle', 'settled', 'elastic_transform', 'box_resize', 'pixelate',
+           'jpeg_library', 'through_jpeg', 'jpeg_one_by_one', 'jpeg_compression', 'archive_md5']
 
 # %% ../nbs/09_cifar_corruptions.ipynb #d4735e3a
 import hashlib
@@ -26,8 +28,8 @@ import torch
 from PIL import Image, features
 
 from .corruption_archives import frost_photographs
-from .image_filters import Corruption, apply, border, camera_motion, divided, draw_angle, draw_photons
-from .image_filters import gaussian_filter, motion_blur, photon_counts, plasma, truncated, unit, water_light
+from .image_filters import Corruption, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
+from .image_filters import gaussian_filter, in_threads, motion_blur, photon_counts, plasma, truncated, unit, water_light
 from .randomness import generator
 
 # %% ../nbs/09_cifar_corruptions.ipynb #19581e27
@@ -106,10 +108,10 @@ def glass_blur(images, parameters, draws):
     (sigma, _), (_, channels, height, width) = parameters, images.shape
     shuffled = (gaussian_filter(unit(images), sigma) * 255).to(torch.uint8)
     here = torch.arange(height * width, device=images.device).view(height, width)
-    inside = (here // width >= 2) & (here % width >= 2)
+    inside = ((here // width >= 2) & (here % width >= 2)).to(torch.uint8)
     for moves in draws["moves"].unbind(1):
         up, left = moves.unbind(1)
-        source = torch.where(inside, here - up * width - left, here).flatten(1)
+        source = (here - (up * width + left) * inside).flatten(1)
         shuffled = shuffled.flatten(2).gather(2, source[:, None].expand(-1, channels, -1)).view(images.shape)
     return truncated(gaussian_filter(unit(shuffled), sigma))
 
@@ -119,30 +121,79 @@ def zoomed_size(size, factor):
     crop = math.ceil(size / factor)
     return crop, round(crop * factor)
 
+@cache
+def zoomed_places(size, factor):
+    """Which two pixels each of `size` enlarged ones lies between, the nearer first, int64 (2, size), and how far from the nearer, float64 (size,), at most 1/2."""
+    crop, enlarged = zoomed_size(size, factor)
+    place = (torch.arange(size, dtype=torch.float64) + (enlarged - size) // 2) * ((crop - 1) / max(enlarged - 1, 1))
+    left, first = place.floor(), (size - crop) // 2
+    share = place - left
+    index = first + left.long()
+    both = torch.stack([index, (index + 1).clamp(max=first + crop - 1)])
+    return torch.where(share < 0.5, both, both.flip(0)), torch.where(share < 0.5, share, 1 - share)
+
 def clipped_zoom(x, factor):
     """The middle of float64 x (H, W, …), enlarged by `factor` ≥ 1 to the same H and W, with linear interpolation and aligned corners."""
     for dim in (0, 1):
-        size = x.shape[dim]
-        crop, enlarged = zoomed_size(size, factor)
-        place = torch.arange(size, dtype=torch.float64) + (enlarged - size) // 2
-        place *= (crop - 1) / max(enlarged - 1, 1)
-        left = place.floor()
-        index = (left.long() + (size - crop) // 2).to(x.device)
-        last = (size - crop) // 2 + crop - 1
-        share = (place - left).to(x.device).view([-1 if axis == dim else 1 for axis in range(x.ndim)])
-        x = torch.lerp(x.index_select(dim, index), x.index_select(dim, (index + 1).clamp(max=last)), share)
+        (near, far), share = (part.to(x.device) for part in zoomed_places(x.shape[dim], factor))
+        x = torch.lerp(x.index_select(dim, near), x.index_select(dim, far), share.view([-1 if axis == dim else 1 for axis in range(x.ndim)]))
     return x
+
+@cache
+def enlargements(sizes, stop):
+    """((factor, how often), …) of the enlargements by 1.01, 1.02, … below `stop` of images of `sizes` (H, W); those that are the same are counted together."""
+    factors = np.arange(1, stop, 0.01).tolist()[1:]
+    alike = (list(group) for _, group in groupby(factors, key=lambda factor: [zoomed_size(size, factor) for size in sizes]))
+    return tuple((group[0], len(group)) for group in alike)
+
+# %% ../nbs/09_cifar_corruptions.ipynb #ad77af74
+def add_enlargements_anywhere(x, factors, total):
+    """Add the enlargements of float32 x (H, W, N) by each (factor, how often) to `total`, in operations of PyTorch, for any device."""
+    wide = x.double()
+    for factor, times in factors:
+        enlarged = clipped_zoom(wide, factor).float()
+        for _ in range(times):
+            total += enlarged
+
+@compiled
+def mix(near, far, share, mixed):
+    """near + share·(far − near) into `mixed`, in doubles, whatever the type of `mixed`."""
+    for n in range(len(mixed)):
+        mixed[n] = near[n] + share * (far[n] - near[n])
+
+@compiled
+def enlarge_and_add(x, rows, down, columns, right, times, total):
+    """As `add_enlargements_anywhere`, of float64 x; rows, columns: int64 (factors, 2, size); down, right: float64 (factors, size), see `zoomed_places`; times: (factors,)."""
+    height, width, count = x.shape
+    line, enlarged = np.empty((width, count)), np.empty((width, count), np.float32)
+    for f in range(len(times)):
+        for h in range(height):
+            mix(x[rows[f, 0, h]].reshape(-1), x[rows[f, 1, h]].reshape(-1), down[f, h], line.reshape(-1))
+            for w in range(width):
+                mix(line[columns[f, 0, w]], line[columns[f, 1, w]], right[f, w], enlarged[w])
+            sums, values = total[h].reshape(-1), enlarged.reshape(-1)
+            for _ in range(times[f]):
+                for n in range(len(sums)):
+                    sums[n] += values[n]
+
+# %% ../nbs/09_cifar_corruptions.ipynb #d569d808
+@cache
+def enlargement_tables(sizes, factors):
+    """What `enlarge_and_add` needs to know of `factors`, as NumPy arrays: rows, down, columns, right, times."""
+    places = [[zoomed_places(size, factor) for factor, _ in factors] for size in sizes]
+    tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction)]
+    return *tables, np.array([times for _, times in factors])
 
 def zoom_blur(images, stop, draws):
     """The mean of the image and of its enlargements by 1, 1.01, … below `stop`, summed in 32 bits."""
-    x = unit(images.permute(2, 3, 0, 1).contiguous()).float()
-    wide, total, factors = x.double(), x.clone(), np.arange(1, stop, 0.01).tolist()
-    for _, alike in groupby(factors[1:], key=lambda factor: [zoomed_size(size, factor) for size in images.shape[-2:]]):
-        alike = list(alike)
-        enlarged = clipped_zoom(wide, alike[0]).float()
-        for _ in alike:
-            total += enlarged
-    return truncated(divided(x + total, len(factors) + 1)).permute(2, 3, 0, 1).contiguous()
+    x = divided(images.permute(2, 3, 0, 1).contiguous().double(), 255).float()
+    total, factors = x.clone(), enlargements(tuple(images.shape[-2:]), stop)
+    if images.device.type == "cpu":
+        enlarge_and_add(x.double().flatten(2).numpy(), *enlargement_tables(tuple(images.shape[-2:]), factors), total.flatten(2).numpy())
+    else:
+        add_enlargements_anywhere(x, factors, total)
+    count = 2 + sum(times for _, times in factors)
+    return truncated(divided(x.add_(total), count)).permute(2, 3, 0, 1).contiguous()
 
 # %% ../nbs/09_cifar_corruptions.ipynb #670671cd
 def to_hsv(x):
@@ -168,16 +219,81 @@ def from_hsv(hue, saturation, value):
     blue = torch.where(green_to_cyan, rising, torch.where(magenta_to_red, falling, torch.where(red_to_yellow | yellow_to_green, low, value)))
     return torch.stack([red, green, blue], 1)
 
+# %% ../nbs/09_cifar_corruptions.ipynb #49483d3f
+def recoloured_anywhere(images, change, parameters):
+    """`recoloured` in operations of PyTorch, for any device, with the hue of every pixel."""
+    hue, saturation, value = to_hsv(unit(images))
+    return truncated(from_hsv(hue, *change(saturation, value, parameters)))
+
+@cache
+def recolouring(change, parameters):
+    """Over (largest, smallest) level, (256, 256) each: what these two become, uint8; S' and V', float64. And the levels as doubles, (256,)."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    largest, smallest = torch.maximum(levels[:, None], levels), torch.minimum(levels[:, None], levels)
+    colours = torch.stack([largest, smallest, smallest])[None]
+    _, saturation, value = to_hsv(unit(colours))
+    ends = recoloured_anywhere(colours, change, parameters)[0]
+    changed = (part.expand(1, 256, 256)[0].contiguous() for part in change(saturation, value, parameters))
+    return tuple(part.numpy() for part in (ends[0].contiguous(), ends[1].contiguous(), *changed, unit(levels)))
+
+# %% ../nbs/09_cifar_corruptions.ipynb #e7d801dc
+@compiled
+def long_way(red, green, blue, saturation, value):
+    """The new level of the middle one of three different `unit` numbers, hue included, as `to_hsv` and `from_hsv` compute it."""
+    largest = max(red, max(green, blue))
+    spread = largest - min(red, min(green, blue))
+    hue = (green - blue) / spread if red == largest else 2 + (blue - red) / spread if green == largest else 4 + (red - green) / spread
+    hue = hue / 6.0
+    place = (hue + 1 if hue < 0 else hue) * 6
+    sector = np.floor(place)
+    part = place - sector
+    q = part if sector % 2 else 1 - part
+    return np.uint8(min(max(value * (1 - q * saturation), 0.0), 1.0) * 255)
+
+@compiled
+def recolour(images, top, bottom, saturations, values, numbers, changed):
+    """`recoloured` of uint8 images (N, 3, pixels) into `changed`; the five others from `recolouring`."""
+    for n in range(len(images)):
+        for k in range(images.shape[2]):
+            red, green, blue = int(images[n, 0, k]), int(images[n, 1, k]), int(images[n, 2, k])
+            largest, smallest = max(red, max(green, blue)), min(red, min(green, blue))
+            middle, saturation, value = red + green + blue - largest - smallest, saturations[largest, smallest], values[largest, smallest]
+            high, low = top[largest, smallest], bottom[largest, smallest]
+            between = low
+            if smallest < middle < largest:
+                level = 255 * value * (1 - (largest - middle) / (largest - smallest) * saturation)
+                between = np.uint8(level)
+                if abs(level - np.floor(level + 0.5)) < 1e-9:
+                    between = long_way(numbers[red], numbers[green], numbers[blue], saturation, value)
+            changed[n, 0, k] = high if red == largest else low if red == smallest else between  # grey has the hue of red
+            changed[n, 1, k] = low if green == smallest else high if green == largest else between
+            changed[n, 2, k] = low if blue == smallest else high if blue == largest else between
+
+# %% ../nbs/09_cifar_corruptions.ipynb #df13aa7a
+def recoloured(images, change, parameters):
+    """uint8 RGB (N, 3, H, W) with other saturation and value: change(saturation, value, parameters), each in [0, 1], gives the new two."""
+    if images.device.type != "cpu":
+        return recoloured_anywhere(images, change, parameters)
+    changed = torch.empty(images.shape, dtype=torch.uint8)
+    recolour(images.flatten(2).contiguous().numpy(), *recolouring(change, parameters), changed.flatten(2).numpy())
+    return changed
+
+def brighter(saturation, value, amount):
+    """V + amount."""
+    return saturation, (value + amount).clamp_(0, 1)
+
+def more_colourful(saturation, value, parameters):
+    """S·factor + offset; parameters: (factor, offset)."""
+    factor, offset = parameters
+    return (saturation * factor + offset).clamp_(0, 1), value
+
 def brightness(images, amount, draws):
     """V + amount."""
-    hue, saturation, value = to_hsv(unit(images))
-    return truncated(from_hsv(hue, saturation, (value + amount).clamp_(0, 1)))
+    return recoloured(images, brighter, amount)
 
 def saturate(images, parameters, draws):
     """S·factor + offset; parameters: (factor, offset). An offset tints grey red, the hue 0."""
-    factor, offset = parameters
-    hue, saturation, value = to_hsv(unit(images))
-    return truncated(from_hsv(hue, (saturation * factor + offset).clamp_(0, 1), value))
+    return recoloured(images, more_colourful, parameters)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #624b60c5
 def draw_plasma(numbers, shape, parameters):
@@ -200,7 +316,7 @@ def snow(images, parameters, draws):
     """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the image)."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = clipped_zoom((draws["layer"].double() * deviation + mean).permute(1, 2, 0).contiguous(), zoom).permute(2, 0, 1)
-    flakes = truncated(torch.where(flakes < threshold, 0.0, flakes))
+    flakes = truncated(flakes * (flakes >= threshold))
     flakes = unit(motion_blur(flakes[:, None], radius, sigma, draws["angle"]))
     x = divided(images.float(), 255)
     grey = x[:, :1] * 0.299 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
@@ -262,7 +378,7 @@ def spatter(images, parameters, draws):
     x = divided(images.float(), 255)
     colour = (torch.tensor(MUD if mud else WATER, dtype=torch.float64) / 255).float()[:, None, None].to(x.device)
     liquid = gaussian_filter(draws["layer"].double() * deviation + mean, sigma)
-    liquid = torch.where(liquid < threshold, 0.0, liquid)
+    liquid *= liquid >= threshold
     if not mud:
         return truncated(x + (water_light((liquid * 255).int().to(torch.uint8)) * strength)[:, None] * colour)
     cover = gaussian_filter((liquid > threshold).double(), strength)
@@ -270,8 +386,8 @@ def spatter(images, parameters, draws):
     return truncated((x * (1 - cover)).float() + (colour * cover).float())
 
 # %% ../nbs/09_cifar_corruptions.ipynb #71ee45a3
-def interpolated(x, rows, columns, down, right):
-    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
+def interpolated_anywhere(x, rows, columns, down, right):
+    """`interpolated` in operations of PyTorch, for any device."""
     count, channels, height, width = x.shape
     first = torch.arange(0, x[:, 0].numel(), height * width, dtype=torch.int32, device=x.device)[:, None, None]
 
@@ -308,16 +424,69 @@ def affine_source(moved, size):
 
     return fixed(c, d, -c * right - d * down), fixed(a, b, -a * right - b * down)
 
+# %% ../nbs/09_cifar_corruptions.ipynb #3b446be7
+@compiled
+def interpolate(x, rows, columns, down, right, moved):
+    """`interpolated` into `moved`, of the shape and type of `x`; all numbers of that type."""
+    (count, channels, height, width), one = x.shape, x.dtype.type(1)
+    for n in range(count):
+        for h in range(height):
+            for w in range(width):
+                row, column, below, beside = rows[n, h, w], columns[n, h, w], down[n, h, w], right[n, h, w]
+                first, second = height - 1 - abs(height - 1 - abs(row)), height - 1 - abs(height - 1 - abs(row + 1))
+                left, next_ = width - 1 - abs(width - 1 - abs(column)), width - 1 - abs(width - 1 - abs(column + 1))
+                above, before = one - below, one - beside
+                a, b, c, d = above * before, above * beside, below * before, below * beside
+                for channel in range(channels):
+                    plane = x[n, channel]
+                    upper = plane[first, left] * a + plane[first, next_] * b
+                    moved[n, channel, h, w] = upper + plane[second, left] * c + plane[second, next_] * d
+
+def interpolated(x, rows, columns, down, right):
+    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
+    if x.device.type != "cpu":
+        return interpolated_anywhere(x, rows, columns, down, right)
+    moved = torch.empty(x.shape, dtype=x.dtype)
+    interpolate(*(part.contiguous().numpy() for part in (x, rows, columns, down.to(x.dtype), right.to(x.dtype))), moved.numpy())
+    return moved
+
 # %% ../nbs/09_cifar_corruptions.ipynb #25fc0e70
 def draw_elastic(numbers, shape, parameters):
     """"corners" (N, 3, 2), uniform in ± jitter pixels; "across" and "down" (N, H, W), uniform in ± 1."""
     corners, field = numbers("corners", torch.Tensor.uniform_, 3, 2) * 2 - 1, numbers("field", torch.Tensor.uniform_, 2, *shape[1:]) * 2 - 1
     return {"corners": corners * parameters[2], "across": field[:, 0], "down": field[:, 1]}
 
-def inside(place, size):
-    """Coordinates reflected into the image as SciPy 1.0 did it."""
+def settled_anywhere(field, dim):
+    """`settled` in operations of PyTorch, for any device."""
+    size = field.shape[dim]
+    grid = torch.arange(size, dtype=torch.float64, device=field.device)
+    place = (grid[:, None] if dim == 1 else grid) + field
     place = torch.where(place < 0, -1 - place, place)
-    return torch.where(place >= size, 2 * size - 1 - place, place)
+    place = torch.where(place >= size, 2 * size - 1 - place, place)
+    return place.floor().int(), place - place.floor()
+
+@compiled
+def settle(field, dim, whole, share):
+    """`settled` into int32 whole and float64 share."""
+    size = field.shape[dim]
+    for n in range(field.shape[0]):
+        for h in range(field.shape[1]):
+            for w in range(field.shape[2]):
+                place = (h if dim == 1 else w) + np.float64(field[n, h, w])
+                place = -1 - place if place < 0 else place
+                place = 2 * size - 1 - place if place >= size else place
+                floor = np.floor(place)
+                whole[n, h, w], share[n, h, w] = np.int32(floor), place - floor
+
+
+# %% ../nbs/09_cifar_corruptions.ipynb #a978926d
+def settled(field, dim):
+    """Where pixels shifted by float32 field (N, H, W) along dim 1 or 2 come from, reflected into the image as SciPy 1.0 did it: the pixel before, int32, and how far behind it, float64."""
+    if field.device.type != "cpu":
+        return settled_anywhere(field, dim)
+    whole, share = torch.empty(field.shape, dtype=torch.int32), torch.empty(field.shape, dtype=torch.float64)
+    settle(field.contiguous().numpy(), dim, whole.numpy(), share.numpy())
+    return whole, share
 
 def elastic_transform(images, parameters, draws):
     """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the corners), in pixels. For 32 × 32 images."""
@@ -326,12 +495,10 @@ def elastic_transform(images, parameters, draws):
     rows, columns = affine_source((still + draws["corners"].float()).double(), size)
     x = interpolated(divided(images.float(), 255), rows >> 5, columns >> 5, (rows & 31).float() / 32, (columns & 31).float() / 32)
     if amplitude:
-        grid = torch.arange(size, dtype=torch.float64, device=images.device)
         field = torch.stack([draws["down"], draws["across"]]).double()
         field = (gaussian_filter(field, sigma, mode="reflect", truncate=3.0) * amplitude).float()
-        rows, columns = inside(grid[:, None] + field[0], size), inside(grid + field[1], size)
-        top, left = rows.floor(), columns.floor()
-        x = interpolated(x.double(), top.int(), left.int(), rows - top, columns - left).float()
+        (top, down), (left, right) = settled(field[0], 1), settled(field[1], 2)
+        x = interpolated(x.double(), top, left, down, right).float()
     return truncated(x)
 
 # %% ../nbs/09_cifar_corruptions.ipynb #1a656259
@@ -367,13 +534,17 @@ def through_jpeg(pixels, quality):
         return jpeglib.read_spatial(path).spatial
 
 def jpeg_one_by_one(pixels, quality):
-    """uint8 (N, H, W, 3), each image written and read by Pillow."""
-    kept = []
-    for image in pixels:
-        with io.BytesIO() as file:
-            Image.fromarray(image).save(file, "JPEG", quality=quality)
-            kept.append(np.asarray(Image.open(file)))
-    return np.stack(kept)
+    """uint8 (N, H, W, 3), each image written and read by Pillow, in as many threads as PyTorch may use."""
+    kept = np.empty_like(pixels)
+
+    def keep(start):
+        for image, place in zip(pixels[start : start + 128], kept[start : start + 128]):
+            with io.BytesIO() as file:
+                Image.fromarray(image).save(file, "JPEG", quality=quality)
+                place[:] = Image.open(file, formats=("JPEG",))
+
+    in_threads(keep, range(0, len(pixels), 128))
+    return kept
 
 def jpeg_compression(images, quality, draws):
     """Written as JPEG with `quality` and read again, on the CPU, by the library that `jpeg_library` names."""
