@@ -19,9 +19,9 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from .attacks import ATTACKS, FIGURE_EPSILON
+from .axes import AXIS_TITLES, WORDS, place_points, radius_text
 from .data import IMAGE_SHAPES
-from .plots import AXIS_TITLES, BACKGROUND, DARK_BACKGROUND, WORDS, collect, corruption_means, density_colour, footer_lines
-from .plots import place_points, radius_text, summarise_curves, template
+from .plots import BACKGROUND, DARK_BACKGROUND, collect, corruption_means, density_colour, footer_lines, summarise_curves, template
 from .presets import FIGURES, plan
 from .store import run_status, write_whole
 
