@@ -65,7 +65,7 @@ def list_runs(root, members, records, place):
     here = members[(members[["density", "depth", "repeat"]] == list(place)).all(axis=1)].drop_duplicates("experiment").sort_values("seed")
     value = records.groupby("experiment").value.mean()
     rows = [
-        f"<tr><td><code>{run.experiment}</code></td><td>{run.seed}</td><td>{html.escape(run.status)}</td><td>{run.epochs}</td>"
+        f"<tr><td style='padding-right:2em'><code>{run.experiment}</code></td><td>{run.seed}</td><td>{html.escape(run.status)}</td><td>{run.epochs}</td>"
         f"<td>{f'{100 * value[run.experiment]:.1f} %' if run.experiment in value else '–'}</td></tr>" for run in here.itertuples()
     ]
     head = "".join(f"<th style='text-align:left;padding-right:2em'>{title}</th>" for title in ("run", "seed", "ended by", "epochs", "value"))

@@ -100,7 +100,7 @@ def colour_of(points, name, strength):
 
 def words(name):
     """A corruption, an attack or a class, for people."""
-    return WORDS.get(name, name.replace("_", " "))
+    return f"class {name}" if name.isdecimal() else WORDS.get(name, name.replace("_", " "))
 
 # %% ../nbs/33_views.ipynb #3fdba35f
 def draw_curve(points, *, measure, growth, name, strength, title):
@@ -111,7 +111,7 @@ def draw_curve(points, *, measure, growth, name, strength, title):
     label = " ".join(part for part in (words(name), strength_text(measure, strength)) if part)
     colour = colour_of(points, name, strength)
     return {
-        "data": [ghost(clean), line(shown, label, colour), *marks(shown, points, [bounds[0], 0.88 * bounds[0] + 0.12 * bounds[1]])],
+        "data": [ghost(clean), line(shown, label, colour), *marks(shown, points, [bounds[0] + share * (bounds[1] - bounds[0]) for share in (0.04, 0.15)])],
         "layout": layout(title, xaxis=axis | {"title": {"text": AXIS_TITLES[growth]}}, yaxis={"range": bounds, "title": {"text": "accuracy (%)" if measure != "class_recall" else "accuracy, recall (%)"}}),
     }
 
@@ -133,13 +133,13 @@ def draw_heat(points, *, measure, growth, name, strength, title):
         "type": "heatmap", "z": [[None if v != v else v for v in row] for row in grid.to_numpy().tolist()], "x": list(labels.values()), "y": [strength_text(measure, s) for s in rows],
         "colorscale": "Viridis", "texttemplate": "%{z:.1f}", "xgap": 1, "ygap": 1, "colorbar": {"title": {"text": "accuracy (%)"}}, "hovertemplate": "%{x} %, %{y}: %{z:.1f} %<extra></extra>",
     }
-    axes = {"xaxis": {"type": "category", "title": {"text": AXIS_TITLES[growth]}}, "yaxis": {"type": "category", "automargin": True}}
+    axes = {"xaxis": {"type": "category", "title": {"text": AXIS_TITLES[growth]}}, "yaxis": {"type": "category", "automargin": True, "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}}
     return {"data": [heat], "layout": layout(title, shapes=[frame], **axes)}
 
 # %% ../nbs/33_views.ipynb #6f4b6612
 def kinds_of(points):
-    """The names under which something disturbed was measured, the mean of all first, then in the order of the groups of corruptions."""
-    order = ["mean of all", "lowest of all", *(name for names in CORRUPTION_GROUPS.values() for name in names)]
+    """The names under which something disturbed was measured, the mean of all first, then corruptions by their groups and attacks from weak to strong."""
+    order = ["mean of all", "lowest of all", *(name for names in CORRUPTION_GROUPS.values() for name in names), *WORDS]
     names = dict.fromkeys(points.name.dropna())
     found = sorted((n for n in names if n != "clean"), key=lambda n: order.index(n) if n in order else len(order))
     return found or list(names)
@@ -152,7 +152,8 @@ def panel_axes(number, columns, count, axis, bounds):
     suffix, last = "" if number == 0 else str(number + 1), number + columns >= count
     shared = axis | {"domain": x, "anchor": f"y{suffix}", "showticklabels": last, "tickfont": {"size": 9}, "tickangle": 0}
     few = {"tickvals": axis["tickvals"][::2], "ticktext": axis["ticktext"][::2]}
-    return {f"xaxis{suffix}": shared | few, f"yaxis{suffix}": {"domain": y, "anchor": f"x{suffix}", "range": bounds, "showticklabels": column == 0, "tickfont": {"size": 10}}}, x[0], y[1]
+    apart = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # from the markers
+    return {f"xaxis{suffix}": shared | few, f"yaxis{suffix}": apart | {"domain": y, "anchor": f"x{suffix}", "range": bounds, "showticklabels": column == 0, "tickfont": {"size": 10}}}, x[0], y[1]
 
 def draw_multiples(points, *, measure, growth, name, strength, title):
     """A panel for each corruption or attack at `strength`; the one called `name` is dark. Arguments and result as in `draw_curve`."""
@@ -164,7 +165,8 @@ def draw_multiples(points, *, measure, growth, name, strength, title):
         axes, x, y = panel_axes(i, 5, len(names), axis, bounds)
         shown = points[(points.name == each) & (points.strength == strength)]
         colour = "#440154" if each == name else next((c for c, group in CORRUPTION_GROUPS.items() if each in group), "#444444")
-        data += [ghost(points[points.name == "clean"], axes=suffix, showlegend=False), line(shown, words(each), colour, axes=suffix, showlegend=False)]
+        how = dict(axes=suffix, showlegend=False, cliponaxis=False)
+        data += [ghost(points[points.name == "clean"], **how), line(shown, words(each), colour, **how)]
         settings |= axes
         titles.append({"text": words(each), "xref": "paper", "yref": "paper", "x": x, "y": y, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 12, "color": colour}})
     below = {"text": AXIS_TITLES[growth] + " across, accuracy (%) up; dotted: clean", "xref": "paper", "yref": "paper", "x": 0, "y": 0, "yshift": -45, "showarrow": False, "font": {"color": "#666666"}}
@@ -177,11 +179,11 @@ def draw_recall(points, *, measure, growth, name, strength, title):
     classes = [n for n in kinds_of(points) if n != "lowest of all"]
     recall = points[points.name.isin(classes)].pivot(index=["density", "depth", "repeat"], columns="name", values="mean").sort_index(ascending=[False, True, True])
     lost = (recall.iloc[-1] - recall.iloc[0]).sort_values()
-    colours = dict(zip(lost.index[:3], ("#d55e00", "#0072b2", "#009e73")))
+    colours = dict(zip(lost.index[lost < 0], ("#d55e00", "#0072b2", "#009e73")))
     data = [ghost(points[points.name == "clean"], name="accuracy over all")]
     for each in sorted(classes, key=lambda n: n in colours):
         colour = colours.get(each, "#c8c8c8")
-        trace = line(points[points.name == each], f"{words(each)} {100 * lost[each]:+.1f} points", colour, showlegend=each in colours)
+        trace = line(points[points.name == each], f"{words(each)}: {100 * lost[each]:+.1f} points", colour, showlegend=each in colours)
         thick = 4 if each == name else 2 if each in colours else 1
         data.append(trace | {"line": {"color": colour, "width": thick}} | {"error_y": {"visible": False}} | ({} if each in colours or each == name else {"mode": "lines"}))
     data.append(line(points[points.name == "lowest of all"], "lowest of all", "#440154"))
@@ -193,6 +195,7 @@ def draw_connectivity(points, *, measure, growth, name, strength, title):
     """Accuracy above, below it the share of kept weights that lie on a path from input to output. Arguments and result as in `draw_curve`."""
     picture = draw_curve(points, measure=measure, growth=growth, name=name, strength=strength, title=title)
     placed, axis = place_points(points.drop_duplicates(["density", "depth", "repeat"]).assign(growth=growth))
+    placed = placed[placed.networks > 0]
     share = 100 * placed.effective_density / placed.density
     below = {
         "type": "scatter", "mode": "lines+markers", "name": "connected", "x": placed.x.tolist(), "y": share.tolist(), "xaxis": "x2", "yaxis": "y2", "line": {"color": "#0072b2"},
