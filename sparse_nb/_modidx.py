@@ -596,7 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'sparse_nb.page.compact': ('page.html#compact', 'sparse_nb/page.py'),
                                 'sparse_nb.page.control_html': ('page.html#control_html', 'sparse_nb/page.py'),
                                 'sparse_nb.page.curve_data': ('page.html#curve_data', 'sparse_nb/page.py'),
-                                'sparse_nb.page.curve_of': ('page.html#curve_of', 'sparse_nb/page.py'),
+                                'sparse_nb.page.curves_of': ('page.html#curves_of', 'sparse_nb/page.py'),
                                 'sparse_nb.page.finished_points': ('page.html#finished_points', 'sparse_nb/page.py'),
                                 'sparse_nb.page.hundredths': ('page.html#hundredths', 'sparse_nb/page.py'),
                                 'sparse_nb.page.numbers_of': ('page.html#numbers_of', 'sparse_nb/page.py'),
