@@ -199,7 +199,7 @@ def test_a_cell_of_the_heat_map_is_chosen_by_click(browser, served, store):
         page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
         page.mouse.click(*at)
         page.wait_for_function("document.querySelector('pre')?.innerText.includes('width=128')")
-        page.get_by_text("σ = 0.4", exact=True).wait_for()
+        page.locator(".widget-readout").get_by_text("σ = 0.4", exact=True).wait_for()
         value = store.table(strength=0.4, quantity="accuracy", measure="weight_noise", width=128, seed=0).value.mean()
         assert f"{100 * value:.1f} %" in page.content()
 
