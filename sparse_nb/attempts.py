@@ -16,17 +16,12 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-
-from .experiments import experiment_hash
 from .store import sha256, write_whole
-from .training import Epoch, TrainingState
 
 # %% ../nbs/22_attempts.ipynb #4b227777
 def attempt_folder(store, experiment):
     """The folder of a run's attempts, whether it exists or not."""
-    return store.root / ".attempts" / experiment_hash(experiment)
+    return store.root / ".attempts" / store.folder(experiment).name
 
 # %% ../nbs/22_attempts.ipynb #2c624232
 def take_lock(path):
@@ -71,14 +66,20 @@ def lease(store, experiment):
 # %% ../nbs/22_attempts.ipynb #4fc82b26
 def save_state(store, experiment, state, environment):
     """Keep a `TrainingState`, instead of the one before. environment: what it is computed on, plain data."""
+    import safetensors.torch
+
     body = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.tensors.items()})
-    header = {"experiment": experiment_hash(experiment), "environment": environment, "epochs": [dataclasses.asdict(epoch) for epoch in state.epochs]}
+    header = {"experiment": store.folder(experiment).name, "environment": environment, "epochs": [dataclasses.asdict(epoch) for epoch in state.epochs]}
     content = json.dumps(header).encode() + b"\n" + body
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)
     write_whole(attempt_folder(store, experiment) / "state", sha256(content).encode() + b"\n" + content)
 
 def load_state(store, experiment, environment):
     """The `TrainingState` of a run; None if there is none, or none of this `environment`. Raises ValueError naming the file if it was altered."""
+    import safetensors.torch
+
+    from sparse_nb.training import Epoch, TrainingState
+
     path = attempt_folder(store, experiment) / "state"
     try:
         proof, _, content = path.read_bytes().partition(b"\n")
@@ -88,7 +89,7 @@ def load_state(store, experiment, environment):
         raise ValueError(f"{path} was altered: its content does not match its sha256; delete it to train from the beginning")
     header, _, body = content.partition(b"\n")
     header = json.loads(header)
-    if header["experiment"] != experiment_hash(experiment):
+    if header["experiment"] != path.parent.name:
         raise ValueError(f"{path} is of the run {header['experiment']}; delete it to train from the beginning")
     if header["environment"] != environment:
         return None
@@ -120,11 +121,17 @@ def save_failure(store, experiment, words, reason, tries):
     """Remember that a run failed after `tries`. words: the network, for people; reason: a sentence."""
     log = log_path(store, experiment)
     said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
-    failure = {"run": experiment_hash(experiment), "network": words, "reason": reason, "tries": tries, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "log": said}
+    failure = {
+        "run": store.folder(experiment).name, "network": words, "reason": reason, "tries": tries, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "log": said,
+        "experiment": dataclasses.asdict(experiment), "density": experiment.density,
+    }
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)  # it may have failed before it began
     write_whole(attempt_folder(store, experiment) / "failure.json", json.dumps(failure, indent=1).encode())
 
 def load_failures(store):
-    """Every failure that is remembered, as dicts with run, network, reason, tries, when and log, oldest first."""
+    """Every failure that is remembered, as dicts with run, network, reason, tries, when, log, experiment (its settings) and density, oldest first.
+
+    Those that an earlier release has written lack the last two.
+    """
     found = [json.loads(path.read_bytes()) for path in Path(store.root).glob(".attempts/*/failure.json")]
     return sorted(found, key=lambda failure: failure["when"])

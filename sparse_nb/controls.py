@@ -14,7 +14,8 @@ import math
 import numpy as np
 import pandas as pd
 
-from .plots import PLACE, WORDS, Line, accuracy_range, add_diverged, add_line, density_axis, empty_panels, finish, panel_title, summarise_curves
+from .axes import WORDS, accuracy_range, density_axis
+from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, panel_title, summarise_curves
 from .stats import mean_interval
 
 # %% ../nbs/32_controls.ipynb #a32c0008

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['OWN', 'CURVE', 'MEASURED', 'MEASURES', 'CHOICES', 'ALL', 'PLACE', 'study_of', 'growth_of', 'curve_members',
-           'read_catalogue', 'choose', 'tidy', 'points_of', 'load_curve']
+           'read_catalogue', 'choose', 'tidy', 'points_of', 'load_curve', 'failures_on', 'add_failures']
 
 # %% ../nbs/33_curves.ipynb #d4735e3a
+import html
 import json
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
+from .identity import canonical
 from .store import ask_index, read_rows
 
 # %% ../nbs/33_curves.ipynb #19581e27
@@ -113,7 +115,7 @@ PLACE = ["width", "depth", "repeat", "density"]
 def points_of(members, records):
     """The points of one curve: a row for each place, name and strength. members: rows of `read_catalogue`; records: of `tidy`.
 
-    Columns: `PLACE`, name, strength, mean, low, high (95 % t-interval over seeds, NaN for one), seeds, networks, converged, diverged, effective_density (mean), runs (hashes). Sorted by density, falling,
+    Columns: `PLACE`, name, strength, mean, low, high (95 % t-interval over seeds, NaN for one), seeds, networks, converged, diverged, effective_density (mean), runs (hashes), and for `add_failures` failed and reasons. Sorted by density, falling,
     depth, repeat and strength. A place of which no network could be measured has one row without a name.
     """
     networks = members.drop_duplicates("experiment")
@@ -123,9 +125,9 @@ def points_of(members, records):
     ).reset_index()
     of_seed = records.merge(networks[["experiment", "seed", *PLACE]], on="experiment").groupby([*PLACE, "name", "strength", "seed"]).value.mean()
     points = of_seed.groupby(level=[*PLACE, "name", "strength"]).agg(["mean", "std", "size"]).rename(columns={"size": "seeds"}).reset_index()
-    half = stats.t.ppf(0.975, np.maximum(points.seeds - 1, 1)) * points["std"] / np.sqrt(points.seeds)
+    half = stdtrit(np.maximum(points.seeds - 1, 1), 0.975) * points["std"] / np.sqrt(points.seeds)
     points = points.assign(low=points["mean"] - half, high=points["mean"] + half).drop(columns="std")
-    points = places.merge(points, on=PLACE, how="left")
+    points = places.merge(points, on=PLACE, how="left").assign(failed=0, reasons="")
     return points.sort_values(["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True)
 
 # %% ../nbs/33_curves.ipynb #59e19706
@@ -136,3 +138,31 @@ def load_curve(store, catalogue, chosen):
     quantities = ["accuracy", "recall", "lowest_recall"]
     records = store.table(experiment=sorted(set(members.experiment)), evaluation=chosen["evaluation"], quantity=quantities)
     return members, tidy(records, chosen["measure"])
+
+# %% ../nbs/33_curves.ipynb #e22d581c
+def failures_on(failures, members, chosen):
+    """Those of the `failures` (of `attempts.load_failures`) whose networks should be on the curve `chosen`. members: its networks, of `load_curve`."""
+    study, end = json.JSONDecoder().raw_decode(chosen["study"])
+    variant, shape = chosen["study"][end:].strip(), ("depth", "repeat") if chosen["growth"] == "width" else ("width",)
+    shared, found = canonical(study[0]), []
+    for failure in failures:
+        e = failure.get("experiment")
+        if e and (
+            canonical({k: v for k, v in e.items() if k not in OWN}) == shared and all(e[k] in set(members[k]) for k in shape)
+            and (chosen["rule"] in ("none", e["rule"]) and e["schedule"] == chosen["schedule"] or failure["density"] == 1)
+            and (not variant or failure["density"] == 1 or variant == f"{e['pruning']} {e['initial_scale']}")
+        ):
+            found.append(failure)
+    return found
+
+# %% ../nbs/33_curves.ipynb #7c1f0a52
+def add_failures(points, failures):
+    """`points` (of `points_of`) with the number of networks that failed at each place, and the reasons, as HTML; a place with nothing else gets a row. failures: of `failures_on`."""
+    rows = [{k: f["experiment"][k] for k in PLACE[:3]} | {"density": f["density"], "reasons": html.escape(f"seed {f['experiment']['seed']}: {f['reason']}")} for f in failures]
+    if not rows:
+        return points
+    failed = pd.DataFrame(rows).groupby(PLACE).agg(failed=("reasons", "size"), reasons=("reasons", "<br>".join)).reset_index()
+    both = points.drop(columns=["failed", "reasons"]).merge(failed, on=PLACE, how="outer").fillna({"failed": 0, "reasons": "", "networks": 0, "converged": 0, "diverged": 0})
+    both["runs"] = [found if isinstance(found, list) else [] for found in both.runs]
+    both = both.astype({name: int for name in ("failed", "networks", "converged", "diverged")})
+    return both.sort_values(["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True)

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .archive import ARCHIVE, pack_runs, unpacked
-from .experiments import canonical, experiment_hash
+from .experiments import experiment_hash
+from .identity import canonical
 from .store import KIND_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, check_columns, create_tables, enter_files, kind_of, parse_records
 from .store import read_table, run_row, sync_folder, write_whole, writing
 from .upkeep import RUN_FILES, outdated_runs, read_manifest, record_files, run_folders, sentence_on, verify_run

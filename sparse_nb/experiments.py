@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'TRAINING_CODE', 'MEASURE_CODE', 'counted_shapes', 'counted_total', 'without_meaning', 'accept',
            'check_experiment', 'Experiment', 'dense_parent', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption',
-           'Attack', 'canonical', 'digest', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune',
-           'experiment_identity', 'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
+           'Attack', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune', 'experiment_identity',
+           'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
 
 # %% ../nbs/20_experiments.ipynb #d4735e3a
 import ast
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import allocation, attacks, cifar_corruptions, class_recall, corruption_archives, corruptions, data, evaluation, image_filters, masks
 from . import mnist_corruptions, models, randomness, sparse_execution, training, weight_noise
+from .identity import canonical, digest
 from .training import Recipe
 
 # %% ../nbs/20_experiments.ipynb #7902699b
@@ -237,25 +238,6 @@ class Attack:
             model, evaluation.sample(images, self.test_images), attacks=self.attacks, epsilons=self.epsilons, seed=self.seed, steps=self.steps,
             step_size=self.step_size, restarts=self.restarts,
         )
-
-# %% ../nbs/20_experiments.ipynb #624b60c5
-def canonical(description):
-    """The one JSON text of a dataclass, or of plain data: sorted keys, defaults written out, 1.0 written as 1. NaN is refused."""
-
-    def plain(value):
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    return json.dumps(plain(description), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-def digest(description):
-    """The first 16 hexadecimal digits of the SHA-256 of the canonical text."""
-    return hashlib.sha256(canonical(description).encode()).hexdigest()[:16]
 
 # %% ../nbs/20_experiments.ipynb #86e50149
 def code_lines(source):

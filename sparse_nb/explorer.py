@@ -14,22 +14,15 @@ import json
 import sys
 import threading
 from functools import cache, lru_cache
+from pathlib import Path
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from .attacks import FIGURE_EPSILON, PAPER_ATTACKS
 from .attempts import load_failures
-from .corruptions import corrupt, default_severities, names
-from .curves import CHOICES, choose, load_curve, points_of, read_catalogue
-from .data import load_images
-from .evaluation import sample
-from .experiments import Experiment, experiment_hash
-from .gallery import gallery
-from .live import make_point, next_jobs
-from .plots import WORDS, few
+from .axes import WORDS, few
+from .curves import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
 from .store import Store, load_run
-from .training import Recipe
 from .views import VIEWS, kinds_of, percent_labels, strength_text, strengths_of, views_of, words
 
 # %% ../nbs/33_explorer.ipynb #e7f6c011
@@ -51,6 +44,9 @@ def said(choice, value):
 # %% ../nbs/33_explorer.ipynb #19581e27
 def experiment_of(run):
     """The `Experiment` of `run`, a row of `Store.runs`; None if this version of the code and data would name it otherwise."""
+    from sparse_nb.experiments import Experiment, experiment_hash
+    from sparse_nb.training import Recipe
+
     described = json.loads(run.description)
     experiment = Experiment(**described | {"recipe": Recipe(**described["recipe"])})
     return experiment if experiment_hash(experiment) == run.experiment else None
@@ -60,7 +56,7 @@ def loading_code(root, run):
     experiment = experiment_of(run)
     if experiment is None:
         return f"# {run.experiment} was made by another version of the code or from other data, which this version never loads"
-    return f"model = load_run(Store({str(root)!r}), {experiment!r})"
+    return f"model = load_run(Store({str(Path(root).absolute())!r}), {experiment!r})"
 
 IMPORTS = "from sparse_nb.experiments import Experiment\nfrom sparse_nb.store import Store, load_run\nfrom sparse_nb.training import Recipe"
 
@@ -69,7 +65,7 @@ def list_runs(root, members, records, place):
     here = members[(members[["density", "depth", "repeat"]] == list(place)).all(axis=1)].drop_duplicates("experiment").sort_values("seed")
     value = records.groupby("experiment").value.mean()
     rows = [
-        f"<tr><td><code>{run.experiment}</code></td><td>{run.seed}</td><td>{html.escape(run.status)}</td><td>{run.epochs}</td>"
+        f"<tr><td style='padding-right:2em'><code>{run.experiment}</code></td><td>{run.seed}</td><td>{html.escape(run.status)}</td><td>{run.epochs}</td>"
         f"<td>{f'{100 * value[run.experiment]:.1f} %' if run.experiment in value else '–'}</td></tr>" for run in here.itertuples()
     ]
     head = "".join(f"<th style='text-align:left;padding-right:2em'>{title}</th>" for title in ("run", "seed", "ended by", "epochs", "value"))
@@ -119,6 +115,12 @@ def networks_of(store, members):
 
 def gallery_of(store, members, *, dataset, measure, name, strength, count=8):
     """The gallery of a curve, as HTML. name, strength: of what the handles show, used where they are a corruption or an attack."""
+    from sparse_nb.attacks import FIGURE_EPSILON, PAPER_ATTACKS
+    from sparse_nb.corruptions import corrupt, default_severities, names
+    from sparse_nb.data import load_images
+    from sparse_nb.evaluation import sample
+    from sparse_nb.gallery import gallery
+
     images = sample(load_images(dataset, "test"), count)
     corruption = name if name in names(dataset) else names(dataset)[0]
     severity = int(strength) if measure == "corruption" and strength else default_severities(images.shape, corruption)[-1]
@@ -180,6 +182,7 @@ def fill_curve(handles, points, measure):
 # %% ../nbs/33_explorer.ipynb #535fa30d
 class Selection:
     """The handles and the curve that they choose: `chosen`, `members`, `records`, `points` as in `curves`; all but the first are None where there is none.
+    failures: all that are remembered; failed: those on the curve.
 
     changed: called without arguments when a handle was moved, or the runs folder was read again.
     """
@@ -191,7 +194,7 @@ class Selection:
 
     def load(self):
         """Read what the store has."""
-        self.catalogue = read_catalogue(self.store)
+        self.catalogue, self.failures = read_catalogue(self.store), load_failures(self.store)
         self.follow(True)
 
     def follow(self, to_another_curve):
@@ -201,7 +204,8 @@ class Selection:
             if to_another_curve:
                 self.chosen = fill_choices(self.handles, self.catalogue)
                 self.members, self.records = load_curve(self.store, self.catalogue, self.chosen) if self.chosen else (None, None)
-                self.points = points_of(self.members, self.records) if self.chosen else None
+                self.failed = failures_on(self.failures, self.members, self.chosen) if self.chosen else []
+                self.points = add_failures(points_of(self.members, self.records), self.failed) if self.chosen else None
                 fill_curve(self.handles, self.points, self.chosen.get("measure"))
             elif self.points is not None:
                 fill_strengths(self.handles, self.points, self.chosen["measure"])
@@ -250,16 +254,16 @@ class Canvas:
             return f"<p>There is no gallery: {html.escape(str(error))}</p>"
 
 # %% ../nbs/33_explorer.ipynb #35135aaa
-def notices(store, members):
-    """Lines of HTML on a store and the networks of a curve. members: of `load_curve`; None for no curve."""
+def notices(store, members, failures, failed=()):
+    """Lines of HTML on a store and the networks of a curve. members: of `load_curve`; None for no curve. failures: of the store; failed: those on the curve."""
     lines = [NOTHING_YET.format(root=html.escape(str(store.root)))] if members is None else []
     if members is not None:
         status = members.drop_duplicates("experiment").status
         for ended, words in (("epochs", "did not reach the stopping loss (open markers)"), ("diverged", "diverged (crosses)")):
             if (status == ended).any():
                 lines.append(f"{words}: {(status == ended).sum()} of {len(status)} networks of this curve")
-    failures = load_failures(store)
-    lines += [f"failed, not on any curve: {html.escape(failure['network'])}: {html.escape(failure['reason'])}" for failure in failures[:3]]
+    told = [*failed, *(failure for failure in failures if failure not in failed)]
+    lines += [f"failed{' (open cross)' if f in failed else ', on another curve'}: {html.escape(f['network'])}: {html.escape(f['reason'])}" for f in told[:3]]
     lines += [f"… and {len(failures) - 3} more; <code>sparse-nb failures</code> lists them"] * (len(failures) > 3)
     return "".join(f"<div style='color:#8a4b00;line-height:1.4'>{line}</div>" for line in lines)
 
@@ -288,6 +292,8 @@ class Training:
 
     def work(self, jobs):
         """Carry out `jobs`, showing how far they are."""
+        from sparse_nb.live import make_point
+
         def report(share, words):
             self.bar.value, self.told.value = share, words
 
@@ -318,26 +324,36 @@ class Explorer:
 
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
+        from sparse_nb.live import next_jobs
+
         members = self.selection.members
         return next_jobs(self.store, self.selection.chosen, () if members is None else members.experiment)
 
     def show(self):
         """Show what is chosen: the picture, what is to be said of it, and the networks of the chosen point."""
         s = self.selection
-        self.notice.value = notices(self.store, s.members)
+        self.notice.value = notices(self.store, s.members, s.failures, s.failed)
         self.canvas.show(s)
         if place := s.value("point"):
+            self.details.value = self.details.value or "<p>looking for its networks …</p>"  # the first time, torch has to be imported
             shown = s.records[(s.records.name == s.value("name")) & (s.records.strength == s.value("strength"))]
             self.details.value = list_runs(self.store.root, s.members, shown, place)
         else:
             self.details.value = ""
 
     def clicked(self, trace, where, state):
-        """A point of a trace was clicked."""
-        if where.point_inds and isinstance(where.point_inds[0], int) and trace.customdata is not None:
-            runs, points = trace.customdata[where.point_inds[0]].split(), self.selection.points
+        """A point of a trace, or a cell of the heat map, was clicked. where: with `point_inds`, of a cell its row and column."""
+        points, handles = self.selection.points, self.selection.handles
+        if not where.point_inds:
+            return
+        if trace.type == "heatmap":
+            row, column = where.point_inds[0]
+            handles["strength"].value = strengths_of(points, handles["name"].value)[row]
+            handles["point"].value = list(percent_labels(points))[column]
+        elif trace.customdata is not None:
+            runs = trace.customdata[where.point_inds[0]].split()
             row = points[points.runs.map(lambda found: found == runs)].iloc[0]
-            self.selection.handles["point"].value = tuple(row[["density", "depth", "repeat"]])
+            handles["point"].value = tuple(row[["density", "depth", "repeat"]])
 
 # %% ../nbs/33_explorer.ipynb #3d914f93
 def explore(runs="runs"):

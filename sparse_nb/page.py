@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'NOTHING', 'CONTROLS', 'MEASURE_WORDS', 'METHOD_WORDS', 'STYLE', 'CHOOSE', 'WORDING', 'TRACES', 'DRAW',
-           'LISTEN', 'SCRIPT', 'KEYS', 'TITLE', 'INTRODUCTION', 'POLICY', 'finished_points', 'curve_of', 'page_table',
+           'LISTEN', 'SCRIPT', 'KEYS', 'TITLE', 'INTRODUCTION', 'POLICY', 'finished_points', 'curves_of', 'page_table',
            'page_curves', 'question_text', 'stop_text', 'hundredths', 'numbers_of', 'clean_of', 'questions_of',
            'Numbered', 'of_controls', 'place_row', 'curve_data', 'page_data', 'compact', 'control_html', 'chart_html',
            'page_themes', 'page_html', 'write_page', 'store_page']
 
 # %% ../nbs/34_page.ipynb #d4735e3a
+import dataclasses
 import html
 import json
 import math
@@ -19,9 +20,12 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from .attacks import ATTACKS, FIGURE_EPSILON
+from .axes import AXIS_TITLES, WORDS, place_points, radius_text
+from .curves import curve_members
 from .data import IMAGE_SHAPES
-from .plots import AXIS_TITLES, BACKGROUND, DARK_BACKGROUND, WORDS, collect, corruption_means, density_colour, footer_lines
-from .plots import place_points, radius_text, summarise_curves, template
+from .experiments import experiment_hash
+from .identity import canonical
+from .plots import BACKGROUND, DARK_BACKGROUND, collect, corruption_means, density_colour, footer_lines, summarise_curves, template
 from .presets import FIGURES, plan, shown_families
 from .provenance import of_points
 from .store import run_status, write_whole
@@ -38,19 +42,29 @@ def finished_points(store, preset, *, root=None):
             plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=root)))
     for (schedule, measure), points in plans.items():
         there = [p for p in points if store.has_records(p.experiment, p.evaluation) or run_status(store, p.experiment) == "diverged"]
-        sparse = {curve_of(p) for p in there if p.experiment.density < 1}
-        shown = tuple(p for p in there if (schedule == "static" and p.rule in preset.rules) or curve_of(p) in sparse)
+        members = set(curves_of(there, schedule).itertuples(index=False, name=None))
+        shown = tuple(p for p in there if (experiment_hash(p.experiment), p.growth, p.rule) in members)
         if shown:
             finished[schedule, measure] = shown
     return finished
 
-def curve_of(point):
-    """Which curve of its figure a `Point` is on."""
-    return point.experiment.dataset, point.experiment.family, point.growth, point.rule
+def curves_of(points, schedule):
+    """Which networks of `points` are on which curves of a `schedule`, by `curves.curve_members`: the columns experiment, growth and rule."""
+    described = [
+        {**dataclasses.asdict(e), "experiment": experiment_hash(e), "density": e.density, "description": canonical(e), "code": "", "data": ""} for e in dict.fromkeys(p.experiment for p in points)
+    ]
+    if not described:
+        return pd.DataFrame(columns=["experiment", "growth", "rule"])
+    members = curve_members(pd.DataFrame(described))
+    return members[(members.schedule == schedule) & (members.rule != "none")][["experiment", "growth", "rule"]].drop_duplicates()
 
+# %% ../nbs/34_page.ipynb #5be81d21
 def page_table(store, finished):
     """The records of `finished_points`: rows of `plots.collect` with the columns schedule and measure; an empty table if there are none."""
-    tables = [collect(store, points).assign(schedule=schedule, measure=measure) for (schedule, measure), points in finished.items()]
+    tables = []
+    for (schedule, measure), points in finished.items():
+        records = collect(store, points).drop(columns=["growth", "rule"]).drop_duplicates()
+        tables.append(records.merge(curves_of(points, schedule), on="experiment").assign(schedule=schedule, measure=measure))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../nbs/34_page.ipynb #6b51d431

@@ -26,17 +26,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import psutil
-import safetensors
-import safetensors.torch
-import torch
 
-from .evaluation import Record
-from .experiments import build, canonical, dense_parent, digest, evaluation_hash, evaluation_identity
-from .experiments import experiment_hash, experiment_identity
-from .masks import connectivity
-from .models import counted_weights
-from .sparse_execution import pattern, sparse_network
-from .training import Epoch, History
+from .identity import canonical, digest
 
 # %% ../nbs/21_store.ipynb #7902699b
 def pack(model):
@@ -52,6 +43,11 @@ def unpack(model, tensors):
 
     Raises ValueError, KeyError or RuntimeError where the tensors are not those of such a network.
     """
+    import torch
+
+    from sparse_nb.models import counted_weights
+    from sparse_nb.sparse_execution import sparse_network
+
     positions = {}
     for name, weight in counted_weights(model).items():
         found = tensors.get(name.removesuffix("weight") + "positions")
@@ -139,6 +135,8 @@ def read_about(folder):
 # %% ../nbs/21_store.ipynb #535fa30d
 def records_text(experiment, evaluation, records):
     """The content of a record file: a header line, then one JSON record a line."""
+    from sparse_nb.experiments import evaluation_identity, experiment_hash
+
     body = "".join(canonical(record) + "\n" for record in records)
     header = {
         "experiment": experiment_hash(experiment), **evaluation_identity(evaluation),
@@ -369,10 +367,14 @@ class Store:
 
     def folder(self, experiment):
         """The folder of a run, whether it exists or not."""
+        from sparse_nb.experiments import experiment_hash
+
         return self.root / experiment_hash(experiment)
 
     def records_path(self, experiment, evaluation):
         """The record file of a measurement, whether it exists or not."""
+        from sparse_nb.experiments import evaluation_hash
+
         return self.folder(experiment) / "evaluations" / f"{evaluation_hash(evaluation)}.jsonl"
 
     def has_run(self, experiment):
@@ -400,6 +402,12 @@ class Store:
 # %% ../nbs/21_store.ipynb #02d20bbd
 def save_run(store, experiment, model, history, environment):
     """Keep a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
+    import safetensors.torch
+
+    from sparse_nb.experiments import build, dense_parent, experiment_identity
+    from sparse_nb.masks import connectivity
+    from sparse_nb.sparse_execution import pattern
+
     last, trained = history.epochs[-1], dense_parent(experiment) is None  # training figures of a pruned network are its parent's
     result = {
         "status": history.status, "diverged_at": history.diverged_at, "epochs": len(history.epochs),
@@ -422,6 +430,10 @@ def load_run(store, experiment, device="cpu"):
 
     Raises FileNotFoundError if the run is not finished, ValueError naming a file that was altered.
     """
+    import safetensors.torch
+
+    from sparse_nb.experiments import build
+
     folder = store.folder(experiment)
     if not store.has_run(experiment):
         raise FileNotFoundError(f"there is no finished run {folder.name} in {store.root.absolute()} for {experiment}")
@@ -439,6 +451,8 @@ def load_run(store, experiment, device="cpu"):
 
 def run_status(store, experiment):
     """How a run ended: "converged", "epochs" or "diverged", the last also for one whose dense parent diverged; None if it is not there."""
+    from sparse_nb.experiments import dense_parent
+
     parent = dense_parent(experiment)
     if store.has_run(experiment):
         return read_about(store.folder(experiment))["result"]["status"]
@@ -448,6 +462,8 @@ def run_status(store, experiment):
 
 def load_history(store, experiment):
     """The `History` of a finished run."""
+    from sparse_nb.training import Epoch, History
+
     folder = store.folder(experiment)
     epochs = tuple(Epoch(**json.loads(line)) for line in read_proven(folder, "history.jsonl").splitlines())
     result = read_about(folder)["result"]
@@ -477,6 +493,6 @@ def save_records(store, experiment, evaluation, records):
     Raises FileNotFoundError if the run is not finished.
     """
     if not store.has_run(experiment):
-        raise FileNotFoundError(f"there is no finished run {experiment_hash(experiment)} in {store.root.absolute()} to keep records for")
+        raise FileNotFoundError(f"there is no finished run {store.folder(experiment).name} in {store.root.absolute()} to keep records for")
     if not store.has_records(experiment, evaluation):
         write_whole(store.records_path(experiment, evaluation), records_text(experiment, evaluation, records))

@@ -13,7 +13,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .claims import CLAIMS, judge, overall
-from .plots import WORDS, collect, finish
+from .axes import WORDS
+from .plots import collect, finish
 from .presets import plan, shown_families
 from .store import run_status
 
