@@ -238,7 +238,7 @@ def test_every_select_changes_by_keyboard_and_only_what_exists_can_be_chosen(tab
       return found;
     }""")
     words = {tuple(CONTROLS[name][1][value] for name, value in zip(CONTROLS, combination)) for combination in combinations}
-    assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * 2 * (4 + 3 + 2)  # measures by width, by depth, after pruning
+    assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * (2 * (4 + 3 + 2) + 1)  # measures by width, by depth, after pruning; of ERK, noise by width
 
 
 def test_depth_has_evenly_spaced_steps(table, path, open_page):
