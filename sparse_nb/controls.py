@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .axes import WORDS, accuracy_range, density_axis
-from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, panel_title, summarise_curves
+from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, summarise_curves
 from .stats import mean_interval
 
 # %% ../nbs/32_controls.ipynb #a32c0008

@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager, nullcontext

@@ -6,8 +6,6 @@
 __all__ = ['FIRST', 'planned', 'preset_of', 'next_jobs', 'make_point']
 
 # %% ../nbs/33_live.ipynb #d4735e3a
-import threading
-
 from .attempts import read_progress, save_failure
 from .engines import judge, local_processes
 from .experiments import dense_parent, experiment_hash

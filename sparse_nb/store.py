@@ -480,6 +480,8 @@ def other_weights(folder, found):
 
 def restore_checkpoint(store, experiment, model):
     """Keep a network that was made again as the checkpoint of its finished run, which lacks it. Raises ValueError if it is not the same to the last bit."""
+    import safetensors.torch
+
     folder, content = store.folder(experiment), safetensors.torch.save(pack(model))
     expected = json.loads((folder / "manifest.json").read_bytes())["model.safetensors"]
     if sha256(content) != expected:

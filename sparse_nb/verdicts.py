@@ -12,7 +12,7 @@ import textwrap
 import pandas as pd
 import plotly.graph_objects as go
 
-from .claims import CLAIMS, judge, overall
+from .claims import CLAIMS, overall
 from .axes import WORDS
 from .plots import collect, finish
 from .presets import plan, shown_families

@@ -8,8 +8,6 @@ __all__ = ['VIEWS', 'strength_text', 'hover_text', 'line', 'ghost', 'best_of', '
            'draw_multiples', 'draw_recall', 'draw_connectivity', 'views_of']
 
 # %% ../nbs/33_views.ipynb #d4735e3a
-import numpy as np
-
 from .axes import AXIS_TITLES, CORRUPTION_GROUPS, WORDS, accuracy_range, ordered_colours, place_points, radius_text
 
 # %% ../nbs/33_views.ipynb #e7f6c011

@@ -22,8 +22,9 @@ from papermill.translators import PythonTranslator
 
 from sparse_nb import allocation, cli, data, models, sweep, weight_noise
 from sparse_nb.evaluation import evaluate
-from sparse_nb.experiments import Clean, Experiment, WeightNoise, canonical, counted_total, digest, evaluation_hash
+from sparse_nb.experiments import Clean, Experiment, WeightNoise, counted_total, evaluation_hash
 from sparse_nb.experiments import evaluation_identity, experiment_hash, experiment_identity, train
+from sparse_nb.identity import canonical, digest
 from sparse_nb.jobs import Job, run_job
 from sparse_nb.presets import FIGURES, PRESETS, narrow, plan
 from sparse_nb.store import RECORD_KEY, Store, load_history, load_run, run_status, parse_records, save_run, sha256
