@@ -1035,7 +1035,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparse_nb.verdicts.draw_verdicts': ('verdicts.html#draw_verdicts', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.measured_points': ('verdicts.html#measured_points', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.row_labels': ('verdicts.html#row_labels', 'sparse_nb/verdicts.py'),
-                                    'sparse_nb.verdicts.short': ('verdicts.html#short', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.with_runs': ('verdicts.html#with_runs', 'sparse_nb/verdicts.py')},
             'sparse_nb.views': { 'sparse_nb.views.best_of': ('views.html#best_of', 'sparse_nb/views.py'),
                                  'sparse_nb.views.colour_of': ('views.html#colour_of', 'sparse_nb/views.py'),

@@ -221,6 +221,7 @@ def sooner_by_magnitude(**measured):
     parts, words = [], []
     for what in ("noise", "corruption"):
         static, pruned = measured[f"static_{what}"], measured[f"pruned_{what}"]
+        static, pruned = (panel[[place for place in static if place in pruned]] for panel in (static, pruned))
         height = (static.sub(static.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)) - (pruned.sub(pruned.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1))
         parts.append(above(height))
         words.append(f"{what}: pruned networks lose {100 * height.mean():.1f} points more than static ones")

@@ -199,7 +199,7 @@ def chosen_figures(command):
 
 def notebook_parameters(command):
     """The parameters of a figure's notebook: flat scalars, in absolute paths."""
-    flat = {name: getattr(command, name) for name in ("preset", *NARROWING, "device", "engine", "workers")}
+    flat = {name: getattr(command, name) for name in ("preset", *NARROWING, "device", "engine", "workers") if hasattr(command, name)}
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
     return {**flat, "runs": str(command.runs.absolute()), "data": str(command.data.absolute()) if command.data else None}
 
