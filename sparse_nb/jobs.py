@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'RATE', 'KEEP_EVERY', 'resolve_device', 'environment', 'Job', 'missing_jobs', 'pass_cost', 'training_work',
-           'job_work', 'shape_of', 'measured_rates', 'seconds_for', 'Outcome', 'NoTimeLeft', 'train_on', 'make_network',
-           'measure', 'words', 'run_job', 'images_of', 'run_elsewhere']
+           'job_work', 'shape_of', 'rates_of', 'measured_rates', 'seconds_for', 'Outcome', 'NoTimeLeft', 'train_on',
+           'make_network', 'measure', 'words', 'run_job', 'images_of', 'run_elsewhere']
 
 # %% ../nbs/22_jobs.ipynb #d4735e3a
 import platform
@@ -99,11 +99,8 @@ def shape_of(run):
     """What networks that cost the same have in common."""
     return (run.dataset, run.family, int(run.width), int(run.depth), int(run.repeat), run.density < 1)
 
-def measured_rates(store, device):
-    """{shape or family or None: operations per second} of the trainings in the store on this kind of device."""
-    if not any(store.root.glob("[0-9a-f]*/manifest.json")):
-        return {}
-    runs = store.runs(device=device.type)
+def rates_of(runs):
+    """{shape or family or None: operations per second} of the trainings in `runs`, rows of `Store.runs` of one kind of device."""
     runs = runs[runs.seconds > 0]
     work = [training_work(run, run.epochs) for run in runs.itertuples()]
     rates = {}
@@ -112,6 +109,10 @@ def measured_rates(store, device):
             which = [i for i, run in enumerate(runs.itertuples()) if key(run) == name]
             rates[name] = sum(work[i] for i in which) / sum(runs.seconds.iloc[i] for i in which)
     return rates
+
+def measured_rates(store, device):
+    """`rates_of` the runs in the store on this kind of device; empty if there are none."""
+    return rates_of(store.runs(device=device.type)) if any(store.root.glob("[0-9a-f]*/manifest.json")) else {}
 
 def seconds_for(job, rates, device):
     """About how many seconds a `Job` takes at its longest. rates: of `measured_rates`."""
