@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from . import bench, exchange, page, provenance, upkeep
 from .attempts import load_failures
-from .claims import judge
 from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, dense_parent, experiment_hash
 from .jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
@@ -29,7 +28,7 @@ from .presets import FIGURES, narrow, plan, shown_families
 from .serve import serve
 from .store import Store
 from .sweep import check_engine, run
-from .verdicts import claim_tables, claims_table
+from .verdicts import claim_tables, claims_table, judge
 
 # %% ../nbs/40_cli.ipynb #ef2d127d
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'Evidence', 'above', 'all_of', 'any_of', 'rises', 'falls', 'matches', 'best_places', 'best_interval',
-           'resampled', 'earlier', 'detectable', 'what_seeds_show']
+           'best_among', 'earlier', 'detectable', 'what_seeds_show']
 
 # %% ../nbs/30_evidence.ipynb #d4735e3a
 import math
@@ -100,24 +100,38 @@ def best_interval(panel, confidence=0.95):
     tail = int(len(found) * (1 - confidence) / 2)
     return int(np.asarray(panel).mean(axis=0).argmax()), int(found[tail]), int(found[len(found) - 1 - tail])
 
-# %% ../nbs/30_evidence.ipynb #624b60c5
-def resampled(true):
-    """`Evidence` for a sentence that is true in some of the resamples of a bootstrap. true: bool, one for each resample."""
-    true = np.asarray(true, dtype=bool)
-    return Evidence((int((~true).sum()) + 1) / (len(true) + 1), (int(true.sum()) + 1) / (len(true) + 1))
+# %% ../nbs/30_evidence.ipynb #e29c9c18
+def best_among(panel, chosen):
+    """`Evidence` for "the best place is one of `chosen`". panel: (seeds, places); chosen: indices of places."""
+    panel, chosen = np.asarray(panel), set(chosen)
+    inside, outside = ([place for place in range(panel.shape[1]) if (place in chosen) == wanted] for wanted in (True, False))
+    if not inside or not outside:
+        return Evidence(0.0, 1.0) if inside else Evidence(1.0, 0.0)
 
+    def beats(these, those):
+        return any_of(all_of(above(panel[:, one] - panel[:, other]) for other in those) for one in these).p_for
+
+    return Evidence(beats(inside, outside), beats(outside, inside))
+
+# %% ../nbs/30_evidence.ipynb #9f14025a
 def earlier(panel, other):
-    """`Evidence` for "the best place of `panel` comes before that of `other`". Both (seeds, places), over the same places."""
-    if np.shape(panel)[1] != np.shape(other)[1]:
-        raise ValueError(f"the panels have {np.shape(panel)[1]} and {np.shape(other)[1]} places; they must be the same places")
-    return resampled(best_places(panel, seed=0) < best_places(other, seed=1))
+    """`Evidence` for "the best place of `panel` comes before that of `other`". Both (seeds, places), over the same places. Raises ValueError for different numbers of places."""
+    places = np.shape(panel)[1]
+    if places != np.shape(other)[1]:
+        raise ValueError(f"the panels have {places} and {np.shape(other)[1]} places; they must be the same places")
+    before = any_of(all_of([best_among(panel, range(k)), best_among(other, range(k, places))]) for k in range(1, places))
+    not_before = any_of(all_of([best_among(panel, range(k, places)), best_among(other, range(k + 1))]) for k in range(places))
+    return Evidence(before.p_for, not_before.p_for)
 
-# %% ../nbs/30_evidence.ipynb #c6f3ac57
-def detectable(seeds, *, alpha=0.05, power=0.8):
-    """The smallest mean difference that a one-sided paired t-test finds with probability `power`, in standard deviations of the differences; inf for one seed."""
+# %% ../nbs/30_evidence.ipynb #aea92132
+def detectable(seeds, *, comparisons=1, alpha=0.05, power=0.8):
+    """The smallest mean difference that a one-sided paired t-test finds with probability `power`, in standard deviations of the differences; inf for one seed.
+
+    comparisons: among how many the test is one, by Bonferroni.
+    """
     if seeds < 2:
         return math.inf
-    low, high, critical = 0.0, 1000.0, stats.t.ppf(1 - alpha, seeds - 1)
+    low, high, critical = 0.0, 1e6, stats.t.ppf(1 - alpha / comparisons, seeds - 1)
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
         if stats.nct.sf(critical, seeds - 1, middle * math.sqrt(seeds)) < power:
@@ -126,12 +140,12 @@ def detectable(seeds, *, alpha=0.05, power=0.8):
             high = middle
     return high
 
-def what_seeds_show(seeds):
-    """One or two sentences on what comparisons over so many seeds can and cannot show."""
+def what_seeds_show(seeds, comparisons=1):
+    """Sentences on what tests over so many seeds can and cannot show, alone and as one of so many `comparisons`."""
     if seeds < 2:
         return "One seed shows nothing: there is no spread to compare a difference with."
+    among = f", and {detectable(seeds, comparisons=comparisons):.1f} times if it is one of {comparisons} comparisons" if comparisons > 1 else ""
     return (
-        f"With {seeds} seeds a difference is found in four cases out of five if it is {detectable(seeds):.1f} times as large as its spread from seed to seed; smaller ones are "
-        f"likely to stay undecided. All tests here take differences to be roughly normal, which {seeds} numbers cannot confirm: a two-sided test by signs or ranks could not go "
-        f"below p = {2 / 2**seeds:.2g}."
+        f"With {seeds} seeds a single test finds a difference in four cases out of five if it is {detectable(seeds):.1f} times as large as its spread from seed to seed{among}; smaller "
+        f"ones are likely to stay undecided. The tests take differences to be roughly normal, which {seeds} numbers cannot confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."
     )
