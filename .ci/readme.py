@@ -1,6 +1,6 @@
 """Write README.md from nbs/index.ipynb, in the folder where it is called.
 
-Cells that begin with an nbdev directive (`#|`) are left out; relative links, which hold in nbs/, are made to hold at the top.
+Cells that begin with an nbdev directive (`#|`) are left out, and of those tagged `hide_input` the code; relative links, which hold in nbs/, are made to hold at the top.
 """
 
 import posixpath
@@ -18,7 +18,9 @@ BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 def readme(notebook):
     """The text of README.md. notebook: path of index.ipynb; its folder is where its links start."""
-    leave_out = Config({"RegexRemovePreprocessor": {"patterns": [r"\s*#\s*\|"]}})
+    leave_out = Config({
+        "RegexRemovePreprocessor": {"patterns": [r"\s*#\s*\|"]}, "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide_input"]},
+    })
     cells = nbformat.read(notebook, as_version=4)
     cells.metadata.language_info = {"name": "python"}  # nbdev_clean takes it away
     text, resources = MarkdownExporter(config=leave_out).from_notebook_node(cells)

@@ -533,3 +533,21 @@ def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
     again = rules[rules.rule == "water_filling"].set_index("width").runs
     assert all(again[row.width] == row.runs for row in control[(control.arm == "sparser") & control.width.isin([32, 128, 512])].itertuples())
     assert "Mean distance between the rules" in (tmp_path / "out/smoke/fig13.svg").read_text()
+
+
+def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
+    """The networks of `drawn`: two places of one curve, two seeds. Each row of the table names the runs that it compares, and the picture its provenance."""
+    where = ("--runs", drawn / "runs", "--out", tmp_path, "--notebooks", ROOT / "figures")
+    cli.main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
+    said, folder = capfd.readouterr().out, tmp_path / "smoke"
+    assert "not measured" in said and sorted(p.suffix[1:] for p in folder.iterdir()) == sorted(ENDINGS)
+    judged = pd.read_csv(folder / "claims.csv", dtype={"claim": str})
+    assert {"1", "10"} <= set(judged.claim) and set(judged.verdict) == {"undecided"} and set(judged.seeds) == {2}
+    runs = {path.parent.name for path in (drawn / "runs").glob("*/manifest.json")}
+    assert set(" ".join(judged.runs).split()) <= runs == set(provenance.read(folder / "claims.svg").runs)
+
+
+def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        cli.main(["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")])
+    assert "no claim can be judged by what is in" in capfd.readouterr().err
