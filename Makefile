@@ -13,7 +13,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop"
-	@$(BIN)/sparse-nb figures $(ARGS)
+	@$(BIN)/sparse-nb figures $(or $(ARGS),--workers 2)
 
 test: $(BROWSER) ## export, clean and README drift, the notebooks, pytest: a line for each
 	@$(BIN)/python .ci/stages.py

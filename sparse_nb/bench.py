@@ -441,7 +441,7 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
     """Print the table, a line for each of `comparisons` when it is done, within about `seconds`.
 
     device: where to measure, default a GPU where there is one. Each row makes three rounds even if they take longer.
-    whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is also written there, to DEVICE.txt.
+    whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is also written there, to DEVICE-THREADS.txt.
     """
     deadline, device = time.perf_counter() + seconds, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     lines = []
@@ -465,4 +465,4 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
         say(line)
     if keep:
         Path(keep).mkdir(parents=True, exist_ok=True)
-        (Path(keep) / f"{device.type}.txt").write_text("".join(lines), encoding="utf-8")
+        (Path(keep) / f"{device.type}-{torch.get_num_threads()}.txt").write_text("".join(lines), encoding="utf-8")
