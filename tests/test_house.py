@@ -8,11 +8,16 @@ from configparser import ConfigParser
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from sparse_nb.presets import PRESETS
+from sparse_nb.reproducibility import published_runs, reproducibility_table
+from sparse_nb.verdicts import as_markdown, claims_table
 
 try:
     import tomllib
@@ -104,3 +109,13 @@ def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
     assert {kind for kind in kinds if not kind.startswith("text/")} <= {"image/png", "image/jpeg"}  # Pillow shows itself as both
     assert not any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", []))
     assert notebook.stat().st_size < 1_000_000
+
+
+def test_front_page_shows_what_is_published():
+    """Its tables are those of the claims and runs that lie in figures/rendered and results."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    claims = pd.read_csv(ROOT / "figures/rendered/laptop/claims.csv", dtype={"claim": str})
+    published = published_runs(ROOT / "results/laptop")
+    for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
+        assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
+    assert set(" ".join(claims.runs).split()) <= set(published.experiment)
