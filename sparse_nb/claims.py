@@ -239,15 +239,15 @@ CLAIMS.append(Claim(
 
 # %% ../nbs/31_claims.ipynb #7a61b537
 def at_radius(table, attack):
-    """Two {curve: panel}: clean accuracy, and accuracy under `attack` at the radius of figure 3."""
+    """{curve: panel} of accuracy under `attack` at the radius of figure 3."""
     radius = table.dataset.map(lambda dataset: FIGURE_EPSILON[IMAGE_SHAPES[dataset][0]])
     there = table[(table.name.isin([attack]) & np.isclose(table.strength, radius)) | table.value.isna()]
-    return panels(scores(table, "clean")), panels(scores(there, "attack", attack))
+    return panels(scores(there, "attack", attack))
 
 def vgg_declines_most(tables):
     """The `Finding`s of claim 11, for each rule: MNIST, or digits in its place."""
     found, findings = {attack: at_radius(tables["fig03"], attack) for attack in PAPER_ATTACKS}, []
-    clean = next(iter(found.values()))[0]
+    clean = panels(scores(tables["fig03"], "clean"))
     for curve in clean:
         dataset, rule, family, growth = curve
         three = {name: (dataset, rule, name, growth) for name in ("vgg", "mlp", "resnet")}
@@ -255,7 +255,7 @@ def vgg_declines_most(tables):
             continue
         seeds = sorted(set.intersection(*(set(clean[one].index) for one in three.values())))
         parts, words = [], []
-        for attack, (_, under) in found.items():
+        for attack, under in found.items():
             decline = {name: (clean[one] - under[one]).iloc[:, 0].loc[seeds] for name, one in three.items()}
             parts += [above(decline["vgg"] - decline["mlp"]), above(decline["vgg"] - decline["resnet"]), rises(under[curve])]
             words.append(f"{attack}: dense declines by " + ", ".join(f"{name} {100 * of.mean():.1f}" for name, of in decline.items()) + f"; VGG under attack: {in_words(under[curve])}")
@@ -273,7 +273,7 @@ def control_panels(values, budgets):
 
     Fewer weights: dense networks of ever smaller budgets. Sparser: the largest budget in ever wider networks. Factors that both arms have, to the nearest halving.
     """
-    frame, arms = values.rename("value").reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
+    frame, arms = values.reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
     for curve, of_curve in frame.groupby(["dataset", "rule", "family"], sort=False):
         largest = of_curve.budget.max()
         arm = [of_curve[of_curve.density == 1].assign(factor=lambda f: np.log2(largest / f.budget)), of_curve[of_curve.budget == largest].assign(factor=lambda f: -np.log2(f.density))]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TITLES', 'SAID', 'IMPORTS', 'NOTHING_YET', 'said', 'experiment_of', 'loading_code', 'list_runs', 'widget_class',
            'differences', 'redraw', 'network', 'networks_of', 'gallery_of', 'fill', 'controls', 'fill_choices',
-           'fill_strengths', 'fill_curve', 'Selection', 'title_of', 'Canvas', 'notices', 'Training', 'Explorer',
-           'explore']
+           'fill_strengths', 'fill_curve', 'Selection', 'title_of', 'Canvas', 'notices', 'Training', 'follow_click',
+           'Explorer', 'explore']
 
 # %% ../nbs/33_explorer.ipynb #d4735e3a
 import html
@@ -305,6 +305,21 @@ class Training:
         self.told.value = words
         self.train.disabled, self.stop.disabled, self.bar.layout.visibility = False, True, "hidden"
 
+# %% ../nbs/33_explorer.ipynb #c0de3310
+def follow_click(selection, trace, where):
+    """Choose the point of a `trace`, or the cell of a heat map, that was clicked. where: plotly's, with `point_inds`, of a cell its row and column."""
+    points, handles = selection.points, selection.handles
+    if not where.point_inds:
+        return
+    if trace.type == "heatmap":
+        row, column = where.point_inds[0]
+        handles["strength"].value = strengths_of(points, handles["name"].value)[row]
+        handles["point"].value = list(percent_labels(points))[column]
+    elif trace.customdata is not None:
+        runs = trace.customdata[where.point_inds[0]].split()
+        row = points[points.runs.map(lambda found: found == runs)].iloc[0]
+        handles["point"].value = tuple(row[["density", "depth", "repeat"]])
+
 # %% ../nbs/33_explorer.ipynb #86e50149
 class Explorer:
     """The page: a `Selection`, its `Canvas`, and what is said beside them. `page` is what is displayed."""
@@ -342,18 +357,8 @@ class Explorer:
             self.details.value = ""
 
     def clicked(self, trace, where, state):
-        """A point of a trace, or a cell of the heat map, was clicked. where: with `point_inds`, of a cell its row and column."""
-        points, handles = self.selection.points, self.selection.handles
-        if not where.point_inds:
-            return
-        if trace.type == "heatmap":
-            row, column = where.point_inds[0]
-            handles["strength"].value = strengths_of(points, handles["name"].value)[row]
-            handles["point"].value = list(percent_labels(points))[column]
-        elif trace.customdata is not None:
-            runs = trace.customdata[where.point_inds[0]].split()
-            row = points[points.runs.map(lambda found: found == runs)].iloc[0]
-            handles["point"].value = tuple(row[["density", "depth", "repeat"]])
+        """plotly says that something in the picture was clicked."""
+        follow_click(self.selection, trace, where)
 
 # %% ../nbs/33_explorer.ipynb #3d914f93
 def explore(runs="runs"):

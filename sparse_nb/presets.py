@@ -6,8 +6,8 @@
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'MLP_CONTROL', 'CONV_CONTROL',
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
            'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'narrowings', 'Figure',
-           'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets', 'curve',
-           'plan']
+           'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
+           'recipe_on', 'curve', 'plan']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
@@ -328,17 +328,22 @@ def budgets(dataset, family, setting, growth):
     nets = networks(setting, growth)
     return [(counted_total(dataset, family, *nets[0]), [net for net in nets if growth == "depth" or net[0] in setting.widths])]
 
+# %% ../nbs/23_presets.ipynb #c0de2311
+def recipe_on(setting, dataset):
+    """The `Recipe` of a `FamilySetting` for a dataset."""
+    return dataclasses.replace(setting.recipe, epochs=dict(setting.dataset_epochs).get(dataset, setting.recipe.epochs))
+
 def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
     """The points of one curve, or of the control, of a `Figure`, for one seed, as a list."""
-    recipe = dataclasses.replace(setting.recipe, epochs=dict(setting.dataset_epochs).get(dataset, setting.recipe.epochs))
     return [
         Point(growth, rule, Experiment(
-            dataset, family, width, depth, budget, seed, recipe, rule, spec.schedule,
+            dataset, family, width, depth, budget, seed, recipe_on(setting, dataset), rule, spec.schedule,
             train_images=sample_size(setting.train_images, dataset, "train"), repeat=repeat,
         ), measurement)
         for budget, nets in budgets(dataset, family, setting, growth) for width, depth, repeat in nets
     ]
 
+# %% ../nbs/23_presets.ipynb #c0de2313
 def plan(figure, preset, *, root=None):
     """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to deep.
 

@@ -16,7 +16,7 @@ from .axes import WORDS
 from .exchange import EXPORTED, read_csv_rows
 from .experiments import dense_parent
 from .jobs import Job, rates_of, seconds_for, training_work
-from .presets import FIGURES, PRESETS, plan, shown_families
+from .presets import FIGURES, PRESETS, plan, recipe_on, shown_families
 from .training import RECIPES
 
 # %% ../nbs/38_reproducibility.ipynb #ef2d127d
@@ -58,7 +58,7 @@ def reproducibility_table(runs, preset):
         "Data": "; ".join(f"{WORDS[name]}, SHA-256 over its published sums {found[:12]}…" for name, found in runs.drop_duplicates("dataset")[["dataset", "data"]].itertuples(index=False)),
         "Splits": "the published training and test sets; no validation set, since nothing was tuned",
         "Networks": trained_text(runs),
-        "Training": "; ".join(f"{WORDS[family]}: {recipe_text(family, preset.families[family].recipe)}" for family in families),
+        "Training": "; ".join(f"{WORDS[f]}, {WORDS[d]}: {recipe_text(f, recipe_on(preset.families[f], d))}" for d, f in runs[["dataset", "family"]].drop_duplicates().itertuples(index=False)),
         "Training images": "; ".join(f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families),
         "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
         "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights, order of batches, noise and corruptions",

@@ -13,9 +13,9 @@ import textwrap
 import pandas as pd
 import plotly.graph_objects as go
 
+from .axes import WORDS
 from .claims import CLAIMS
 from .evidence import Evidence
-from .axes import WORDS
 from .plots import collect, finish
 from .presets import plan, shown_families
 from .stats import holm
@@ -84,7 +84,7 @@ def row_labels(judged):
     return judged.claim + (", by " + judged.growth).where(several, "")
 
 def draw_verdicts(judged, *, title, footer):
-    """Claims × panels, with a mark for each verdict. judged: of `claims.judge`, at least one row. footer: lines of text underneath. Returns a plotly `Figure`."""
+    """Claims × panels, with a mark for each verdict. judged: of `judge`, at least one row. footer: lines of text underneath. Returns a plotly `Figure`."""
     if judged.empty:
         raise ValueError("nothing was judged: no claim has a panel of which all is measured")
     sentences = {claim.number: claim.sentence for claim in CLAIMS}
@@ -113,7 +113,7 @@ def draw_verdicts(judged, *, title, footer):
 
 # %% ../nbs/32_verdicts.ipynb #f5ca38f7
 def claims_table(judged):
-    """A row for each claim: its number and sentence, the verdict over all panels, and in how many panels it holds. judged: of `claims.judge`. Returns a DataFrame of text."""
+    """A row for each claim: its number and sentence, the verdict over all panels, and in how many panels it holds. judged: of `judge`. Returns a DataFrame of text."""
     found = overall(judged)
     counts = [", ".join(f"{row[verdict]} {verdict}" for verdict in MARKS if row[verdict]) or "–" for row in found.to_dict("records")]
     return pd.DataFrame({
