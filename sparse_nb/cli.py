@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NARROWING', 'COMMANDS', 'Grid', 'Sweep', 'Figures', 'Status', 'Export', 'Claims', 'Explore', 'Upkeep', 'Failures',
            'Verify', 'Clean', 'Merge', 'Trace', 'Bench', 'narrowed', 'chosen_figures', 'notebook_parameters',
-           'wanted_by', 'duration', 'print_jobs', 'sweep_command', 'figures_command', 'progress_of', 'status_command',
-           'failures_command', 'counted', 'verify_command', 'clean_command', 'merge_command', 'export_command',
-           'claims_command', 'trace_command', 'explore_command', 'main']
+           'wanted_by', 'duration', 'print_jobs', 'sweep_command', 'finished_figures', 'figures_command', 'progress_of',
+           'status_command', 'failures_command', 'counted', 'verify_command', 'clean_command', 'merge_command',
+           'export_command', 'claims_command', 'trace_command', 'explore_command', 'main']
 
 # %% ../nbs/40_cli.ipynb #d4735e3a
 import sqlite3
@@ -24,6 +24,7 @@ from .attempts import load_failures
 from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, dense_parent, experiment_hash
 from .jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
+from .plots import finished
 from .presets import FIGURES, narrow, plan, shown_families
 from .serve import serve
 from .store import Store
@@ -85,6 +86,8 @@ class Figures(Sweep):
 
     figures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Which, such as fig01; if none are named, all that show one of the families."""
+    finished: bool = False
+    """Train nothing: draw what is finished, seeds of curves that are whole."""
     out: Path = Path("figures/rendered")
     """Where figures go, in a folder for each preset."""
     notebooks: Path = Path("figures")
@@ -198,7 +201,7 @@ def chosen_figures(command):
 
 def notebook_parameters(command):
     """The parameters of a figure's notebook: flat scalars, in absolute paths."""
-    flat = {name: getattr(command, name) for name in ("preset", *NARROWING, "device", "engine", "workers") if hasattr(command, name)}
+    flat = {name: getattr(command, name) for name in ("preset", *NARROWING, "device", "finished", "engine", "workers") if hasattr(command, name)}
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
     return {**flat, "runs": str(command.runs.absolute()), "data": str(command.data.absolute()) if command.data else None}
 
@@ -249,6 +252,19 @@ def sweep_command(command, figures):
         raise RuntimeError(f"{': '.join(summary.failed[0])}{more}; all others are done; `sparse-nb failures` says more, and the same command tries again")
     return not summary.late
 
+# %% ../nbs/40_cli.ipynb #f1a15ed1
+def finished_figures(command, figures):
+    """Those of `figures` of which there is something to draw, saying how much of each. Raises RuntimeError if there is none."""
+    store, there = Store(command.runs), []
+    for figure in figures:
+        points = plan(figure, narrowed(command), root=command.data)
+        found = finished(points, store)
+        print(f"{figure}: {len(found)} of {len(points)} points are finished" + " in whole curves" * (0 < len(found) < len(points)))
+        there += [figure] * bool(found)
+    if not there:
+        raise RuntimeError(f"none of {', '.join(figures)} has a finished curve in {store.root}; `sparse-nb status` says what is there")
+    return there
+
 def figures_command(command):
     """Carry out a `Figures` command, printing the files that are written."""
     figures = chosen_figures(command)
@@ -257,7 +273,11 @@ def figures_command(command):
         notebook_of(figure, command.notebooks)
     if not command.dry_run:
         check_drawing(command.out / command.preset)
-    if not sweep_command(command, figures):
+    if command.finished:
+        figures = finished_figures(command, figures)
+    elif not sweep_command(command, figures):
+        return
+    if command.dry_run:
         return
     Store(command.runs).table()  # reads new record files, so that a damaged one is found before a notebook needs it
     for paths in draw_figures(figures, command.notebooks, notebook_parameters(command), command.out):

@@ -195,15 +195,18 @@ def measure_narrowings(preset, paper, measures):
     return words + (attack_narrowings(preset, paper) if "attack" in measures else [])
 
 # %% ../nbs/23_presets.ipynb #c2356069
-def narrowings(preset, growths, measures, families=models.FAMILIES):
-    """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself."""
-    paper, sentences = PRESETS["paper"], []
+def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
+    """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself.
+
+    seeds: (fewest, most) behind the figure's curves, if not those of the preset.
+    """
+    paper, sentences, (fewest, most) = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
     if set(preset.datasets) != set(paper.datasets):
         sentences.append(f"datasets: {', '.join(preset.datasets)}")
     if set(preset.rules) < set(paper.rules):
         sentences.append(f"rules: {', '.join(preset.rules)}")
-    if preset.seeds < paper.seeds:
-        sentences.append(f"{preset.seeds} of {paper.seeds} seeds")
+    if fewest < paper.seeds:
+        sentences.append(f"{fewest}{f' to {most}' * (most > fewest)} of {paper.seeds} seeds")
     sentences += measure_narrowings(preset, paper, measures)
     absent = [family for family, setting in preset.families.items() if "control" in growths and not setting.control and paper.families[family].control]
     if absent:

@@ -281,7 +281,7 @@ def test_published_notebook_ran_whole_with_what_was_asked(drawn):
     found = {}
     exec(injected.source, found)
     del found["__builtins__"]
-    asked = dict(preset="smoke", datasets="", families="mlp", rules="", widths="32 128", seeds=None, epochs=2, device="auto", engine="local", workers=None, data=None)
+    asked = dict(preset="smoke", datasets="", families="mlp", rules="", widths="32 128", seeds=None, epochs=2, device="auto", finished=False, engine="local", workers=None, data=None)
     assert {name: found[name] for name in asked} == asked and found.keys() - asked.keys() == {"runs", "out"}
     assert Path(found["runs"]) == drawn / "runs"
 
@@ -318,6 +318,18 @@ def test_a_machine_that_forgets_draws_from_what_is_published_without_training(dr
             assert done.stdout.startswith("4 networks: 0 made now, 4 already there; 0 measurements made now\n")
     assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
     assert (tmp_path / "curves.html").stat().st_size > 10_000 and not list(tmp_path.glob("runs/*/model.safetensors"))
+
+
+def test_what_is_finished_of_a_larger_plan_is_drawn_and_nothing_is_trained(drawn, tmp_path):
+    before = {name: found for name, found in contents(drawn / "runs").items() if not name.startswith("index")}
+    asked = ["figures", "fig01", "fig06", *SMALL, "--seeds", "3", "--finished", "--runs", drawn / "runs", "--out", tmp_path / "out"]
+    done = subprocess.run([BIN / "sparse-nb", *asked], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["fig01: 4 of 6 points are finished in whole curves", "fig06: 0 of 12 points are finished"]
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
+    assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
+    assert "mean over 2 seeds" in " ".join((tmp_path / "out/smoke/fig01.svg").read_text(encoding="utf-8").split())
+    assert {name: found for name, found in contents(drawn / "runs").items() if not name.startswith("index")} == before
 
 
 def test_plain_papermill_draws_the_same_numbers(drawn, tmp_path):
