@@ -1,6 +1,6 @@
 # `make` alone says what there is. Everything runs in .venv, which is made and filled when a target first needs it.
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab bench bench-faults prepare readme clean-venv
+.PHONY: help figures test lab bench bench-faults publish prepare readme clean-venv
 
 # Candidates, the first that is >= 3.10 and can make a venv is taken; another one: make PYTHON=/path/to/python3 …
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
@@ -26,6 +26,16 @@ bench: $(INSTALLED) ## ratios measured side by side in one run
 
 bench-faults: $(BROWSER) ## kills, crashes, damage, full disks in full numbers: what survives (half an hour)
 	@$(BIN)/python .ci/faults.py
+
+PRESET ?= laptop
+RUNS ?= runs
+publish: $(BROWSER) ## after a sweep: figures, claims and runs that are finished, and the front page, from RUNS=runs PRESET=laptop
+	@test ! -e results/$(PRESET)/runs.tar.xz || $(BIN)/sparse-nb merge results/$(PRESET) --runs $(RUNS)
+	@$(BIN)/sparse-nb figures --finished --preset $(PRESET) --runs $(RUNS)
+	@$(BIN)/sparse-nb claims --preset $(PRESET) --runs $(RUNS)
+	@$(BIN)/sparse-nb export --preset $(PRESET) --runs $(RUNS)
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/index.ipynb
+	@$(MAKE) --no-print-directory prepare
 
 prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make test` then finds in step
 	@$(BIN)/nbdev_export

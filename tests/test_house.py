@@ -15,7 +15,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sparse_nb.presets import PRESETS
+from sparse_nb.presets import FIGURES, PRESETS
 from sparse_nb.reproducibility import published_runs, reproducibility_table
 from sparse_nb.verdicts import as_markdown, claims_table
 
@@ -119,3 +119,6 @@ def test_front_page_shows_what_is_published():
     for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
         assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
     assert set(" ".join(claims.runs).split()) <= set(published.experiment)
+    for figure in FIGURES:
+        preset = next(preset for preset in ("paper", "laptop", "smoke") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists())
+        assert f'src="figures/rendered/{preset}/{figure}.svg"' in page, "run nbs/index.ipynb, then make prepare"
