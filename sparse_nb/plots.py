@@ -82,11 +82,10 @@ def finished(points, store):
     """Those of a plan's `points` that can be drawn now: seeds of curves that are whole in the `Store`. A tuple, empty if there is none."""
     there, wanted, found = [point for point in points if is_measured(point, store)], defaultdict(set), defaultdict(set)
     place = lambda point: dataclasses.replace(point.experiment, seed=0)
-    pruned = {curve_of(point) for point in points if point.experiment.schedule == "magnitude"}
-    for point in points:
-        wanted[curve_of(point)].update([place(point)] if curve_of(point) not in pruned else [])
-    for point in there:
+    pruned = {curve_of(point) for point in there if point.experiment.schedule == "magnitude"}
+    for point in (*there, *(point for point in points if curve_of(point) not in pruned)):
         wanted[curve_of(point)].add(place(point))
+    for point in there:
         found[curve_of(point), point.experiment.seed].add(place(point))
     return tuple(point for point in there if found[curve_of(point), point.experiment.seed] == wanted[curve_of(point)])
 
