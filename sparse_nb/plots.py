@@ -252,7 +252,8 @@ def finish(figure, title, legend, footer, rows, columns, entries=0):
         title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16), legend=dict(title=legend, tracegroupgap=0),
         margin=dict(l=65, r=20, t=75, b=85 + 15 * len(text)),
     )
-    figure.update_annotations(font_size=13)
+    longest = max((len(panel.text) for panel in figure.layout.annotations), default=1)
+    figure.update_annotations(font_size=min(13, (width - 150) / columns / (0.55 * longest)))  # titles of panels, each at most as wide as its panel
     figure.add_annotation(
         text="<br>".join(text), xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-60, xshift=-50,
         showarrow=False, align="left", font=dict(size=10, color="#666666"),

@@ -210,7 +210,7 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     sentences += measure_narrowings(preset, paper, measures)
     absent = [family for family, setting in preset.families.items() if "control" in growths and not setting.control and paper.families[family].control]
     if absent:
-        sentences.append(f"without {', '.join(absent)}")
+        sentences.append(f"budget against density without {', '.join(absent)}")
     for family in (family for family in preset.families if family in families):
         ours, full = preset.families[family], paper.families[family]
         parts = [part for growth in growths for part in curve_narrowings(ours, full, growth)]

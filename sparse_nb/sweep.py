@@ -74,17 +74,18 @@ class Progress:
 TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds
 
 def ready(board, most, in_time):
-    """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network failed, are taken off the list."""
-    jobs, failed = [], {job.experiment for job in board.failed}
+    """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network cannot or failed, are taken off the list."""
+    jobs, failed, late = [], {job.experiment for job in board.failed}, {job.experiment for job in board.late}
     unmade = {job.experiment for job in [*board.waiting, *board.running]}
     for job in list(board.waiting) if most else ():
         parent = dense_parent(job.experiment) if job.train else None
         if parent in failed:
             board.waiting.remove(job)
             board.failed[job] = f"its dense network failed: {words(parent)}"
-        elif not in_time(job):
+        elif parent in late or not in_time(job):
             board.waiting.remove(job)
             board.late.append(job)
+            late.add(job.experiment)
         elif parent not in unmade and board.not_before.get(job, 0) <= time.monotonic():
             jobs.append(job)
         if len(jobs) == most:
