@@ -206,9 +206,10 @@ def empty_panels(rows, columns, words=()):
 
 def seed_words(curves, rows, columns):
     """What the titles of panels say of their seeds, as `empty_panels` takes it: how many where panels differ in it, or that there are no points yet."""
-    seeds = curves.groupby(PANEL).networks.max()
+    seeds = curves.groupby(PANEL).networks.agg(["min", "max"])
     every = {(dataset, rule, family, growth) for (dataset, rule), (growth, family) in itertools.product(rows, columns)}
-    counts = {panel: f" ({n} seed{'s' * int(n > 1)})" for panel, n in seeds.items()} if seeds.nunique() > 1 else {}
+    counts = {panel: f" ({fewest}{f' to {most}' * int(most > fewest)} seed{'s' * int(most > 1)})" for panel, fewest, most in seeds.itertuples()}
+    counts = counts if seeds.stack().nunique() > 1 else {}
     return counts | dict.fromkeys(every - set(seeds.index), ": not finished yet")
 
 def draw_panels(curves, lines, *, title, legend, value, footer):
