@@ -80,12 +80,12 @@ def draw_arms(curves, *, title, footer):
     figure = empty_panels(rows, columns, seed_words(curves.assign(growth="width"), rows, columns))
     for (i, (dataset, rule)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[(curves.dataset == dataset) & (curves.rule == rule) & ((curves.quantity == "noisy_accuracy") | curves.quantity.isna())]
-        panel, legend = across[across.family == family].assign(x=lambda points: points.factor).sort_values("x", ascending=False), not figure.data
+        panel = across[across.family == family].assign(x=lambda points: points.factor).sort_values("x", ascending=False)
         if panel.empty:
             continue
         for arm, (line, apart) in ARM_LINES.items():
             on_arm = panel[(panel.arm == arm) & line.among(panel)]
-            add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), line, legend=legend, row=i, col=j, faint=True)
+            add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), line, row=i, col=j, faint=True)
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
         figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor" if i == len(rows) else None, row=i, col=j)
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)" if j == 1 else None, row=i, col=j)
@@ -147,14 +147,14 @@ def draw_rules(curves, *, title, footer):
     figure = empty_panels(rows, columns, seed_words(curves.assign(rule=curves.rule.iloc[0]), rows, columns))
     for (i, (dataset, _)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[curves.dataset == dataset]
-        panel, legend = across[across.family == family].assign(x=lambda points: 100 * points.effective_density).sort_values("x", ascending=False), not figure.data
+        panel = across[across.family == family].assign(x=lambda points: 100 * points.effective_density).sort_values("x", ascending=False)
         if panel.empty:
             continue
         for (quantity, words, dash), rule in itertools.product((("noisy_accuracy", "", "solid"), ("accuracy", ", no noise", "dot")), dict.fromkeys(panel.rule)):
             colour, mark = RULE_MARKS[rule]
             line = Line(WORDS[rule] + words, quantity, 0, colour, dash=dash)
             of_rule = panel[panel.rule == rule]
-            add_line(figure, of_rule[line.among(of_rule)], line, legend=legend, row=i, col=j, faint=True)
+            add_line(figure, of_rule[line.among(of_rule)], line, row=i, col=j, faint=True)
             figure.data[-1].marker.symbol = [symbol.replace("circle", mark) for symbol in figure.data[-1].marker.symbol]
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
         figure.update_xaxes(effective_axis(panel.effective_density), title="effective density (%)" if i == len(rows) else None, row=i, col=j)

@@ -162,8 +162,12 @@ def strength_lines(curves, quantity):
         Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour) for s, colour in zip(strengths, ordered_colours(len(strengths)))
     )
 
-def add_line(figure, points, line, *, legend, row, col, faint=False):
-    """Draw one `Line` with its intervals, which may be faint, into a panel. points: rows of `summarise_curves`, with the column x, from left to right."""
+def add_line(figure, points, line, *, row, col, faint=False):
+    """Draw one `Line` with its intervals, which may be faint, into a panel; the first with points has its label in the legend.
+
+    points: rows of `summarise_curves`, with the column x, from left to right.
+    """
+    legend = len(points) > 0 and line.label not in {trace.name for trace in figure.data if trace.showlegend}
     hover = points[["low", "high", "density", "width", "depth", "repeat", "ended", "runs"]]
     figure.add_scatter(
         x=points.x, y=100 * points["mean"], row=row, col=col, name=line.label, legendgroup=line.label, showlegend=legend, mode="lines+markers",
@@ -179,10 +183,9 @@ def add_line(figure, points, line, *, legend, row, col, faint=False):
     )
 
 def add_lines(figure, points, lines, *, row, col):
-    """Draw `lines` into a panel; those of the first panel that has some are in the legend."""
-    legend = not figure.data
+    """Draw `lines` into a panel."""
     for line in lines:
-        add_line(figure, points[line.among(points)], line, legend=legend, row=row, col=col, faint=len(lines) > 12)
+        add_line(figure, points[line.among(points)], line, row=row, col=col, faint=len(lines) > 12)
 
 # %% ../nbs/32_plots.ipynb #eb1e33e8
 def add_diverged(figure, points, *, height, row, col):
@@ -445,7 +448,7 @@ def draw_radii(curves, attack, *, title, footer):
 
     curves: rows of `summarise_curves` with attacks. attack: its name. footer: lines of text underneath. Returns a plotly `Figure`.
     """
-    lines, legend = density_lines(curves), set()
+    lines = density_lines(curves)
     rows = list(dict.fromkeys(place[:2] for place in lines))
     columns = list(dict.fromkeys(("width", place[2]) for place in lines))
     under = curves[(curves.quantity == "accuracy") & (curves.name == attack)]
@@ -456,8 +459,7 @@ def draw_radii(curves, attack, *, title, footer):
         epsilons = sorted(panel.strength.unique())
         for density, line in of_panel.items():
             points = panel[panel.density == density].sort_values("strength")
-            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, legend=line.label not in legend, **at)
-            legend.add(line.label)
+            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, **at)
         ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
         figure.update_xaxes(ticks, title="ε" if at["row"] == len(rows) else None, **at)
         figure.update_yaxes(range=[-4, 104], title="accuracy (%)" if at["col"] == 1 else None, **at)
