@@ -88,7 +88,7 @@ def draw_verdicts(judged, *, title, footer):
             textfont=dict(color="white", size=14), marker=dict(symbol="square", size=26, color=colour), hovertext=["<br>".join(textwrap.wrap(cell[3], 80)) for cell in of], hoverinfo="text",
         )
     words = ["<br>".join(textwrap.wrap(f"{row}  {sentences[claim]}", 86)) for row, claim in shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False)]
-    finish(figure, title, "", footer, 1, len(columns) // 3)
+    finish(figure, title, "", footer, 1, max(1, len(columns) // 3))
     underneath = 15 * len(figure.layout.annotations[-1].text.split("<br>"))
     figure.update_layout(
         width=590 + 78 * len(columns), height=190 + 42 * len(rows) + underneath, margin=dict(l=530, r=20, t=140, b=40 + underneath), showlegend=True,
