@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .axes import WORDS, accuracy_range, density_axis
-from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, seed_words, summarise_curves
+from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, summarise_curves
 from .stats import mean_interval
 
 # %% ../nbs/32_controls.ipynb #a32c0008
@@ -77,7 +77,7 @@ def draw_arms(curves, *, title, footer):
     """Figure 12: accuracy under noise along each of `ARMS`. curves: of `arm_curves`; footer: lines of text underneath. Returns a plotly `Figure`."""
     rows = list(dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None)))
     columns = [("width", family) for family in dict.fromkeys(curves.family)]
-    figure = empty_panels(rows, columns, seed_words(curves.assign(growth="width"), rows, columns))
+    figure = empty_panels(curves.assign(growth="width"), rows, columns)
     for (i, (dataset, rule)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[(curves.dataset == dataset) & (curves.rule == rule) & ((curves.quantity == "noisy_accuracy") | curves.quantity.isna())]
         panel = across[across.family == family].assign(x=lambda points: points.factor).sort_values("x", ascending=False)
@@ -144,7 +144,7 @@ def draw_rules(curves, *, title, footer):
     """
     curves = curves[curves.effective_density > 0]
     rows, columns = [(dataset, curves.rule.iloc[0]) for dataset in dict.fromkeys(curves.dataset)], [("width", family) for family in dict.fromkeys(curves.family)]
-    figure = empty_panels(rows, columns, seed_words(curves.assign(rule=curves.rule.iloc[0]), rows, columns))
+    figure = empty_panels(curves.assign(rule=curves.rule.iloc[0]), rows, columns)
     for (i, (dataset, _)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[curves.dataset == dataset]
         panel = across[across.family == family].assign(x=lambda points: 100 * points.effective_density).sort_values("x", ascending=False)

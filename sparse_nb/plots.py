@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PANEL', 'PLACE', 'STRENGTH', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'RECALL_LINES', 'DASHES',
            'ATTACK_COLOURS', 'place_of', 'collect', 'curve_of', 'is_measured', 'finished', 'summarise_curves',
-           'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'add_line', 'add_lines', 'add_diverged',
-           'empty_panels', 'seed_words', 'draw_panels', 'panel_title', 'finish', 'template', 'on_dark', 'in_dark',
-           'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines', 'changed_classes', 'corruption_means',
-           'severity_lines', 'type_lines', 'corruption_error_table', 'corruption_footer', 'attack_lines',
-           'density_lines', 'draw_radii', 'masking_tolerance', 'masking_table', 'attack_footer']
+           'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines', 'add_line', 'add_diverged',
+           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'finish', 'template', 'on_dark',
+           'in_dark', 'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines', 'changed_classes',
+           'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table', 'corruption_footer',
+           'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_tolerance', 'masking_table',
+           'attack_footer']
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
@@ -32,7 +33,7 @@ from .axes import AXIS_TITLES, CORRUPTION_GROUPS, WORDS, accuracy_range, few, or
 from .corruptions import corruption_errors
 from .data import CLASSES, IMAGE_SHAPES, SIZES
 from .experiments import evaluation_hash, experiment_hash
-from .presets import narrowings
+from .presets import in_range, narrowings
 from .stats import class_changes, mean_interval, summarise
 from .store import run_status
 
@@ -162,6 +163,11 @@ def strength_lines(curves, quantity):
         Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour) for s, colour in zip(strengths, ordered_colours(len(strengths)))
     )
 
+def on_lines(curves, lines):
+    """The rows of `summarise_curves` that some of `lines` has, and those of places at which all networks diverged."""
+    return curves[pd.concat([line.among(curves) for line in lines], axis=1).any(axis=1) | curves.quantity.isna()]
+
+# %% ../nbs/32_plots.ipynb #a7c10002
 def add_line(figure, points, line, *, row, col, faint=False):
     """Draw one `Line` with its intervals, which may be faint, into a panel; the first with points has its label in the legend.
 
@@ -182,11 +188,6 @@ def add_line(figure, points, line, *, row, col, faint=False):
         "%{customdata[6]}<br>%{customdata[7]}<extra></extra>",
     )
 
-def add_lines(figure, points, lines, *, row, col):
-    """Draw `lines` into a panel."""
-    for line in lines:
-        add_line(figure, points[line.among(points)], line, row=row, col=col, faint=len(lines) > 12)
-
 # %% ../nbs/32_plots.ipynb #eb1e33e8
 def add_diverged(figure, points, *, height, row, col):
     """Mark where networks of a panel diverged, with how many of how many, at `height` on the vertical axis."""
@@ -200,21 +201,34 @@ def add_diverged(figure, points, *, height, row, col):
     )
 
 # %% ../nbs/32_plots.ipynb #86e50149
-def empty_panels(rows, columns, words=()):
-    """A plotly `Figure` with a titled panel for each (dataset, rule) × (growth, family). words: {(dataset, rule, family, growth): what a title says besides}."""
-    return make_subplots(
-        len(rows), len(columns), shared_yaxes="rows", horizontal_spacing=0.09 / len(columns), vertical_spacing=0.36 / (len(rows) + 1),
-        subplot_titles=[panel_title(place, rows, columns, dict(words)) for place in itertools.product(rows, columns)],
-    )
+def panel_width(columns):
+    """How wide a panel is among so many in a row, in pixels."""
+    return 480 if columns == 1 else 290 if columns <= 3 else 230
 
 def seed_words(curves, rows, columns):
-    """What the titles of panels say of their seeds, as `empty_panels` takes it: how many where panels differ in it, or that there are no points yet."""
+    """{(dataset, rule, family, growth): what the panel's title says of its seeds}: how many where panels differ in it, or that there are no points yet."""
     seeds = curves.groupby(PANEL).networks.agg(["min", "max"])
     every = {(dataset, rule, family, growth) for (dataset, rule), (growth, family) in itertools.product(rows, columns)}
-    counts = {panel: f" ({fewest}{f' to {most}' * int(most > fewest)} seed{'s' * int(most > 1)})" for panel, fewest, most in seeds.itertuples()}
-    counts = counts if seeds.stack().nunique() > 1 else {}
-    return counts | dict.fromkeys(every - set(seeds.index), ": not finished yet")
+    counts = {panel: f" ({in_range(fewest_most)} seed{'s' * int(max(fewest_most) > 1)})" for panel, *fewest_most in seeds.itertuples()}
+    return (counts if seeds.stack().nunique() > 1 else {}) | dict.fromkeys(every - set(seeds.index), ": not finished yet")
 
+def panel_title(place, rows, columns):
+    """What distinguishes a panel from the others, in words."""
+    (dataset, rule), (growth, family) = place
+    parts = [WORDS[family], WORDS[dataset]]
+    parts += [WORDS[rule]] * (len({r for _, r in rows}) > 1) + [f"by {growth}"] * (len({g for g, _ in columns}) > 1)
+    return ", ".join(parts)
+
+def empty_panels(curves, rows, columns):
+    """A plotly `Figure` with a panel for each (dataset, rule) × (growth, family), under titles that fit. curves: the rows of `summarise_curves` that will be drawn."""
+    seeds, places = seed_words(curves, rows, columns), itertools.product(rows, columns)
+    titles = [panel_title(place, rows, columns) + seeds.get((*place[0], *place[1][::-1]), "") for place in places]
+    figure = make_subplots(
+        len(rows), len(columns), shared_yaxes="rows", horizontal_spacing=0.09 / len(columns), vertical_spacing=0.36 / (len(rows) + 1), subplot_titles=titles
+    )
+    return figure.update_annotations(font_size=min(13, panel_width(len(columns)) / (0.55 * max(map(len, titles)))))
+
+# %% ../nbs/32_plots.ipynb #a7c10004
 def draw_panels(curves, lines, *, title, legend, value, footer):
     """The paper's form of figure: panels dataset × family, with fewer remaining weights to the right.
 
@@ -223,32 +237,25 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
     """
     rows = list(dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None)))
     columns = sorted(dict.fromkeys(curves[["growth", "family"]].itertuples(index=False, name=None)), key=lambda c: c[0], reverse=True)
-    shown = curves[pd.concat([line.among(curves) for line in lines], axis=1).any(axis=1) | curves.quantity.isna()]
-    figure = empty_panels(rows, columns, seed_words(shown, rows, columns))
-    for i, (dataset, rule) in enumerate(rows, 1):
+    shown = on_lines(curves, lines)
+    figure = empty_panels(shown, rows, columns)
+    for (i, (dataset, rule)), (j, (growth, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = shown[(shown.dataset == dataset) & (shown.rule == rule)]
-        bounds = accuracy_range(across["mean"])
-        for j, (growth, family) in enumerate(columns, 1):
-            points, axis = across[(across.growth == growth) & (across.family == family)], {"showticklabels": False}
-            if len(points):
-                points, axis = place_points(points)
-                add_lines(figure, points, lines, row=i, col=j)
-                add_diverged(figure, points, height=bounds[0], row=i, col=j)
-            figure.update_xaxes(axis, title=AXIS_TITLES[growth] if i == len(rows) else None, row=i, col=j)
-            figure.update_yaxes(range=bounds, title=value if j == 1 else None, row=i, col=j)
+        panel, bounds = across[(across.growth == growth) & (across.family == family)], accuracy_range(across["mean"])
+        if panel.empty:
+            continue
+        points, axis = place_points(panel)
+        for line in lines:
+            add_line(figure, points[line.among(points)], line, row=i, col=j, faint=len(lines) > 12)
+        add_diverged(figure, points, height=bounds[0], row=i, col=j)
+        figure.update_xaxes(axis, title=AXIS_TITLES[growth] if i == len(rows) else None, row=i, col=j)
+        figure.update_yaxes(range=bounds, title=value if j == 1 else None, row=i, col=j)
     return finish(figure, title, legend, footer, len(rows), len(columns), len(lines))
-
-def panel_title(place, rows, columns, words):
-    """The words over a panel: what distinguishes it from the others, and its own of `words`."""
-    (dataset, rule), (growth, family) = place
-    parts = [WORDS[family], WORDS[dataset]]
-    parts += [WORDS[rule]] * (len({r for _, r in rows}) > 1) + [f"by {growth}"] * (len({g for g, _ in columns}) > 1)
-    return ", ".join(parts) + words.get((dataset, rule, family, growth), "")
 
 # %% ../nbs/32_plots.ipynb #9f14025a
 def finish(figure, title, legend, footer, rows, columns, entries=0):
     """Template, size, title, legend title and footer, the same for every figure; returns `figure`. entries: of the legend, all of which shall be seen."""
-    width, height = 150 + (max(290 * columns, 480) if columns <= 3 else 230 * columns), 150 + max(240 * rows, 20 * entries + 40)
+    width, height = 150 + panel_width(columns) * columns, 150 + max(240 * rows, 20 * entries + 40)
     text = [part for line in footer for part in textwrap.wrap(line, int(width / 4.8))]
     height += 15 * len(text)
     figure.update_layout(
@@ -256,8 +263,6 @@ def finish(figure, title, legend, footer, rows, columns, entries=0):
         title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16), legend=dict(title=legend, tracegroupgap=0),
         margin=dict(l=65, r=20, t=75, b=85 + 15 * len(text)),
     )
-    longest = max((len(panel.text) for panel in figure.layout.annotations), default=1)
-    figure.update_annotations(font_size=min(13, (width - 150) / columns / (0.55 * longest)))  # titles of panels, each at most as wide as its panel
     figure.add_annotation(
         text="<br>".join(text), xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-60, xshift=-50,
         showarrow=False, align="left", font=dict(size=10, color="#666666"),
@@ -317,7 +322,7 @@ def footer_lines(preset, points):
     fewest, most = seed_range(points)
     lines = [
         f"Preset {preset.name}, {' and '.join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))} allocation. "
-        + f"Each point: mean over {most if fewest == most else f'{fewest} to {most}'} seed{'s' * (most > 1)}"
+        + f"Each point: mean over {in_range((fewest, most))} seed{'s' * (most > 1)}"
         + (", bar: 95 % t-interval. " if most > 1 else ", no interval from one seed. ")
         + f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
@@ -443,6 +448,10 @@ def density_lines(curves):
     }
 
 # %% ../nbs/32_plots.ipynb #f369cb89
+def under_attack(curves, attack):
+    """The rows of `summarise_curves` with accuracy under an attack, and those of places at which all networks diverged."""
+    return curves[(curves.quantity == "accuracy") & (curves.name == attack) | curves.quantity.isna()]
+
 def draw_radii(curves, attack, *, title, footer):
     """Accuracy under one attack against ε: panels dataset × family, a line for each of a few densities.
 
@@ -451,14 +460,14 @@ def draw_radii(curves, attack, *, title, footer):
     lines = density_lines(curves)
     rows = list(dict.fromkeys(place[:2] for place in lines))
     columns = list(dict.fromkeys(("width", place[2]) for place in lines))
-    under = curves[(curves.quantity == "accuracy") & (curves.name == attack)]
-    figure = empty_panels(rows, columns, seed_words(under, rows, columns))
+    under = under_attack(curves, attack)
+    figure = empty_panels(under, rows, columns)
     for place, of_panel in lines.items():
         at = dict(row=rows.index(place[:2]) + 1, col=columns.index(("width", place[2])) + 1)
         panel = under[(under.dataset == place[0]) & (under.rule == place[1]) & (under.family == place[2])]
-        epsilons = sorted(panel.strength.unique())
+        epsilons = sorted(panel.strength.dropna().unique())
         for density, line in of_panel.items():
-            points = panel[panel.density == density].sort_values("strength")
+            points = panel[panel.density == density].dropna(subset="strength").sort_values("strength")
             add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, **at)
         ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
         figure.update_xaxes(ticks, title="ε" if at["row"] == len(rows) else None, **at)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'MLP_CONTROL', 'CONV_CONTROL',
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
-           'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'narrowings', 'Figure',
-           'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
+           'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range', 'narrowings',
+           'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
            'recipe_on', 'curve', 'plan']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
@@ -195,18 +195,23 @@ def measure_narrowings(preset, paper, measures):
     return words + (attack_narrowings(preset, paper) if "attack" in measures else [])
 
 # %% ../nbs/23_presets.ipynb #c2356069
+def in_range(values):
+    """As in "1", "1 to 5"."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
 def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself.
 
     seeds: (fewest, most) behind the figure's curves, if not those of the preset.
     """
-    paper, sentences, (fewest, most) = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
+    paper, sentences, seeds = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
     if set(preset.datasets) != set(paper.datasets):
         sentences.append(f"datasets: {', '.join(preset.datasets)}")
     if set(preset.rules) < set(paper.rules):
         sentences.append(f"rules: {', '.join(preset.rules)}")
-    if fewest < paper.seeds:
-        sentences.append(f"{fewest}{f' to {most}' * (most > fewest)} of {paper.seeds} seeds")
+    if min(seeds) < paper.seeds:
+        sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
     sentences += measure_narrowings(preset, paper, measures)
     absent = [family for family, setting in preset.families.items() if "control" in growths and not setting.control and paper.families[family].control]
     if absent:
