@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'RATE', 'KEEP_EVERY', 'resolve_device', 'environment', 'Job', 'missing_jobs', 'pass_cost', 'training_work',
-           'job_work', 'shape_of', 'rates_of', 'measured_rates', 'seconds_for', 'Outcome', 'NoTimeLeft', 'train_on',
-           'make_network', 'measure', 'words', 'run_job', 'images_of', 'run_elsewhere']
+           'job_work', 'shape_of', 'rates_of', 'measured_rates', 'seconds_for', 'train_captured', 'Outcome',
+           'NoTimeLeft', 'train_on', 'make_network', 'measure', 'words', 'run_job', 'images_of', 'run_elsewhere']
 
 # %% ../nbs/22_jobs.ipynb #d4735e3a
 import platform
@@ -21,10 +21,14 @@ import torch
 
 from . import data
 from .attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
+from .captured_steps import captured
+from .data import as_float
 from .engines import logged
-from .experiments import dense_parent, forward_cost, prune, train
+from .evaluation import sample
+from .experiments import dense_parent, forward_cost, prepare, prune, train
 from .sparse_execution import CONVOLUTION_WALK_BELOW, WALK_BELOW
 from .store import Store, load_history, load_run, other_weights, restore_checkpoint, run_status, save_records, save_run
+from .training import fit
 
 # %% ../nbs/22_jobs.ipynb #ef2d127d
 DEVICES = ("auto", "cpu", "cuda")
@@ -120,6 +124,13 @@ def seconds_for(job, rates, device):
     known = [rates[key] for key in (shape_of(e), e.family, None) if key in rates]
     return sum(job_work(job)) / (known[0] if known else RATE[device.type])
 
+# %% ../nbs/22_jobs.ipynb #211ed675
+def train_captured(experiment, images, **how):
+    """`experiments.train`, with captured steps if the images are on a GPU. how: as there. Returns (model, `History`)."""
+    images = sample(images, experiment.train_images)
+    model = captured(prepare(experiment).to(images.images.device), as_float(images.images[:experiment.recipe.batch_size]))
+    return model, fit(model, None, images, experiment.recipe, seed=experiment.seed, **how)
+
 # %% ../nbs/22_jobs.ipynb #e629fa65
 KEEP_EVERY = 120  # seconds between training states
 
@@ -156,7 +167,8 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
                 raise other_weights(store.folder(experiment), f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}")
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
-    return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, where), keep=keep)
+    make = train if device.type == "cpu" else train_captured
+    return make(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, where), keep=keep)
 
 # %% ../nbs/22_jobs.ipynb #b17ef6d1
 def make_network(experiment, store, load, device, **how):

@@ -413,7 +413,7 @@ def save_run(store, experiment, model, history, environment):
         "status": history.status, "diverged_at": history.diverged_at, "epochs": len(history.epochs),
         "train_loss": last.loss if trained and history.status != "diverged" else None,
         "train_accuracy": last.accuracy if trained else None, "seconds": sum(epoch.seconds for epoch in history.epochs) if trained else None, "counted": experiment.counted, "density": experiment.density,
-        "effective_density": connectivity(build(experiment), pattern(model)).effective_density,
+        "effective_density": connectivity(build(experiment), {name: kept.cpu() for name, kept in pattern(model).items()}).effective_density,
     }
     about = {**experiment_identity(experiment), "result": result, "environment": environment}
     lines = [json.dumps(dataclasses.asdict(epoch)) for epoch in history.epochs]

@@ -172,7 +172,7 @@ def fit(model, masks, images, recipe, *, seed, on_epoch=None, resume=None, keep=
     or None if it has nothing to be held at zero, as a network that stores only kept weights.
     images: an `ImageSet` on the model's device. seed: int, names the order of batches and the augmentation; nothing else is random.
     on_epoch: called with each `Epoch` when it ends, for progress. keep: called with the `TrainingState` after each epoch but the last;
-    resume: such a state, to go on from. Returns `History`. The same seed, device and number of threads give bit-identical weights, resumed or not.
+    resume: such a state, to go on from. Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not; a GPU may round differently each time.
     Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
     """
     held = gradient_masks(model, masks) if masks is not None else []

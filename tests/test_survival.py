@@ -23,7 +23,7 @@ import pytest
 
 from sparse_nb import jobs, sweep
 from sparse_nb.attempts import load_failures
-from sparse_nb.experiments import Clean, Experiment, WeightNoise, evaluation_hash, experiment_hash, experiment_identity
+from sparse_nb.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise, evaluation_hash, experiment_hash, experiment_identity
 from sparse_nb.jobs import missing_jobs
 from sparse_nb.store import RECORD_KEY, Store, sha256
 from sparse_nb.training import Recipe
@@ -402,3 +402,20 @@ def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undist
     seconds = time.monotonic() - start
     assert (summary.wanted, summary.made, summary.measured) == (1000, 0, 0) and seconds < 2
     report("a sweep over 1,000 finished runs", f"{seconds:.2f} s")
+
+
+# Devices ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_family_is_trained_kept_pruned_and_measured_on_each_device(device, tmp_path):
+    """The MLP has units that nobody hears, and its sparse product; the convolutional networks have batch norm and a last, smaller batch."""
+    mlp = Experiment("digits", "mlp", 2048, 2, 10_000, 0, Recipe(epochs=2))
+    vgg, resnet = (Experiment("digits", family, 8, depth, 5_000, 0, Recipe(epochs=2), rule="proportional") for family, depth in [("vgg", 11), ("resnet", 18)])
+    pruned = dataclasses.replace(vgg, schedule="magnitude")
+    measures = [Clean(), NOISE, ClassRecall(), Corruption(draws=1, test_images=50), Attack(steps=2, epsilons=(0.0, 0.1), test_images=20)]
+    store = Store(tmp_path)
+    done = sweep.run([mlp, vgg, resnet, pruned], measures, store=store, device=device, show=False)
+    assert (done.made, done.measured, done.failed) == (5, 20, ()), done
+    assert set(store.runs().device) == {device} and (store.runs().effective_density > 0).all()
+    clean = store.table(measure="clean", quantity="accuracy").value
+    assert len(clean) == 4 and (clean >= 0.05).all()
