@@ -18,8 +18,8 @@ figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: mak
 test: $(BROWSER) ## export, clean and README drift, the notebooks, pytest: a line for each
 	@$(BIN)/python .ci/stages.py
 
-lab: $(INSTALLED) ## the explorer and the notebooks, in JupyterLab
-	@$(BIN)/jupyter lab nbs/explore.ipynb
+lab: $(INSTALLED) ## the explorer and the notebooks, in JupyterLab; as root: make lab ARGS=--allow-root
+	@$(BIN)/jupyter lab $(ARGS) nbs/explore.ipynb
 
 bench: $(INSTALLED) ## ratios measured side by side in one run
 	@$(BIN)/sparse-nb bench $(ARGS)
