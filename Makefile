@@ -19,7 +19,7 @@ test: $(BROWSER) ## export, clean and README drift, the notebooks, pytest: a lin
 	@$(BIN)/python .ci/stages.py
 
 lab: $(INSTALLED) ## the explorer and the notebooks, in JupyterLab; as root: make lab ARGS=--allow-root
-	@$(BIN)/jupyter lab $(ARGS) nbs/explore.ipynb
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/explore.ipynb $(ARGS)
 
 bench: $(INSTALLED) ## ratios measured side by side in one run
 	@$(BIN)/sparse-nb bench $(ARGS)

@@ -148,8 +148,8 @@ def controls():
         "strength": widgets.SelectionSlider(options=[("–", 0.0)], description="strength", continuous_update=True, layout=widgets.Layout(width="620px"), style={"handle_color": "#d55e00"}),
     }
 
-NOTHING_YET = """<p><b>There is no measured network in <code>{root}</code> yet.</b></p><p>Fill it with <code>sparse-nb sweep --preset smoke --families mlp --runs {root}</code>, which takes
-minutes and downloads nothing, or with another preset, and press “look again”. Or train the first point here.</p>"""
+NOTHING_YET = """<p><b>There is no measured network in <code>{root}</code> yet.</b></p><p>In the project's folder, <code>sparse-nb merge results/laptop --runs {root}</code> takes
+over in seconds what is published; <code>sparse-nb sweep --preset smoke --families mlp --runs {root}</code> takes minutes and downloads nothing. Then press “look again”. Or train the first point here.</p>"""
 
 # %% ../nbs/33_explorer.ipynb #6f4b6612
 def fill_choices(handles, catalogue):
@@ -256,7 +256,7 @@ class Canvas:
 # %% ../nbs/33_explorer.ipynb #35135aaa
 def notices(store, members, failures, failed=()):
     """Lines of HTML on a store and the networks of a curve. members: of `load_curve`; None for no curve. failures: of the store; failed: those on the curve."""
-    lines = [NOTHING_YET.format(root=html.escape(str(store.root)))] if members is None else []
+    lines = [NOTHING_YET.format(root=html.escape(str(store.root.resolve())))] if members is None else []
     if members is not None:
         status = members.drop_duplicates("experiment").status
         for ended, words in (("epochs", "did not reach the stopping loss (open markers)"), ("diverged", "diverged (crosses)")):
