@@ -36,7 +36,7 @@ from .verdicts import claim_tables, claims_table, judge
 class Grid:
     """The options that say which networks and measurements are meant, and where they are."""
 
-    figures: tuple[str, ...] = ()
+    figures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FIGURE …]")] = ()
     """Only what these need, such as fig01; if none are named, all that show one of the families."""
     preset: str = "smoke"
     """smoke (minutes, no download), laptop or paper."""
@@ -84,8 +84,6 @@ class Figures(Sweep):
     Writes figures/rendered/PRESET/FIGURE.{svg,png,html,csv,ipynb}. What is computed already is not computed again.
     """
 
-    figures: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Which, such as fig01; if none are named, all that show one of the families."""
     finished: bool = False
     """Train nothing: draw what is finished, seeds of curves that are whole."""
     out: Path = Path("figures/rendered")

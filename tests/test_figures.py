@@ -307,7 +307,7 @@ def test_a_machine_that_forgets_draws_from_what_is_published_without_training(dr
     shutil.copytree(drawn / "runs", tmp_path / "before")
     preset = ["--preset", "smoke", *SMALL]
     for arguments in (
-        ["export", "--figures", "fig01", *preset, "--runs", tmp_path / "before", "--out", tmp_path / "results"],
+        ["export", "fig01", *preset, "--runs", tmp_path / "before", "--out", tmp_path / "results"],
         ["merge", tmp_path / "results/smoke", "--runs", tmp_path / "runs"],
         ["figures", "fig01", *preset, "--runs", tmp_path / "runs", "--out", tmp_path / "out"],
         ["explore", *preset, "--runs", tmp_path / "runs", "--static", tmp_path / "curves.html"],
