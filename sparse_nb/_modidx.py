@@ -768,6 +768,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sparse_nb.plots.masking_tolerance': ('plots.html#masking_tolerance', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.on_dark': ('plots.html#on_dark', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.on_lines': ('plots.html#on_lines', 'sparse_nb/plots.py'),
+                                 'sparse_nb.plots.only_outer_titles': ('plots.html#only_outer_titles', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.panel_title': ('plots.html#panel_title', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.panel_width': ('plots.html#panel_width', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.place_of': ('plots.html#place_of', 'sparse_nb/plots.py'),

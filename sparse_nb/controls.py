@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .axes import WORDS, accuracy_range, density_axis
-from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, summarise_curves
+from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, only_outer_titles, summarise_curves
 from .stats import mean_interval
 
 # %% ../nbs/32_controls.ipynb #a32c0008
@@ -87,9 +87,9 @@ def draw_arms(curves, *, title, footer):
             on_arm = panel[(panel.arm == arm) & line.among(panel)]
             add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), line, row=i, col=j, faint=True)
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
-        figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor" if i == len(rows) else None, row=i, col=j)
-        figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)" if j == 1 else None, row=i, col=j)
-    return finish(figure, title, "from the dense base", footer, len(rows), len(columns))
+        figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor", row=i, col=j)
+        figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)", row=i, col=j)
+    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "from the dense base", footer, len(rows), len(columns))
 
 # %% ../nbs/32_controls.ipynb #a32c0014
 def paired(one, other):
@@ -157,9 +157,9 @@ def draw_rules(curves, *, title, footer):
             add_line(figure, of_rule[line.among(of_rule)], line, row=i, col=j, faint=True)
             figure.data[-1].marker.symbol = [symbol.replace("circle", mark) for symbol in figure.data[-1].marker.symbol]
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
-        figure.update_xaxes(effective_axis(panel.effective_density), title="effective density (%)" if i == len(rows) else None, row=i, col=j)
-        figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy (%)" if j == 1 else None, row=i, col=j)
-    return finish(figure, title, "rule", footer, len(rows), len(columns))
+        figure.update_xaxes(effective_axis(panel.effective_density), title="effective density (%)", row=i, col=j)
+        figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy (%)", row=i, col=j)
+    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "rule", footer, len(rows), len(columns))
 
 # %% ../nbs/32_controls.ipynb #a32c001f
 def rule_distance(panel, against):

@@ -6,11 +6,11 @@
 __all__ = ['PANEL', 'PLACE', 'STRENGTH', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'RECALL_LINES', 'DASHES',
            'ATTACK_COLOURS', 'place_of', 'collect', 'curve_of', 'is_measured', 'finished', 'summarise_curves',
            'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines', 'add_line', 'add_diverged',
-           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'finish', 'template', 'on_dark',
-           'in_dark', 'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines', 'changed_classes',
-           'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table', 'corruption_footer',
-           'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_tolerance', 'masking_table',
-           'attack_footer']
+           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'only_outer_titles', 'finish',
+           'template', 'on_dark', 'in_dark', 'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines',
+           'changed_classes', 'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table',
+           'corruption_footer', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_tolerance',
+           'masking_table', 'attack_footer']
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
@@ -248,11 +248,20 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
         for line in lines:
             add_line(figure, points[line.among(points)], line, row=i, col=j, faint=len(lines) > 12)
         add_diverged(figure, points, height=bounds[0], row=i, col=j)
-        figure.update_xaxes(axis, title=AXIS_TITLES[growth] if i == len(rows) else None, row=i, col=j)
-        figure.update_yaxes(range=bounds, title=value if j == 1 else None, row=i, col=j)
-    return finish(figure, title, legend, footer, len(rows), len(columns), len(lines))
+        figure.update_xaxes(axis, title=AXIS_TITLES[growth], row=i, col=j)
+        figure.update_yaxes(range=bounds, title=value, row=i, col=j)
+    return finish(only_outer_titles(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines))
 
 # %% ../nbs/32_plots.ipynb #9f14025a
+def only_outer_titles(figure, rows, columns):
+    """Leave titles of axes only to the lowest panel of each column and the first of each row, of those that are drawn; returns `figure`. An unfinished sweep has empty panels."""
+    across, down = range(1, columns + 1), range(1, rows + 1)
+    spare = [[axis for row in down for axis in figure.select_xaxes(row=row, col=column) if axis.title.text][:-1] for column in across]
+    spare += [[axis for column in across for axis in figure.select_yaxes(row=row, col=column) if axis.title.text][1:] for row in down]
+    for axis in itertools.chain(*spare):
+        axis.title.text = None
+    return figure
+
 def finish(figure, title, legend, footer, rows, columns, entries=0):
     """Template, size, title, legend title and footer, the same for every figure; returns `figure`. entries: of the legend, all of which shall be seen."""
     width, height = 150 + panel_width(columns) * columns, 150 + max(240 * rows, 20 * entries + 40)
@@ -470,11 +479,11 @@ def draw_radii(curves, attack, *, title, footer):
             points = panel[panel.density == density].dropna(subset="strength").sort_values("strength")
             add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, **at)
         ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
-        figure.update_xaxes(ticks, title="ε" if at["row"] == len(rows) else None, **at)
-        figure.update_yaxes(range=[-4, 104], title="accuracy (%)" if at["col"] == 1 else None, **at)
+        figure.update_xaxes(ticks, title="ε", **at)
+        figure.update_yaxes(range=[-4, 104], title="accuracy (%)", **at)
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
     figure.for_each_trace(lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.get).index(trace.name)))
-    return finish(figure, title, "remaining weights", footer, len(rows), len(columns))
+    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "remaining weights", footer, len(rows), len(columns))
 
 # %% ../nbs/32_plots.ipynb #349c4120
 def masking_tolerance(points):
