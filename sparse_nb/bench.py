@@ -431,6 +431,10 @@ COMPARISONS = [
         Comparison(f"captured / plain step, {NAMES[family]} {width}", lambda device, family=family, width=width: captured_and_plain(family, width, device), at_most=1, only="cuda")
         for family, width in CAPTURED
     ),
+]
+
+# %% ../nbs/35_bench.ipynb #06eca12f
+COMPARISONS += [
     Comparison("weight_noise.evaluate / forward passes, MLP 512",
                lambda device: noise_and_passes("mlp", 512, (1, 28, 28), 1000, 101_632, device), at_most=1.25),
     Comparison("weight_noise.evaluate / forward passes, VGG11 8",
