@@ -30,7 +30,7 @@ bench-faults: $(BROWSER) ## kills, crashes, damage, full disks in full numbers: 
 PRESET ?= laptop
 RUNS ?= runs
 publish: $(BROWSER) ## after a sweep: figures, claims and runs that are finished, and the front page, from RUNS=runs PRESET=laptop
-	@test ! -e results/$(PRESET)/runs.tar.xz || $(BIN)/sparse-nb merge results/$(PRESET) --runs $(RUNS)
+	@test ! -e results/$(PRESET) || $(BIN)/sparse-nb merge results/$(PRESET) --runs $(RUNS)
 	@$(BIN)/sparse-nb figures --finished --preset $(PRESET) --runs $(RUNS)
 	@$(BIN)/sparse-nb claims --preset $(PRESET) --runs $(RUNS)
 	@$(BIN)/sparse-nb export --preset $(PRESET) --runs $(RUNS)

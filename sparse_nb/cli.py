@@ -98,7 +98,7 @@ class Status(Grid):
 
 @dataclass(frozen=True)
 class Export(Grid):
-    """Publish finished runs under results/PRESET: as an archive without checkpoints, which `merge` reads, and as compressed CSV.
+    """Publish finished runs under results/PRESET/DATASET-FAMILY: as an archive without checkpoints, which `merge` reads, and as compressed CSV.
 
     What is published there already stays; if it is not in the runs folder, merge it first.
     """
@@ -167,7 +167,7 @@ class Merge(Upkeep):
     """
 
     other: Annotated[Path, tyro.conf.Positional] = Path()
-    """The other runs folder, a runs.tar.xz, or a folder with one, such as results/laptop; it is only read."""
+    """The other runs folder, a runs.tar.xz, or a folder with some, such as results/laptop; it is only read."""
 
 @dataclass(frozen=True)
 class Trace(Upkeep):
@@ -357,13 +357,18 @@ def merge_command(command):
 def export_command(command):
     """Carry out an `Export` command. Raises RuntimeError if nothing of what is asked for is there."""
     store, wanted = Store(command.runs), wanted_by(command, chosen_figures(command))
-    there, parents = [experiment for experiment in wanted if store.has_run(experiment)], {dense_parent(experiment) for experiment in wanted} - {None}
+    there = [experiment for experiment in wanted if store.has_run(experiment)]
+    parents = [parent for parent in {dense_parent(experiment) for experiment in wanted} - {None} if store.has_run(parent)]
     folder = command.out / command.preset
     if not there:
-        remedy = f"merge {folder}` takes over what is published" if (folder / exchange.ARCHIVE).exists() else f"sweep --preset {command.preset}` makes them"
+        remedy = f"merge {folder}` takes over what is published" if exchange.published_folders(folder) else f"sweep --preset {command.preset}` makes them"
         raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb {remedy}")
     say = lambda gone: print(f"no longer published, since they are of earlier code or other data: {counted(len(gone), 'run')}")
-    print(*exchange.export(store, [*there, *parents], folder, on_outdated=say), sep="\n")
+    parts = {}
+    for experiment in [*there, *parents]:
+        parts.setdefault(f"{experiment.dataset}-{experiment.family}", []).append(experiment)
+    for part, experiments in sorted(parts.items()):
+        print(*exchange.export(store, experiments, folder / part, on_outdated=say), sep="\n")
     if len(there) < len(wanted):
         print(f"{len(wanted) - len(there)} of {len(wanted)} networks are not there yet")
 

@@ -7,13 +7,11 @@ __all__ = ['published_runs', 'recipe_text', 'trained_text', 'reproducibility_tab
            'cost_table', 'hours_text']
 
 # %% ../nbs/38_reproducibility.ipynb #d4735e3a
-from pathlib import Path
-
 import pandas as pd
 import torch
 
 from .axes import WORDS
-from .exchange import EXPORTED, read_csv_rows
+from .exchange import EXPORTED, published_rows
 from .experiments import dense_parent
 from .jobs import Job, rates_of, seconds_for, training_work
 from .presets import FIGURES, PRESETS, in_range, plan, recipe_on, shown_families
@@ -21,8 +19,8 @@ from .training import RECIPES
 
 # %% ../nbs/38_reproducibility.ipynb #ef2d127d
 def published_runs(folder):
-    """The runs that `exchange.export` wrote to `folder`, a row each, as `Store.runs` has them. Raises FileNotFoundError or ValueError naming the file."""
-    return pd.DataFrame(read_csv_rows(Path(folder) / "runs.csv.gz", EXPORTED["runs"]), columns=list(EXPORTED["runs"]))
+    """The runs that `exchange.export` wrote to `folder` or to folders in it, a row each, as `Store.runs` has them. Raises FileNotFoundError or ValueError naming the file."""
+    return pd.DataFrame(published_rows(folder, "runs"), columns=list(EXPORTED["runs"]))
 
 # %% ../nbs/38_reproducibility.ipynb #2c624232
 def recipe_text(family, recipe):
