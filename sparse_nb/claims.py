@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXTREME', 'UNDER_ATTACK', 'CLAIMS', 'EVERYTHING', 'BOTH_SCHEDULES', 'Finding', 'Claim', 'by_panel',
-           'falls_at_the_extreme', 'rise_and_fall', 'earlier_rise', 'earlier_on_mnist', 'match_or_beat', 'onset',
-           'fall_together', 'sooner_by_magnitude', 'small_depth', 'stops_converging', 'does_not_fall', 'flatter',
-           'at_radius', 'vgg_declines_most', 'control_panels', 'capacity_not_sparsity']
+           'falls_at_the_extreme', 'rise_and_fall', 'earlier_rise', 'beside_mnist', 'earlier_on_mnist', 'match_or_beat',
+           'onset', 'fall_together', 'sooner_by_magnitude', 'small_depth', 'if_vgg', 'stops_converging',
+           'does_not_fall', 'flatter', 'at_radius', 'vgg_beside_others', 'vgg_declines_most', 'control_panels',
+           'capacity_not_sparsity']
 
 # %% ../nbs/31_claims.ipynb #d4735e3a
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class Finding:
 class Claim:
     """A sentence of the paper. number: of the claim; place: where the paper says it; test: what is tested, in words; figures: whose tables `judge` takes.
 
-    judge: {figure: table of `plots.collect`} -> list of `Finding`s.
+    judge: {figure: table of `plots.collect`} -> list of `Finding`s. compares: (curve, curves that are there) -> those whose networks it compares in the panel
+    of `curve`, none if it says nothing of that; a curve is (dataset, rule, family, growth).
     """
 
     number: str
@@ -47,8 +49,15 @@ class Claim:
     test: str
     figures: tuple[str, ...]
     judge: Callable
+    compares: Callable = lambda curve, there: [curve]
 
-def by_panel(needs, test, tables, growths=("width",)):
+    def panels(self, plans):
+        """{curve: curves compared} of every panel of which it says something. plans: {figure: table with the columns `CURVE`}."""
+        curves = [list(plans[figure][CURVE].drop_duplicates().itertuples(index=False, name=None)) if figure in plans else [] for figure in self.figures]
+        there = [curve for curve in curves[0] if all(curve in others for others in curves)]
+        return {curve: compared for curve in there if (compared := self.compares(curve, there))}
+
+def by_panel(needs, test, tables):
     """The `Finding`s of a test for each panel that all of `needs` have.
 
     needs: {name: (figure, score, attack or None)}. test: called with the panels by these names, over common seeds and places; returns (`Evidence`, numbers).
@@ -56,7 +65,7 @@ def by_panel(needs, test, tables, growths=("width",)):
     found = {name: panels(scores(tables[figure], what, attack)) for name, (figure, what, attack) in needs.items()}
     findings = []
     for curve, first in next(iter(found.values())).items():
-        if curve[-1] in growths and all(curve in of_need for of_need in found.values()):
+        if all(curve in of_need for of_need in found.values()):
             of_curve = {name: of_need[curve] for name, of_need in found.items()}
             seeds = sorted(set.intersection(*(set(panel.index) for panel in of_curve.values())))
             places = [place for place in first if all(place in panel for panel in of_curve.values())]
@@ -96,12 +105,17 @@ def earlier_rise(easy, hard):
     rising, sooner = all_of([rises(easy), rises(hard)]), earlier(easy, hard)
     return Evidence(max(rising.p_for, sooner.p_for), sooner.p_against if rising.verdict() == "supported" else np.nan)
 
+def beside_mnist(curve, there):
+    """The curve of MNIST and `curve`, if that is of a CIFAR set and both are `there`."""
+    mnist = ("mnist", *curve[1:])
+    return [mnist, curve] if curve[0] in ("cifar10", "cifar100") and {mnist, curve} <= set(there) else []
+
 def earlier_on_mnist(tables):
     """The `Finding`s of claim 4: for each rule and family, MNIST beside each CIFAR that is there."""
     found, findings = {what: panels(scores(tables[figure], what)) for figure, what in (("fig01", "noise"), ("fig02", "corruption"))}, []
     for dataset, *others in found["noise"]:
-        curves = ("mnist", *others), (dataset, *others)
-        if dataset not in ("cifar10", "cifar100") or not all(curve in of for of in found.values() for curve in curves):
+        curves = beside_mnist((dataset, *others), [curve for curve in found["noise"] if curve in found["corruption"]])
+        if not curves:
             continue
         pairs = {what: [of[curve] for curve in curves] for what, of in found.items()}
         if any([place[1:] for place in easy] != [place[1:] for place in hard] for easy, hard in pairs.values()):
@@ -114,6 +128,7 @@ def earlier_on_mnist(tables):
 CLAIMS.append(Claim(
     "4", "Such increase is happening earlier for simpler tasks like MNIST.", "figures 1 and 2",
     "Accuracy rises on both sets, and its best density on MNIST is higher than on the CIFAR set, under noise and on corrupted images.", ("fig01", "fig02"), earlier_on_mnist,
+    beside_mnist,
 ))
 
 # %% ../nbs/31_claims.ipynb #b17ef6d1
@@ -185,15 +200,19 @@ def small_depth(**measured):
 CLAIMS.append(Claim(
     "8a", "By depth, the maximum accuracy and robustness are achieved for smaller depth values in all experiments.", "section 3, figure 6",
     "Some depth in the first half of the depths is better than every depth in the second half, clean and under noise.",
-    ("fig06",), partial(by_panel, {"clean": ("fig06", "clean", None), "noise": ("fig06", "noise", None)}, small_depth, growths=("depth",)),
+    ("fig06",), partial(by_panel, {"clean": ("fig06", "clean", None), "noise": ("fig06", "noise", None)}, small_depth),
 ))
 
 # %% ../nbs/31_claims.ipynb #59e19706
+def if_vgg(curve, there):
+    """`curve`, if it is of VGG."""
+    return [curve] if curve[2] == "vgg" else []
+
 def stops_converging(tables, below=0.15):
     """The `Finding`s of claim 8b: do VGGs at most `below` dense reach the stopping loss less often than denser ones?"""
     findings = []
     networks = tables["fig06"].drop_duplicates(NETWORK)
-    for curve, of_curve in networks[(networks.family == "vgg") & (networks.growth == "depth")].groupby(CURVE, sort=False):
+    for curve, of_curve in networks[networks.family == "vgg"].groupby(CURVE, sort=False):
         missed, sparse, dense = of_curve.status != "converged", of_curve.density <= below, of_curve.density == 1
         excess = missed[sparse].groupby(of_curve.seed).mean() - missed[~sparse].groupby(of_curve.seed).mean()
         told = f"did not reach the stopping loss: {missed[sparse].sum()} of {sparse.sum()} with at most {percent(below)} remaining, {missed[~sparse].sum()} of {(~sparse).sum()} with more"
@@ -206,7 +225,7 @@ def stops_converging(tables, below=0.15):
 
 CLAIMS.append(Claim(
     "8b", "VGG experiences convergence issues when sparsifying by increasing depth as the remaining weights approach 10 %.", "section 3, appendix B.1",
-    "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.", ("fig06",), stops_converging,
+    "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.", ("fig06",), stops_converging, if_vgg,
 ))
 
 # %% ../nbs/31_claims.ipynb #eb1e33e8
@@ -217,7 +236,7 @@ def does_not_fall(**measured):
 CLAIMS.append(Claim(
     "9", "As the networks get wider (or deeper) and sparser, the minimum recall does not decrease.", "section 3, figure 8",
     "At every sparse place the lowest recall of a class is lower than that of the base by less than one point.",
-    ("fig08",), partial(by_panel, {"lowest_recall": ("fig08", "lowest recall", None)}, does_not_fall, growths=("width", "depth")),
+    ("fig08",), partial(by_panel, {"lowest_recall": ("fig08", "lowest recall", None)}, does_not_fall),
 ))
 
 # %% ../nbs/31_claims.ipynb #86e50149
@@ -244,14 +263,19 @@ def at_radius(table, attack):
     there = table[(table.name.isin([attack]) & np.isclose(table.strength, radius)) | table.value.isna()]
     return panels(scores(there, "attack", attack))
 
+def vgg_beside_others(curve, there):
+    """The curves of VGG, the MLP and ResNet, if `curve` is that of VGG on MNIST, or digits in its place, and all are `there`."""
+    dataset, rule, family, growth = curve
+    three = [(dataset, rule, name, growth) for name in ("vgg", "mlp", "resnet")]
+    return three if family == "vgg" and dataset in ("mnist", "digits") and set(three) <= set(there) else []
+
 def vgg_declines_most(tables):
-    """The `Finding`s of claim 11, for each rule: MNIST, or digits in its place."""
+    """The `Finding`s of claim 11, for each rule."""
     found, findings = {attack: at_radius(tables["fig03"], attack) for attack in PAPER_ATTACKS}, []
     clean = panels(scores(tables["fig03"], "clean"))
     for curve in clean:
-        dataset, rule, family, growth = curve
-        three = {name: (dataset, rule, name, growth) for name in ("vgg", "mlp", "resnet")}
-        if family != "vgg" or dataset not in ("mnist", "digits") or not all(one in clean for one in three.values()):
+        three = {one[2]: one for one in vgg_beside_others(curve, clean)}
+        if not three:
             continue
         seeds = sorted(set.intersection(*(set(clean[one].index) for one in three.values())))
         parts, words = [], []
@@ -265,6 +289,7 @@ def vgg_declines_most(tables):
 CLAIMS.append(Claim(
     "11", "Dense VGG networks trained on MNIST show the highest accuracy decline in the presence of all attacks, while sparsification helps.", "section 3, figure 3",
     "At the radius of figure 3 dense VGGs decline more than dense MLPs and ResNets under each attack, and some sparse VGG is more accurate under it than the dense one.", ("fig03",), vgg_declines_most,
+    vgg_beside_others,
 ))
 
 # %% ../nbs/31_claims.ipynb #d59eced1

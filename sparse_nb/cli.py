@@ -29,7 +29,7 @@ from .presets import FIGURES, narrow, plan, shown_families
 from .serve import serve
 from .store import Store
 from .sweep import check_engine, run
-from .verdicts import claim_tables, claims_table, judge
+from .verdicts import claims_table, judge_store
 
 # %% ../nbs/40_cli.ipynb #ef2d127d
 @dataclass(frozen=True)
@@ -377,12 +377,12 @@ def claims_command(command):
     """Carry out a `Claims` command. Raises RuntimeError if there is nothing to judge."""
     store, preset = Store(command.runs), narrowed(command)
     notebook_of("claims", command.notebooks)
-    judged = judge(claim_tables(preset, store, root=command.data)[0])
-    if judged.empty:
+    judged, _, _ = judge_store(preset, store, root=command.data)
+    if not judged.seeds.any():
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing")
     check_drawing(command.out / command.preset)
     for row in claims_table(judged).to_dict("records"):
-        print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:45}{row['the paper says']}")
+        print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
     for paths in draw_figures(("claims",), command.notebooks, notebook_parameters(command), command.out):
         print(*paths, sep="\n", flush=True)
 

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import math
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import pandas as pd
@@ -81,14 +81,8 @@ def is_measured(point, store):
 
 def finished(points, store):
     """Those of a plan's `points` that can be drawn now: seeds of curves that are whole in the `Store`. A tuple, empty if there is none."""
-    there, wanted, found = [point for point in points if is_measured(point, store)], defaultdict(set), defaultdict(set)
-    place = lambda point: dataclasses.replace(point.experiment, seed=0)
-    pruned = {curve_of(point) for point in there if point.experiment.schedule == "magnitude"}
-    for point in (*there, *(point for point in points if curve_of(point) not in pruned)):
-        wanted[curve_of(point)].add(place(point))
-    for point in there:
-        found[curve_of(point), point.experiment.seed].add(place(point))
-    return tuple(point for point in there if found[curve_of(point), point.experiment.seed] == wanted[curve_of(point)])
+    missing = {(curve_of(point), point.experiment.seed) for point in points if not is_measured(point, store)}
+    return tuple(point for point in points if (curve_of(point), point.experiment.seed) not in missing)
 
 # %% ../nbs/32_plots.ipynb #6b51d431
 PANEL = ["dataset", "rule", "family", "growth"]
@@ -250,7 +244,8 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
         add_diverged(figure, points, height=bounds[0], row=i, col=j)
         figure.update_xaxes(axis, title=AXIS_TITLES[growth], row=i, col=j)
         figure.update_yaxes(range=bounds, title=value, row=i, col=j)
-    return finish(only_outer_titles(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines))
+    sample = 30 if all(line.dash == "solid" for line in lines) else 60  # pixels: the longest dash and its gap, twice
+    return finish(only_outer_titles(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines), sample)
 
 # %% ../nbs/32_plots.ipynb #9f14025a
 def only_outer_titles(figure, rows, columns):
@@ -262,14 +257,17 @@ def only_outer_titles(figure, rows, columns):
         axis.title.text = None
     return figure
 
-def finish(figure, title, legend, footer, rows, columns, entries=0):
-    """Template, size, title, legend title and footer, the same for every figure; returns `figure`. entries: of the legend, all of which shall be seen."""
-    width, height = 150 + panel_width(columns) * columns, 150 + max(240 * rows, 20 * entries + 40)
+def finish(figure, title, legend, footer, rows, columns, entries=0, sample=30):
+    """Template, size, title, legend title and footer, the same for every figure; returns `figure`.
+
+    entries: of the legend, all of which shall be seen; sample: pixels that each has for its line.
+    """
+    width, height = 120 + sample + panel_width(columns) * columns, 150 + max(240 * rows, 20 * entries + 40)
     text = [part for line in footer for part in textwrap.wrap(line, int(width / 4.8))]
     height += 15 * len(text)
     figure.update_layout(
         template=template(), width=width, height=height,
-        title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16), legend=dict(title=legend, tracegroupgap=0),
+        title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16), legend=dict(title=legend, tracegroupgap=0, itemwidth=sample),
         margin=dict(l=65, r=20, t=75, b=85 + 15 * len(text)),
     )
     figure.add_annotation(

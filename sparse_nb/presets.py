@@ -7,7 +7,7 @@ __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
            'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range', 'narrowings',
            'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
-           'recipe_on', 'curve', 'plan']
+           'recipe_on', 'scheduled', 'curve', 'plan']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
@@ -29,6 +29,7 @@ class FamilySetting:
     train_images, test_images: random samples, None for all; the latter for measures of `MANY_PASSES`.
     control: base widths of the control's budgets, `base` first, falling; empty where the family is not in the control.
     dataset_epochs: (dataset, most epochs) where they are not the recipe's.
+    pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent as wide as itself.
     """
 
     base: int
@@ -40,6 +41,7 @@ class FamilySetting:
     test_images: int | None = None
     control: tuple[int, ...] = ()
     dataset_epochs: tuple[tuple[str, int], ...] = ()
+    pruned_widths: tuple[int, ...] = ()
 
 @dataclass(frozen=True)
 class Preset:
@@ -88,7 +90,7 @@ PRESETS = {
         {
             "mlp": FamilySetting(
                 128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, shorter("mlp", epochs=50),
-                control=MLP_CONTROL, dataset_epochs=(("cifar10", 15), ("cifar100", 15)),
+                control=MLP_CONTROL, dataset_epochs=(("cifar10", 15), ("cifar100", 15)), pruned_widths=tuple(2**n for n in range(7, 12)),
             ),
             "vgg": FamilySetting(8, (8, 11, 16, 23, 32), 8, VGG_DEPTHS, shorter("vgg", epochs=10), 5000, 250),
             "resnet": FamilySetting(8, (8, 11, 16, 23), 8, RESNET_DEPTHS[:3], shorter("resnet", epochs=10), 5000, 250),
@@ -131,7 +133,8 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
         setting = preset.families[family]
         recipe = dataclasses.replace(setting.recipe, epochs=epochs or setting.recipe.epochs)
         settings[family] = dataclasses.replace(
-            setting, recipe=recipe, widths=tuple(sorted({int(w) for w in widths})) or setting.widths, dataset_epochs=() if epochs else setting.dataset_epochs
+            setting, recipe=recipe, widths=tuple(sorted({int(w) for w in widths})) or setting.widths, dataset_epochs=() if epochs else setting.dataset_epochs,
+            pruned_widths=() if widths else setting.pruned_widths,
         )
     only_rules = chosen("rule", rules, allocation.RULES, ())
     return dataclasses.replace(
@@ -341,6 +344,10 @@ def recipe_on(setting, dataset):
     """The `Recipe` of a `FamilySetting` for a dataset."""
     return dataclasses.replace(setting.recipe, epochs=dict(setting.dataset_epochs).get(dataset, setting.recipe.epochs))
 
+def scheduled(setting, schedule):
+    """A `FamilySetting` as it holds for a schedule: for "magnitude" with its `pruned_widths`."""
+    return dataclasses.replace(setting, widths=setting.pruned_widths or setting.widths) if schedule == "magnitude" else setting
+
 def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
     """The points of one curve, or of the control, of a `Figure`, for one seed, as a list."""
     return [
@@ -367,7 +374,7 @@ def plan(figure, preset, *, root=None):
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family in families:
-                setting = preset.families[family]
+                setting = scheduled(preset.families[family], spec.schedule)
                 measurement = measurement_of(preset, spec.measure, dataset, setting, root)
                 for growth in spec.growths:
                     for rule in shown_rules(figure, preset):

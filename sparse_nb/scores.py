@@ -67,7 +67,8 @@ def made_up(accuracy, measure="weight_noise", *, datasets=("mnist",), families=(
     value = accuracy if callable(accuracy) else lambda dataset, family, place, name, strength: accuracy[place]
     for dataset, family, rule, seed, place in itertools.product(datasets, families, rules, range(seeds), range(5)):
         network = dict(dataset=dataset, rule=rule, family=family, growth=growth, width=128 * 2**place if growth == "width" else 512,
-                       depth=1 if growth == "width" else 2**place, repeat=1, density=0.25**place, budget=100, seed=seed, status="converged", measure=measure)
+                       depth=1 if growth == "width" else 2**place, repeat=1, density=0.25**place, budget=100, seed=seed, experiment=f"{dataset} {rule} {family} {growth} {place} {seed}",
+                       status="converged", measure=measure)
         for name, strength in STRENGTHS[measure]:
             quantity = "lowest_recall" if measure == "class_recall" else "accuracy"
             rows.append(network | dict(quantity=quantity, name=name, strength=strength, draw=0, value=value(dataset, family, place, name, strength) + rng.normal(0, spread)))

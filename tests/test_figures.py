@@ -552,11 +552,13 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
     where = ("--runs", drawn / "runs", "--out", tmp_path, "--notebooks", ROOT / "figures")
     cli.main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
     said, folder = capfd.readouterr().out, tmp_path / "smoke"
-    assert "not measured" in said and sorted(p.suffix[1:] for p in folder.iterdir()) == sorted(ENDINGS)
+    assert "unfinished" in said and sorted(p.suffix[1:] for p in folder.iterdir()) == sorted(ENDINGS)
     judged = pd.read_csv(folder / "claims.csv", dtype={"claim": str})
-    assert {"1", "10"} <= set(judged.claim) and set(judged.verdict) == {"undecided"} and set(judged.seeds) == {2}
+    final = judged[judged.verdict != "unfinished"]
+    assert set(final.claim) == {"1", "10"} and set(final.verdict) == {"undecided"} and set(final.seeds) == {2}
+    assert {"2", "9"} <= set(judged.claim) - set(final.claim) and judged[judged.verdict == "unfinished"].p_for.isna().all()
     runs = {path.parent.name for path in (drawn / "runs").glob("*/manifest.json")}
-    assert set(" ".join(judged.runs).split()) <= runs == set(provenance.read(folder / "claims.svg").runs)
+    assert set(" ".join(final.runs).split()) <= runs == set(provenance.read(folder / "claims.svg").runs)
 
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):

@@ -111,6 +111,25 @@ def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
     assert notebook.stat().st_size < 1_000_000
 
 
+def test_links_inside_the_project_lead_somewhere():
+    links = {}
+    for file in (*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb"), ROOT / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        pages = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"] if file.suffix == ".ipynb" else [text]
+        for link in (a or b for page in pages for a, b in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', page)):
+            if not re.match(r"[a-z]+:", link):
+                links[file, link] = file.parent / link.partition("#")[0]
+    assert len(links) > 100 and [link for link, target in links.items() if not target.exists()] == []
+
+
+def test_no_file_in_git_is_large():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is not a git repository")
+    there = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    assert [path.name for path in there if path.stat().st_size > 2**20] == []
+
+
 def test_front_page_shows_what_is_published():
     """Its tables are those of the claims and runs that lie in figures/rendered and results."""
     page = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -118,7 +137,7 @@ def test_front_page_shows_what_is_published():
     published = published_runs(ROOT / "results/laptop")
     for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
         assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
-    assert set(" ".join(claims.runs).split()) <= set(published.experiment)
+    assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
     for figure in FIGURES:
         preset = next(preset for preset in ("paper", "laptop", "smoke") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists())
         assert f'src="figures/rendered/{preset}/{figure}.svg"' in page, "run nbs/index.ipynb, then make prepare"
