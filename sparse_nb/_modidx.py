@@ -803,6 +803,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'sparse_nb.presets.in_range': ('presets.html#in_range', 'sparse_nb/presets.py'),
                                    'sparse_nb.presets.measure_narrowings': ('presets.html#measure_narrowings', 'sparse_nb/presets.py'),
                                    'sparse_nb.presets.measurement_of': ('presets.html#measurement_of', 'sparse_nb/presets.py'),
+                                   'sparse_nb.presets.measurements': ('presets.html#measurements', 'sparse_nb/presets.py'),
                                    'sparse_nb.presets.narrow': ('presets.html#narrow', 'sparse_nb/presets.py'),
                                    'sparse_nb.presets.narrowings': ('presets.html#narrowings', 'sparse_nb/presets.py'),
                                    'sparse_nb.presets.networks': ('presets.html#networks', 'sparse_nb/presets.py'),

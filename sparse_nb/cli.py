@@ -25,7 +25,7 @@ from .drawing import check_drawing, draw_figures, notebook_of
 from .experiments import accept, dense_parent, experiment_hash
 from .jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
 from .plots import finished
-from .presets import FIGURES, narrow, plan, shown_families
+from .presets import FIGURES, measurements, narrow, plan, shown_families
 from .serve import serve
 from .store import Store
 from .sweep import check_engine, run
@@ -206,11 +206,8 @@ def notebook_parameters(command):
 # %% ../nbs/40_cli.ipynb #8527a891
 def wanted_by(command, figures):
     """{experiment: its evaluations, each once} for `figures` under a `Grid` command. Raises ValueError for what cannot be."""
-    wanted, preset = {}, narrowed(command)
-    for figure in figures:
-        for point in plan(figure, preset, root=command.data):
-            wanted.setdefault(point.experiment, {})[point.evaluation] = None
-    return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}
+    preset = narrowed(command)
+    return measurements(point for figure in figures for point in plan(figure, preset, root=command.data))
 
 # %% ../nbs/40_cli.ipynb #4523540f
 def duration(seconds):

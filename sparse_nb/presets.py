@@ -7,7 +7,7 @@ __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
            'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range', 'narrowings',
            'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
-           'recipe_on', 'scheduled', 'curve', 'plan']
+           'recipe_on', 'scheduled', 'curve', 'plan', 'measurements']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
@@ -380,3 +380,10 @@ def plan(figure, preset, *, root=None):
                     for rule in shown_rules(figure, preset):
                         points += curve(spec, growth, rule, dataset, family, setting, seed, measurement)
     return tuple(points)
+
+def measurements(points):
+    """{experiment: its evaluations, each once, a tuple} of the points of one or several plans."""
+    wanted = {}
+    for point in points:
+        wanted.setdefault(point.experiment, {})[point.evaluation] = None
+    return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}

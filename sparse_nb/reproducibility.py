@@ -14,7 +14,7 @@ from .axes import WORDS
 from .exchange import EXPORTED, published_rows
 from .experiments import dense_parent
 from .jobs import Job, rates_of, seconds_for, training_work
-from .presets import FIGURES, PRESETS, in_range, plan, recipe_on, shown_families
+from .presets import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
 from .training import RECIPES
 
 # %% ../nbs/38_reproducibility.ipynb #ef2d127d
@@ -56,7 +56,7 @@ def reproducibility_table(runs, preset):
         "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
         "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights, order of batches, noise and corruptions",
         "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
-        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over panels",
+        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), each panel judged once, Holm over all that are planned",
         "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
         "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
         "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",
@@ -69,12 +69,9 @@ def training_operations(runs):
 # %% ../nbs/38_reproducibility.ipynb #3fdba35f
 def figure_cost(figure, preset, rates):
     """(networks, hours of one core at most) of `figure` under a `Preset`, dense networks that are pruned included. rates: of `jobs.rates_of`, of runs on the CPU."""
-    wanted = {}
-    for point in plan(figure, preset) if shown_families(figure, preset) else ():
-        if parent := dense_parent(point.experiment):
-            wanted.setdefault(parent, {})
-        wanted.setdefault(point.experiment, {})[point.evaluation] = None
-    jobs = [Job(experiment, True, tuple(evaluations)) for experiment, evaluations in wanted.items()]
+    wanted = measurements(plan(figure, preset) if shown_families(figure, preset) else ())
+    parents = {parent: () for parent in map(dense_parent, wanted) if parent}
+    jobs = [Job(experiment, True, evaluations) for experiment, evaluations in (parents | wanted).items()]
     return len(jobs), sum(seconds_for(job, rates, torch.device("cpu")) for job in jobs) / 3600
 
 def cost_table(runs, presets=tuple(PRESETS)):
