@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .axes import WORDS, accuracy_range, density_axis
-from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, only_outer_titles, summarise_curves
+from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, only_outer_labels, summarise_curves
 from .stats import mean_interval
 
 # %% ../nbs/32_controls.ipynb #a32c0008
@@ -89,7 +89,7 @@ def draw_arms(curves, *, title, footer):
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
         figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor", row=i, col=j)
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)", row=i, col=j)
-    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "from the dense base", footer, len(rows), len(columns))
+    return finish(only_outer_labels(figure, len(rows), len(columns)), title, "from the dense base", footer, len(rows), len(columns))
 
 # %% ../nbs/32_controls.ipynb #a32c0014
 def paired(one, other):
@@ -159,7 +159,7 @@ def draw_rules(curves, *, title, footer):
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
         figure.update_xaxes(effective_axis(panel.effective_density), title="effective density (%)", row=i, col=j)
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy (%)", row=i, col=j)
-    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "rule", footer, len(rows), len(columns))
+    return finish(only_outer_labels(figure, len(rows), len(columns)), title, "rule", footer, len(rows), len(columns))
 
 # %% ../nbs/32_controls.ipynb #a32c001f
 def rule_distance(panel, against):

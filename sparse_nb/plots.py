@@ -6,7 +6,7 @@
 __all__ = ['PANEL', 'PLACE', 'STRENGTH', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'RECALL_LINES', 'DASHES',
            'ATTACK_COLOURS', 'place_of', 'collect', 'curve_of', 'is_measured', 'finished', 'summarise_curves',
            'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines', 'add_line', 'add_diverged',
-           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'only_outer_titles', 'finish',
+           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'only_outer_labels', 'finish',
            'template', 'on_dark', 'in_dark', 'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines',
            'changed_classes', 'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table',
            'corruption_footer', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_tolerance',
@@ -245,16 +245,21 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
         figure.update_xaxes(axis, title=AXIS_TITLES[growth], row=i, col=j)
         figure.update_yaxes(range=bounds, title=value, row=i, col=j)
     sample = 30 if all(line.dash == "solid" for line in lines) else 60  # pixels: the longest dash and its gap, twice
-    return finish(only_outer_titles(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines), sample)
+    return finish(only_outer_labels(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines), sample)
 
 # %% ../nbs/32_plots.ipynb #9f14025a
-def only_outer_titles(figure, rows, columns):
-    """Leave titles of axes only to the lowest panel of each column and the first of each row, of those that are drawn; returns `figure`. An unfinished sweep has empty panels."""
+def only_outer_labels(figure, rows, columns):
+    """Leave titles of axes only to the lowest panel of each column and the first of each row, of those that are drawn, and numbers to the latter; returns `figure`.
+
+    An unfinished sweep has empty panels.
+    """
     across, down = range(1, columns + 1), range(1, rows + 1)
-    spare = [[axis for row in down for axis in figure.select_xaxes(row=row, col=column) if axis.title.text][:-1] for column in across]
-    spare += [[axis for column in across for axis in figure.select_yaxes(row=row, col=column) if axis.title.text][1:] for row in down]
-    for axis in itertools.chain(*spare):
+    under = [[axis for row in down for axis in figure.select_xaxes(row=row, col=column) if axis.title.text] for column in across]
+    beside = [[axis for column in across for axis in figure.select_yaxes(row=row, col=column) if axis.title.text] for row in down]
+    for axis in itertools.chain(*(axes[:-1] for axes in under), *(axes[1:] for axes in beside)):
         axis.title.text = None
+    for first in (axes[0] for axes in beside if axes):
+        first.showticklabels = True
     return figure
 
 def finish(figure, title, legend, footer, rows, columns, entries=0, sample=30):
@@ -311,9 +316,12 @@ def seed_range(points):
     return min(seeds), max(seeds)
 
 def widths_in(points, setting):
-    """A `FamilySetting` with those of its widths only that some of the `points`, of its family, have."""
-    there = {point.experiment.width for point in points if point.growth == "width"}
-    return dataclasses.replace(setting, widths=tuple(width for width in setting.widths if width in there) or setting.widths)
+    """A `FamilySetting` with those of its widths only that some of the `points`, of its family, have, and of its pruned widths."""
+    grown = [point.experiment for point in points if point.growth == "width"]
+    there, pruned = {e.width for e in grown}, {e.width for e in grown if e.schedule == "magnitude"}
+    return dataclasses.replace(
+        setting, widths=tuple(width for width in setting.widths if width in there) or setting.widths, pruned_widths=tuple(width for width in setting.widths if width in pruned)
+    )
 
 def smaller_than_paper(preset, points):
     """Sentences on where `points`, of a plan under a `Preset`, are fewer or smaller than in the paper."""
@@ -481,7 +489,7 @@ def draw_radii(curves, attack, *, title, footer):
         figure.update_yaxes(range=[-4, 104], title="accuracy (%)", **at)
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
     figure.for_each_trace(lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.get).index(trace.name)))
-    return finish(only_outer_titles(figure, len(rows), len(columns)), title, "remaining weights", footer, len(rows), len(columns))
+    return finish(only_outer_labels(figure, len(rows), len(columns)), title, "remaining weights", footer, len(rows), len(columns))
 
 # %% ../nbs/32_plots.ipynb #349c4120
 def masking_tolerance(points):

@@ -159,6 +159,8 @@ def curve_narrowings(ours, full, growth):
         parts.append(f"base width {ours.base}, not {full.base}")
     if growth == "width" and set(ours.widths) != set(full.widths):
         parts.append(f"widths {', '.join(map(str, ours.widths))}")
+    if growth == "width" and ours.pruned_widths and max(ours.pruned_widths) < max(ours.widths):
+        parts.append(f"pruned after training up to width {max(ours.pruned_widths):,}")
     if growth == "depth" and ours.depth_width != full.depth_width:
         parts.append(f"width {ours.depth_width}, not {full.depth_width}, by depth")
     if growth == "depth" and set(ours.depths) != set(full.depths):
