@@ -183,7 +183,7 @@ BOTH_SCHEDULES = {
 }
 CLAIMS.append(Claim(
     "7", "For networks pruned by magnitude after training, the performance deteriorates sooner than with static sparsity.", "section 3, figures 4 and 5",
-    "From the base on, static masks keep more accuracy on the mean over all sparse places, under noise and on corrupted images.",
+    "From the base on, static masks keep more accuracy on the mean over all sparse places that both have, under noise and on corrupted images.",
     ("fig01", "fig02", "fig04", "fig05"), partial(by_panel, BOTH_SCHEDULES, sooner_by_magnitude),
 ))
 

@@ -56,7 +56,7 @@ def reproducibility_table(runs, preset):
         "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
         "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights, order of batches, noise and corruptions",
         "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
-        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), each panel judged once, Holm over all that are planned",
+        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole, some were looked at with three seeds before",
         "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
         "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
         "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",
