@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .store import read_proven
-from .upkeep import read_manifest, record_files, run_folders
+from .upkeep import read_manifest, record_files
 
 # %% ../nbs/25_archive.ipynb #96be13bc
 ARCHIVE = "runs.tar.xz"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTREME', 'UNDER_ATTACK', 'CLAIMS', 'EVERYTHING', 'BOTH_SCHEDULES', 'Finding', 'Claim', 'by_panel',
            'falls_at_the_extreme', 'rise_and_fall', 'earlier_rise', 'beside_mnist', 'earlier_on_mnist', 'match_or_beat',
-           'onset', 'fall_together', 'sooner_by_magnitude', 'small_depth', 'if_vgg', 'stops_converging',
+           'onset', 'fall_together', 'sooner_by_magnitude', 'small_depth', 'only_vgg', 'stops_converging',
            'does_not_fall', 'flatter', 'at_radius', 'vgg_beside_others', 'vgg_declines_most', 'control_panels',
            'capacity_not_sparsity']
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import pandas as pd
 
 from .attacks import FIGURE_EPSILON, PAPER_ATTACKS
 from .data import IMAGE_SHAPES
@@ -34,6 +33,10 @@ class Finding:
     seeds: int
     evidence: Evidence
     numbers: str
+
+    @property
+    def curve(self):
+        return self.dataset, self.rule, self.family, self.growth
 
 @dataclass(frozen=True)
 class Claim:
@@ -113,8 +116,9 @@ def beside_mnist(curve, there):
 def earlier_on_mnist(tables):
     """The `Finding`s of claim 4: for each rule and family, MNIST beside each CIFAR that is there."""
     found, findings = {what: panels(scores(tables[figure], what)) for figure, what in (("fig01", "noise"), ("fig02", "corruption"))}, []
-    for dataset, *others in found["noise"]:
-        curves = beside_mnist((dataset, *others), [curve for curve in found["noise"] if curve in found["corruption"]])
+    there = [curve for curve in found["noise"] if curve in found["corruption"]]
+    for curve in found["noise"]:
+        curves = beside_mnist(curve, there)
         if not curves:
             continue
         pairs = {what: [of[curve] for curve in curves] for what, of in found.items()}
@@ -122,7 +126,7 @@ def earlier_on_mnist(tables):
             continue
         best = {what: [percent(panel.columns[panel.mean().argmax()][0]) for panel in pair] for what, pair in pairs.items()}
         words = "; ".join(f"{what}: best at {easy} on MNIST, at {hard} here" for what, (easy, hard) in best.items())
-        findings.append(Finding(dataset, *others, min(len(panel) for pair in pairs.values() for panel in pair), all_of(earlier_rise(*pair) for pair in pairs.values()), words))
+        findings.append(Finding(*curve, min(len(panel) for pair in pairs.values() for panel in pair), all_of(earlier_rise(*pair) for pair in pairs.values()), words))
     return findings
 
 CLAIMS.append(Claim(
@@ -175,7 +179,7 @@ def sooner_by_magnitude(**measured):
         height = (static.sub(static.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)) - (pruned.sub(pruned.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1))
         parts.append(above(height))
         words.append(f"{what}: pruned networks lose {100 * height.mean():.1f} points more than static ones")
-    return all_of(parts), "; ".join(words)
+    return all_of(parts), "; ".join(words) + f"; down to {percent(static.columns[-1][0])}"
 
 BOTH_SCHEDULES = {
     "static_noise": ("fig01", "noise", None), "pruned_noise": ("fig04", "noise", None),
@@ -204,8 +208,8 @@ CLAIMS.append(Claim(
 ))
 
 # %% ../nbs/31_claims.ipynb #59e19706
-def if_vgg(curve, there):
-    """`curve`, if it is of VGG."""
+def only_vgg(curve, there):
+    """`curve` alone, if it is of VGG."""
     return [curve] if curve[2] == "vgg" else []
 
 def stops_converging(tables, below=0.15):
@@ -225,7 +229,7 @@ def stops_converging(tables, below=0.15):
 
 CLAIMS.append(Claim(
     "8b", "VGG experiences convergence issues when sparsifying by increasing depth as the remaining weights approach 10 %.", "section 3, appendix B.1",
-    "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.", ("fig06",), stops_converging, if_vgg,
+    "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.", ("fig06",), stops_converging, only_vgg,
 ))
 
 # %% ../nbs/31_claims.ipynb #eb1e33e8

@@ -375,7 +375,7 @@ def claims_command(command):
     store, preset = Store(command.runs), narrowed(command)
     notebook_of("claims", command.notebooks)
     judged, _, _ = judge_store(preset, store, root=command.data)
-    if not judged.seeds.any():
+    if not judged.numbers.any():
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing")
     check_drawing(command.out / command.preset)
     for row in claims_table(judged).to_dict("records"):

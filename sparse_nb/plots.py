@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PANEL', 'PLACE', 'STRENGTH', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'RECALL_LINES', 'DASHES',
-           'ATTACK_COLOURS', 'place_of', 'collect', 'curve_of', 'is_measured', 'finished', 'summarise_curves',
-           'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines', 'add_line', 'add_diverged',
-           'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels', 'only_outer_labels', 'finish',
-           'template', 'on_dark', 'in_dark', 'seed_range', 'widths_in', 'smaller_than_paper', 'footer_lines',
-           'changed_classes', 'corruption_means', 'severity_lines', 'type_lines', 'corruption_error_table',
-           'corruption_footer', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_tolerance',
-           'masking_table', 'attack_footer']
+           'ATTACK_COLOURS', 'place_of', 'places_of', 'collect', 'curve_of', 'is_measured', 'finished',
+           'summarise_curves', 'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines',
+           'add_line', 'add_diverged', 'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels',
+           'only_outer_labels', 'finish', 'template', 'on_dark', 'in_dark', 'seed_range', 'widths_in',
+           'smaller_than_paper', 'footer_lines', 'changed_classes', 'corruption_means', 'severity_lines', 'type_lines',
+           'corruption_error_table', 'corruption_footer', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii',
+           'masking_tolerance', 'masking_table', 'attack_footer']
 
 # %% ../nbs/32_plots.ipynb #d4735e3a
 import copy
@@ -47,6 +47,10 @@ def place_of(point):
         "experiment": experiment_hash(e), "evaluation": evaluation_hash(point.evaluation),
     }
 
+def places_of(points):
+    """Where each of a plan's points stands, a row of `place_of` each, as a DataFrame."""
+    return pd.DataFrame(map(place_of, points))
+
 def collect(store, points):
     """Records of exactly the plan's `points`, one row each, with their place on the curve, `status` and `effective_density`.
 
@@ -54,7 +58,7 @@ def collect(store, points):
     """
     if not points:
         raise ValueError(f"there is no point to draw: none was planned, or of none all is finished in {store.root}")
-    curve = pd.DataFrame([place_of(point) for point in points])
+    curve = places_of(points)
     runs = store.runs(experiment=sorted(set(curve.experiment)))[["experiment", "status", "effective_density"]]
     records = store.table(experiment=sorted(set(curve.experiment)), evaluation=sorted(set(curve.evaluation)))
     columns = ["experiment", "evaluation", "measure", "quantity", "name", "strength", "draw", "value"]
