@@ -60,6 +60,8 @@ class Claim:
         there = [curve for curve in curves[0] if all(curve in others for others in curves)]
         return {curve: compared for curve in there if (compared := self.compares(curve, there))}
 
+
+# %% ../nbs/31_claims.ipynb #897a857f
 def by_panel(needs, test, tables):
     """The `Finding`s of a test for each panel that all of `needs` have.
 
@@ -148,7 +150,7 @@ def match_or_beat(**measured):
 
 CLAIMS.append(Claim(
     "5", "Up to a certain sparsity, sparsified networks consistently match and often outperform their initially dense versions.", "abstract",
-    "The first sparse network is worse than the base by less than one point: clean, under noise, corruptions and attacks.",
+    "By width, the first sparse network is worse than the base by less than one point: clean, under noise, corruptions and attacks.",
     ("fig01", "fig02", "fig03"), partial(by_panel, EVERYTHING, match_or_beat),
 ))
 
@@ -166,7 +168,7 @@ def fall_together(**measured):
 
 CLAIMS.append(Claim(
     "6", "Robustness and accuracy decline simultaneously for very high sparsity.", "abstract",
-    "Clean accuracy and accuracy under noise, corruptions and attacks are all lower for the sparsest networks than for some denser ones.",
+    "Clean accuracy and accuracy under noise, corruptions and attacks are all lower for the sparsest networks than for some denser ones. That they begin to fall at the same density is not tested.",
     ("fig01", "fig02", "fig03"), partial(by_panel, EVERYTHING, fall_together),
 ))
 
@@ -186,7 +188,7 @@ BOTH_SCHEDULES = {
     "static_corruption": ("fig02", "corruption", None), "pruned_corruption": ("fig05", "corruption", None),
 }
 CLAIMS.append(Claim(
-    "7", "For networks pruned by magnitude after training, the performance deteriorates sooner than with static sparsity.", "section 3, figures 4 and 5",
+    "7", "For networks pruned by magnitude after training, the performance deteriorates sooner than with static sparsity.", "section 3 of VGG, figure 5 of both",
     "From the base on, static masks keep more accuracy on the mean over all sparse places that both have, under noise and on corrupted images.",
     ("fig01", "fig02", "fig04", "fig05"), partial(by_panel, BOTH_SCHEDULES, sooner_by_magnitude),
 ))
@@ -256,7 +258,7 @@ def flatter(loss, clean):
 
 CLAIMS.append(Claim(
     "10", "Sparse configurations are in flatter regions of weight space, as the loss increases more slowly with the noise.", "section 3",
-    "The increase of the loss under noise, over all strengths, is smaller for sparse networks than for the base, as a mean ratio over the sparse places that match the base in clean accuracy.",
+    "The increase of the loss under noise, over all strengths, is smaller for sparse networks than for the base, as a mean ratio over the sparse places whose mean clean accuracy is less than one point below the base's.",
     ("fig01",), partial(by_panel, {"loss": ("fig01", "loss", None), "clean": ("fig01", "clean", None)}, flatter),
 ))
 
@@ -292,7 +294,7 @@ def vgg_declines_most(tables):
 
 CLAIMS.append(Claim(
     "11", "Dense VGG networks trained on MNIST show the highest accuracy decline in the presence of all attacks, while sparsification helps.", "section 3, figure 3",
-    "At the radius of figure 3 dense VGGs decline more than dense MLPs and ResNets under each attack, and some sparse VGG is more accurate under it than the dense one.", ("fig03",), vgg_declines_most,
+    "At the radius of our figure 3 (the paper names none) dense VGGs decline more than dense MLPs and ResNets under each attack, and some sparse VGG is more accurate under it than the dense one.", ("fig03",), vgg_declines_most,
     vgg_beside_others,
 ))
 

@@ -229,7 +229,7 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
             parts.append(f"batches of {ours.recipe.batch_size}")
         if any(sample_size(ours.train_images, dataset, "train") for dataset in preset.datasets):
             parts.append(f"{ours.train_images:,} training images")
-        if set(measures) & {"weight_noise"} and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
+        if set(measures) & set(MANY_PASSES) and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
             parts.append(f"{ours.test_images:,} test images")
         if parts:
             sentences.append(f"{family}: " + "; ".join(parts))

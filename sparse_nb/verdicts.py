@@ -36,7 +36,7 @@ def claim_tables(plans, store):
 
 # %% ../nbs/32_verdicts.ipynb #2c624232
 NOTHING = Evidence(math.nan, math.nan)  # of a panel that is not whole, or in which there is nothing to compare
-COLUMNS = ["claim", "dataset", "rule", "family", "growth", "seeds", "p_for", "p_against", "verdict", "numbers"]
+COLUMNS = ["claim", "dataset", "rule", "family", "growth", "seeds", "p_for", "p_against", "raised_for", "raised_against", "verdict", "numbers"]
 
 def networks_of(table, curves):
     """Hashes of the networks in a table that stand on one of the `curves`, in its order."""
@@ -47,8 +47,8 @@ def is_whole(claim, compared, tables, planned):
     return all(figure in tables and set(networks_of(planned[figure], compared)) <= set(tables[figure].experiment) for figure in claim.figures)
 
 def judge(tables, planned, claims=CLAIMS):
-    """A row for each claim and planned panel: `COLUMNS`. p_for and p_against are those of the panel alone, NaN until it is whole; the verdict is by
-    p-values raised over all planned panels of the claim.
+    """A row for each claim and planned panel: `COLUMNS`. p_for and p_against are those of the panel alone, NaN until it is whole; raised_for and
+    raised_against are raised over all planned panels of the claim, and the verdict is by them.
 
     tables: {figure: table of `plots.collect`}; planned: {figure: table of `plots.places_of`}, of all that the tables shall hold.
     """
@@ -60,9 +60,10 @@ def judge(tables, planned, claims=CLAIMS):
         evidence = [found[curve].evidence if whole and curve in found else NOTHING for curve, whole in zip(panels, wholes)]
         p = {side: [getattr(of_panel, side) for of_panel in evidence] for side in ("p_for", "p_against")}
         for curve, whole, p_for, p_against, *raised in zip(panels, wholes, *p.values(), *map(holm, p.values())):
-            verdict = Evidence(*map(float, raised)).verdict() if whole else "unfinished"
+            raised = list(map(float, raised))
+            verdict = Evidence(*raised).verdict() if whole else "unfinished"
             seeds, numbers = (found[curve].seeds, found[curve].numbers) if curve in found else (0, "nothing to compare" if whole else "")
-            rows.append([claim.number, *curve, seeds, p_for, p_against, verdict, numbers])
+            rows.append([claim.number, *curve, seeds, p_for, p_against, *raised, verdict, numbers])
     return pd.DataFrame(rows, columns=COLUMNS)
 
 def judge_store(preset, store, *, root=None):
