@@ -216,6 +216,7 @@ def test_what_failed_has_a_mark_at_its_place(browser, served):
         assert "SIGSEGV" in page.text_content(".js-plotly-plot .hoverlayer")
 
 
+LIBRARIES = "import time, ipywidgets, pandas, scipy.special; print(time.process_time())"  # without which there is no page
 FIRST_VIEW = """
 import sys, time
 from sparse_nb.explorer import explore
@@ -224,9 +225,16 @@ print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", 
 """
 
 
+def said_by(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+
+
 def test_first_view_is_drawn_without_torch(store):
-    said = subprocess.run([sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, said  # seconds of this process alone, whatever else the machine does
+    """Nor without much else: seconds of processor beside those of its libraries alone, in turns, since processors differ and so do their neighbours."""
+    libraries, views = zip(*((float(said_by(LIBRARIES)[0]), said_by(FIRST_VIEW, store.root)) for _ in range(3)))
+    assert {len(said) for said in views} == {1}, views
+    assert min(float(said[0]) for said in views) < 3 * min(libraries), (libraries, views)
+
 
 @needs_browser
 def test_in_jupyterlab(browser, store, tmp_path):
