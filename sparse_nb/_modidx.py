@@ -786,6 +786,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'sparse_nb.plots.seed_words': ('plots.html#seed_words', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.severity_lines': ('plots.html#severity_lines', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.smaller_than_paper': ('plots.html#smaller_than_paper', 'sparse_nb/plots.py'),
+                                 'sparse_nb.plots.still_to_run': ('plots.html#still_to_run', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.strength_lines': ('plots.html#strength_lines', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.summarise_curves': ('plots.html#summarise_curves', 'sparse_nb/plots.py'),
                                  'sparse_nb.plots.template': ('plots.html#template', 'sparse_nb/plots.py'),

@@ -88,7 +88,7 @@ def question_text(quantity, name):
 def stop_text(dataset, measure, quantity, strength):
     """What a strength is called on the slider."""
     if measure == "corruption":
-        return "0 (clean)" if quantity == "clean" else f"{strength:g}" if strength else "as published"
+        return "0 (clean)" if quantity == "clean" else f"{strength:g}" if strength else "the one of MNIST-C"
     if measure == "class_recall":
         return ""
     return "0 (clean)" if strength == 0 else radius_text(strength) if measure == "attack" else f"{strength:g}"

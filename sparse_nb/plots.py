@@ -7,7 +7,7 @@ __all__ = ['PANEL', 'PLACE', 'STRENGTH', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BA
            'ATTACK_COLOURS', 'place_of', 'places_of', 'collect', 'curve_of', 'is_measured', 'finished',
            'summarise_curves', 'density_colour', 'luminance', 'contrast', 'Line', 'strength_lines', 'on_lines',
            'add_line', 'add_diverged', 'panel_width', 'seed_words', 'panel_title', 'empty_panels', 'draw_panels',
-           'only_outer_labels', 'finish', 'template', 'on_dark', 'in_dark', 'seed_range', 'widths_in',
+           'only_outer_labels', 'finish', 'template', 'on_dark', 'in_dark', 'still_to_run', 'seed_range', 'widths_in',
            'smaller_than_paper', 'footer_lines', 'changed_classes', 'corruption_means', 'severity_lines', 'type_lines',
            'corruption_error_table', 'corruption_footer', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii',
            'masking_tolerance', 'masking_table', 'attack_footer']
@@ -313,6 +313,21 @@ def in_dark(figure):
     figure.for_each_annotation(lambda text: text.font.update(color=on_dark(text.font.color)))
     return figure
 
+# %% ../nbs/32_plots.ipynb #f84fd93d
+def still_to_run(points, planned):
+    """What some `planned` points have and `points` lack, in words: a list of str, one for each dataset."""
+    drawn, curves, words = set(map(curve_of, points)), list(dict.fromkeys(map(curve_of, planned))), []
+    growths = {growth for *_, growth in curves}
+    for dataset in dict.fromkeys(dataset for dataset, *_ in curves):
+        here = [curve for curve in curves if curve[0] == dataset]
+        missing, parts = [curve for curve in here if curve not in drawn], []
+        for family, growth in dict.fromkeys(curve[2:] for curve in missing):
+            rules, every = ([curve[1] for curve in of if curve[2:] == (family, growth)] for of in (missing, here))
+            parts.append(WORDS[family] + f" by {growth}" * (len(growths) > 1) + f" ({' and '.join(WORDS[rule] for rule in rules)})" * (rules != every))
+        if missing:
+            words.append(f"all of {WORDS[dataset]}" if missing == here else f"{WORDS[dataset]}: {', '.join(parts)}")
+    return words
+
 # %% ../nbs/32_plots.ipynb #73475cb4
 def seed_range(points):
     """(fewest, most) seeds behind the curves of some `points`."""
@@ -335,8 +350,8 @@ def smaller_than_paper(preset, points):
     preset = dataclasses.replace(preset, **used, families=families)
     return narrowings(preset, growths, list(measures), {p.experiment.family for p in points}, seed_range(points))
 
-def footer_lines(preset, points):
-    """The lines under a figure: size of the study, where it is narrower than the paper. Returns a list of str."""
+def footer_lines(preset, points, planned=()):
+    """The lines under a figure: size of the study, where it is narrower than the paper, what of the `planned` points it still lacks. Returns a list of str."""
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     fewest, most = seed_range(points)
     lines = [
@@ -347,6 +362,8 @@ def footer_lines(preset, points):
     ]
     if smaller := smaller_than_paper(preset, points):
         lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
+    if missing := still_to_run(points, planned):
+        lines.append("Planned and still to be run: " + "; ".join(missing) + ".")
     return lines
 
 # %% ../nbs/32_plots.ipynb #2fca346d
@@ -393,7 +410,7 @@ def corruption_means(table):
 def severity_lines(curves):
     """The `Line`s of figures 2, 5 and 7: clean, then the mean over corruptions at each severity, 0 standing for MNIST-C's published ones."""
     severities = sorted(curves[curves.quantity == "mean_accuracy"].strength.unique())
-    words = {s: f"severity {s:g}" if s else "MNIST-C, as published" for s in severities}
+    words = {s: f"severity {s:g}" if s else "MNIST-C, one severity" for s in severities}
     colours = ordered_colours(len(severities) + 1)
     return (Line("clean", "accuracy", 0, "#999999", ""), *(Line(words[s], "mean_accuracy", s, colour, "") for s, colour in zip(severities, colours)))
 
@@ -440,7 +457,8 @@ def corruption_footer(points):
         places = []
         for origin, pairs in evaluation.origins:
             names = list(dict.fromkeys(pair.rpartition(" ")[0] for pair in pairs.split(", ")))
-            places.append(f"{len(names)} {origin}" if len(names) > 1 else f"{names[0].replace('_', ' ')} {origin}")
+            which = f"{len(names)}" if len(names) > 1 else names[0].replace("_", " ")
+            places.append(f"{which} {origin}".replace(", grown ice", " with ice that is grown, not photographed"))
         images.append(f"{WORDS[dataset]}, {evaluation.test_images or SIZES[dataset]['test']:,} images: {', '.join(places)}")
     draws = evaluations[0][0].draws
     return [f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; " + "; ".join(dict.fromkeys(images)) + "."]
@@ -515,14 +533,14 @@ def masking_table(table, tolerance=0.01):
         networks="size", departing=lambda excess: int((excess > tolerance + 1e-9).sum()), largest=lambda excess: round(100 * excess.max(), 1)
     ).reset_index()
 
-def attack_footer(points, signs):
-    """Two lines for the footer: how the plan's `points` were attacked; in how many networks each check of a `masking_table` departs."""
+def attack_footer(points, signs, one_radius=True):
+    """Two lines for the footer: how the plan's `points` were attacked, with their ε if the figure has `one_radius`; in how many networks each check of a `masking_table` departs."""
     evaluations = list({p.evaluation: p.experiment.dataset for p in points}.items())
     attack, sums = evaluations[0][0], signs.groupby("check", sort=False)[["networks", "departing"]].sum()
     radii = ", ".join(f"{WORDS[d]} {radius_text(FIGURE_EPSILON[IMAGE_SHAPES[d][0]])}" for d in dict.fromkeys(d for _, d in evaluations))
     counts = " or ".join(f"{count:,}" for count in sorted({e.test_images or SIZES[d]["test"] for e, d in evaluations}))
     return [
-        f"Attacks: ε {radii}; {counts} test images; BIM and PGD {attack.steps} steps of {attack.step_size:g} ε, APGD {attack.steps} steps; "
+        f"Attacks: {f'ε {radii}; ' * one_radius}{counts} test images; BIM and PGD {attack.steps} steps of {attack.step_size:g} ε, APGD {attack.steps} steps; "
         f"{attack.restarts} random start{'s' * (attack.restarts > 1)}.",
         f"Signs of gradient masking above {100 * masking_tolerance(points):.2g} % of the images, in networks: " + "; ".join(f"{r.Index} {r.departing} of {r.networks}" for r in sums.itertuples()) + ".",
     ]

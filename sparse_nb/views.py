@@ -16,7 +16,7 @@ def strength_text(measure, strength):
     if measure == "weight_noise":
         return f"σ = {strength:g}"
     if measure == "corruption":
-        return f"severity {strength:g}" if strength else "severity as published"
+        return f"severity {strength:g}" if strength else "the one severity of MNIST-C"
     return f"ε = {radius_text(strength)}" if measure == "attack" else ""
 
 def hover_text(points, label):
