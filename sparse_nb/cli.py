@@ -376,7 +376,8 @@ def claims_command(command):
     notebook_of("claims", command.notebooks)
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
-        raise RuntimeError(f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing")
+        published = f", `sparse-nb merge results/{command.preset}` takes over what is published" * bool(exchange.published_folders(Path("results", command.preset)))
+        raise RuntimeError(f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing{published}")
     check_drawing(command.out / command.preset)
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
