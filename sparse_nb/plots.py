@@ -361,7 +361,7 @@ def footer_lines(preset, points, planned=()):
         + f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
     if smaller := smaller_than_paper(preset, points):
-        lines.append("Smaller than the paper: " + ". ".join(smaller) + ".")
+        lines.append("Smaller than the preset paper: " + ". ".join(smaller) + ".")
     if missing := still_to_run(points, planned):
         lines.append("Planned and still to be run: " + "; ".join(missing) + ".")
     return lines

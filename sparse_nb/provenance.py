@@ -267,7 +267,7 @@ def head_lines(provenance):
     """What a `Provenance` says of all its runs together, as lines for people; nothing is said of what is not known."""
     now = code_now()
     here = {name: "as here" if now.get(name) == code else f"here it is {now.get(name)}" for name, code in provenance.code.items()}
-    narrower = f", smaller than the paper: {'. '.join(provenance.narrower)}" * bool(provenance.narrower)
+    narrower = f", smaller than the preset paper: {'. '.join(provenance.narrower)}" * bool(provenance.narrower)
     lines = [
         provenance.preset and f"preset   {provenance.preset}{narrower}",
         provenance.seeds and f"seeds    {', '.join(map(str, provenance.seeds))}",

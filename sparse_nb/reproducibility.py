@@ -31,13 +31,9 @@ def recipe_text(family, recipe):
     return f"SGD, momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} {recipe.decay}, batches of {recipe.batch_size}, {epochs}{stop}"
 
 def trained_text(runs):
-    """How many networks there are of each family and dataset, and how they ended."""
-    parts = []
-    for (dataset, family), of_pair in runs.groupby(["dataset", "family"], sort=False):
-        ended = of_pair.status.value_counts()
-        words = {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"}
-        parts.append(f"{WORDS[family]}, {WORDS[dataset]}: {len(of_pair)} of {in_range(of_pair.width)} units or channels ({', '.join(f'{ended[s]} {words[s]}' for s in words if s in ended)})")
-    return "; ".join(parts)
+    """How many networks `runs` have, of which widths, and how they ended."""
+    ended, words = runs.status.value_counts(), {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"}
+    return f"{len(runs)} of {in_range(runs.width)} units or channels; {', '.join(f'{ended[s]} {words[s]}' for s in words if s in ended)}"
 
 # %% ../nbs/38_reproducibility.ipynb #4a44dc15
 def reproducibility_table(runs, preset):
@@ -46,12 +42,15 @@ def reproducibility_table(runs, preset):
         raise ValueError(f"there are {len(runs)} runs of {runs.code.nunique()} code versions; the table is about one")
     families = [family for family in preset.families if family in set(runs.family)]
     seeds = runs.groupby(["dataset", "family", "width", "depth", "repeat", "budget", "rule", "schedule"], dropna=False).seed.nunique()
-    trained = runs[runs.seconds > 0]
+    trained, pairs, recipes = runs[runs.seconds > 0], {}, {}
+    for (family, dataset), of_pair in runs.groupby(["family", "dataset"]):
+        pairs[f"{WORDS[family]} on {WORDS[dataset]}"] = of_pair
+        recipes.setdefault(recipe_text(family, recipe_on(preset.families[family], dataset)), []).append(f"{WORDS[family]} on {WORDS[dataset]}")
     return pd.DataFrame({
         "Data": "; ".join(f"{WORDS[name]}, SHA-256 over its published sums {found[:12]}…" for name, found in runs.drop_duplicates("dataset")[["dataset", "data"]].itertuples(index=False)),
         "Splits": "the published training and test sets; no validation set, since nothing was tuned",
-        "Networks": trained_text(runs),
-        "Training": "; ".join(f"{WORDS[f]}, {WORDS[d]}: {recipe_text(f, recipe_on(preset.families[f], d))}" for d, f in runs[["dataset", "family"]].drop_duplicates().itertuples(index=False)),
+        **{f"Networks: {name}": trained_text(of_pair) for name, of_pair in pairs.items()},
+        **{f"Training: {', '.join(names)}": recipe for recipe, names in recipes.items()},
         "Training images": "; ".join(f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families),
         "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
         "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights, order of batches, noise and corruptions",

@@ -25,7 +25,7 @@ DECAYS = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. Defaults: the paper's appendix A for the MLP, but for `stop_loss`.
+    """How a network is trained. Defaults: the paper's appendix A for the MLP, but for `stop_loss`; `batch_size`, `weight_decay` and `augment` are not named there.
 
     epochs: most passes over the images. learning_rate: initial. decay: "constant", or "cosine" to zero over `epochs`.
     stop_loss: stop once an epoch's mean training cross-entropy (nats) is below it; None never stops early.

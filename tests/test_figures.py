@@ -140,7 +140,7 @@ def test_svg_says_what_it_shows_and_where_it_comes_from(drawn):
     text = " ".join(" ".join(tree.getroot().itertext()).split())
     code = json.loads(next(drawn.glob("runs/*/experiment.json")).read_bytes())["code"][:8]
     panel = ["MLP, digits", "Figure 1.", "noise σ", "0 (clean)", "remaining weights (%)", "accuracy (%)"]
-    footer = ["Preset smoke", "mean over 2 seeds", "Smaller than the paper", "2 of 5 seeds", "at most 2 of 300 epochs"]
+    footer = ["Preset smoke", "mean over 2 seeds", "Smaller than the preset paper", "2 of 5 seeds", "at most 2 of 300 epochs"]
     source = [f"data digits {data.checksum('digits')[:8]}", f"code {code}", "4 networks"]
     assert [words for words in panel + footer + source if words not in text] == []
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
