@@ -14,7 +14,9 @@ import json
 import sys
 import threading
 from functools import cache, lru_cache
+from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -75,14 +77,15 @@ def list_runs(root, members, records, place):
 # %% ../nbs/33_explorer.ipynb #6b51d431
 @cache
 def widget_class():
-    """plotly's `FigureWidget`, imported without the parsers of `rfc3987_syntax`, which take two thirds of the time."""
-    hidden = {"rfc3987_syntax": None} if "rfc3987_syntax" not in sys.modules else {}
-    sys.modules.update(hidden)
+    """plotly's `FigureWidget`, imported with a stand-in for nbformat that knows its version, all that plotly asks of it."""
+    if "nbformat" in sys.modules:
+        return go.FigureWidget
+    sys.modules["nbformat"] = ModuleType("nbformat")
+    sys.modules["nbformat"].__version__ = version("nbformat")
     try:
         return go.FigureWidget
     finally:
-        for name in hidden:
-            del sys.modules[name]
+        del sys.modules["nbformat"]
 
 # %% ../nbs/33_explorer.ipynb #3fdba35f
 def differences(new, old):
