@@ -32,8 +32,8 @@ PAGE = ROOT / "nbs" / "explore.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium or Chrome on the path")
 PATIENCE = 120  # seconds
-FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do and on which the loop of `slowness` takes LOOP
-LOOP = 0.3  # seconds
+FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do and imports the libraries in LIBRARIES_SECONDS
+LIBRARIES_SECONDS = 1
 
 POINT = """() => {
     const plot = document.querySelector('.js-plotly-plot'), box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout, {x, y} = plot.data[1]
@@ -153,12 +153,18 @@ def move_slider(page, store):
         assert drawn(page) == pytest.approx(wanted)
 
 
+LIBRARIES = "import time, ipywidgets, pandas, scipy.special; print(time.process_time())"  # without which there is no page
+
+
+def said_by(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+
+
 def slowness():
-    """How many times longer than on the machine of `FIRST_PAINT` a loop takes now, at least 1: processors differ, and this one may be busy with other things."""
+    """How many times longer than on the machine of `FIRST_PAINT` a new Python now takes for the libraries, at least 1: processors differ, and this one may be busy with other things."""
     start = time.perf_counter()
-    for _ in range(5_000_000):
-        pass
-    return max(1, (time.perf_counter() - start) / LOOP)
+    said_by(LIBRARIES)
+    return max(1, (time.perf_counter() - start) / LIBRARIES_SECONDS)
 
 
 def keep_picture(page, name):
@@ -217,17 +223,12 @@ def test_what_failed_has_a_mark_at_its_place(browser, served):
         assert "SIGSEGV" in page.text_content(".js-plotly-plot .hoverlayer")
 
 
-LIBRARIES = "import time, ipywidgets, pandas, scipy.special; print(time.process_time())"  # without which there is no page
 FIRST_VIEW = """
 import sys, time
 from sparse_nb.explorer import explore
 explore(sys.argv[1])
 print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", "torchvision", "torchattacks") if name in sys.modules))
 """
-
-
-def said_by(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
 
 
 def test_first_view_is_drawn_without_torch(store):
