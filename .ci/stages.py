@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".stages"
 BIN = Path(sys.executable).parent
 WORKERS = 2
-SECONDS = 1800  # a stage that takes longer hangs: three times what the longest takes on two quiet cores
+SECONDS = 900  # a stage that takes longer hangs
 
 
 def run(command, log, cwd=ROOT, **variables):

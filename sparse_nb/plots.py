@@ -457,7 +457,7 @@ def corruption_footer(points):
         places = []
         for origin, pairs in evaluation.origins:
             names = list(dict.fromkeys(pair.rpartition(" ")[0] for pair in pairs.split(", ")))
-            which = f"{len(names)}" if len(names) > 1 else names[0].replace("_", " ")
+            which = str(len(names)) if len(names) > 1 else names[0].replace("_", " ")
             places.append(f"{which} {origin}".replace(", grown ice", " with ice that is grown, not photographed"))
         images.append(f"{WORDS[dataset]}, {evaluation.test_images or SIZES[dataset]['test']:,} images: {', '.join(places)}")
     draws = evaluations[0][0].draws

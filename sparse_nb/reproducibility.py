@@ -44,8 +44,9 @@ def reproducibility_table(runs, preset):
     seeds = runs.groupby(["dataset", "family", "width", "depth", "repeat", "budget", "rule", "schedule"], dropna=False).seed.nunique()
     trained, pairs, recipes = runs[runs.seconds > 0], {}, {}
     for (family, dataset), of_pair in runs.groupby(["family", "dataset"]):
-        pairs[f"{WORDS[family]} on {WORDS[dataset]}"] = of_pair
-        recipes.setdefault(recipe_text(family, recipe_on(preset.families[family], dataset)), []).append(f"{WORDS[family]} on {WORDS[dataset]}")
+        name = f"{WORDS[family]} on {WORDS[dataset]}"
+        pairs[name] = of_pair
+        recipes.setdefault(recipe_text(family, recipe_on(preset.families[family], dataset)), []).append(name)
     return pd.DataFrame({
         "Data": "; ".join(f"{WORDS[name]}, SHA-256 over its published sums {found[:12]}…" for name, found in runs.drop_duplicates("dataset")[["dataset", "data"]].itertuples(index=False)),
         "Splits": "the published training and test sets; no validation set, since nothing was tuned",

@@ -32,8 +32,7 @@ PAGE = ROOT / "nbs" / "explore.ipynb"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium or Chrome on the path")
 PATIENCE = 120  # seconds
-FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do and imports the libraries in LIBRARIES_SECONDS
-LIBRARIES_SECONDS = 1
+FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do
 
 POINT = """() => {
     const plot = document.querySelector('.js-plotly-plot'), box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout, {x, y} = plot.data[1]
@@ -153,18 +152,12 @@ def move_slider(page, store):
         assert drawn(page) == pytest.approx(wanted)
 
 
-LIBRARIES = "import time, ipywidgets, pandas, scipy.special; print(time.process_time())"  # without which there is no page
-
-
-def said_by(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-
-
 def slowness():
-    """How many times longer than on the machine of `FIRST_PAINT` a new Python now takes for the libraries, at least 1: processors differ, and this one may be busy with other things."""
-    start = time.perf_counter()
-    said_by(LIBRARIES)
-    return max(1, (time.perf_counter() - start) / LIBRARIES_SECONDS)
+    """How many times longer than alone this process takes now: the machine may be busy with other things."""
+    start, used = time.perf_counter(), time.process_time()
+    while time.process_time() - used < 0.3:
+        pass
+    return (time.perf_counter() - start) / 0.3
 
 
 def keep_picture(page, name):
@@ -232,11 +225,8 @@ print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", 
 
 
 def test_first_view_is_drawn_without_torch(store):
-    """Nor without much else: seconds of processor beside those of its libraries alone, in turns, since processors differ and so do their neighbours."""
-    libraries, views = zip(*((float(said_by(LIBRARIES)[0]), said_by(FIRST_VIEW, store.root)) for _ in range(3)))
-    assert {len(said) for said in views} == {1}, views
-    assert min(float(said[0]) for said in views) < 3 * min(libraries), (libraries, views)
-
+    said = subprocess.run([sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, said  # seconds of this process alone, whatever else the machine does
 
 @needs_browser
 def test_in_jupyterlab(browser, store, tmp_path):
@@ -259,7 +249,7 @@ def test_in_jupyterlab(browser, store, tmp_path):
             page.wait_for_selector(".js-plotly-plot .scatterlayer .trace path.point")
             seconds = time.perf_counter() - start
             busy = max(busy, slowness())
-            print(f"first paint {seconds:.1f} s after the kernel was ready, on a machine {busy:.1f} times slower than that of the promise")
+            print(f"first paint {seconds:.1f} s after the kernel was ready, on a machine {busy:.1f} times slower than alone")
             assert seconds < 1.5 * FIRST_PAINT * busy
             move_slider(page, store)
             keep_picture(page, "lab")
