@@ -90,14 +90,18 @@ def notebooks(log):
     return run(command, log, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+def timed_tests(log):
+    return run([sys.executable, "-m", "pytest", "-q", "-m", "timed"], log)
+
+
 def pytest(log):
-    return run([sys.executable, "-m", "pytest", "-q", "-rs"], log)
+    return run([sys.executable, "-m", "pytest", "-q", "-rs", "-n", str(WORKERS), "--dist", "loadfile", "-m", "not timed"], log)
 
 
 def main():
     LOGS.mkdir(exist_ok=True)
     failed = False
-    for stage in (export_drift, clean_drift, readme_drift, notebooks, pytest):
+    for stage in (export_drift, clean_drift, readme_drift, notebooks, timed_tests, pytest):
         name = stage.__name__.replace("_", " ")
         print(f"{name:<14}", end="", flush=True)
         start = time.monotonic()
@@ -111,7 +115,7 @@ def main():
             print(*said, sep="\n")
         else:
             print(*(f"{line}\n" for line in said if line.startswith("SKIPPED")), sep="", end="")
-        if stage is pytest and not status:
+        if stage in (timed_tests, pytest) and not status:
             print(said[-1])  # 12 passed, 3 skipped in 4.5s
     return int(failed)
 

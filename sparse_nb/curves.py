@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OWN', 'CURVE', 'MEASURED', 'MEASURES', 'CHOICES', 'ALL', 'PLACE', 'study_of', 'growth_of', 'curve_members',
-           'read_catalogue', 'choose', 'tidy', 'points_of', 'load_curve', 'failures_on', 'add_failures']
+           'read_catalogue', 'choose', 'tidy', 't_quantile', 'points_of', 'load_curve', 'failures_on', 'add_failures']
 
 # %% ../nbs/33_curves.ipynb #d4735e3a
 import html
 import json
+import math
+from functools import cache
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
 from .identity import canonical
 from .store import ask_index, read_rows
@@ -109,6 +110,26 @@ def tidy(records, measure):
         found = pd.concat([together.assign(name=ALL["corruption"]), found])
     return found[["experiment", "name", "strength", "value"]]
 
+# %% ../nbs/33_curves.ipynb #0f5c9674
+@cache
+def t_quantile(freedom):
+    """How many standard errors to both sides hold 95 % of Student's t with `freedom` degrees of freedom, a whole number from 1."""
+    odd = freedom % 2
+
+    def inside(angle):
+        """P(|t| <= √freedom · tan(angle))."""
+        total, term = 0.0, math.sin(angle) * math.cos(angle) ** odd
+        for k in range(1 + odd, freedom, 2):
+            total += term
+            term *= k / (k + 1) * math.cos(angle) ** 2
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
 # %% ../nbs/33_curves.ipynb #670671cd
 PLACE = ["width", "depth", "repeat", "density"]
 
@@ -125,7 +146,7 @@ def points_of(members, records):
     ).reset_index()
     of_seed = records.merge(networks[["experiment", "seed", *PLACE]], on="experiment").groupby([*PLACE, "name", "strength", "seed"]).value.mean()
     points = of_seed.groupby(level=[*PLACE, "name", "strength"]).agg(["mean", "std", "size"]).rename(columns={"size": "seeds"}).reset_index()
-    half = stdtrit(np.maximum(points.seeds - 1, 1), 0.975) * points["std"] / np.sqrt(points.seeds)
+    half = [t_quantile(max(seeds - 1, 1)) for seeds in points.seeds] * points["std"] / np.sqrt(points.seeds)
     points = points.assign(low=points["mean"] - half, high=points["mean"] + half).drop(columns="std")
     points = places.merge(points, on=PLACE, how="left").assign(failed=0, reasons="")
     return points.sort_values(["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True)

@@ -406,6 +406,7 @@ def test_the_real_cifar100():
     assert [round(mean, 4) for mean in means.tolist()] == [0.5071, 0.4865, 0.4409]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("split", data.SPLITS)
 @pytest.mark.parametrize("dataset, limit", [("mnist", 1.0), ("cifar10", 2.0), ("cifar100", 2.0)])
 def test_loading_is_quick(dataset, limit, split):

@@ -224,10 +224,13 @@ print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", 
 """
 
 
+@pytest.mark.timed
 def test_first_view_is_drawn_without_torch(store):
     said = subprocess.run([sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, said  # seconds of this process alone, whatever else the machine does
 
+
+@pytest.mark.timed
 @needs_browser
 def test_in_jupyterlab(browser, store, tmp_path):
     port, page_copy = free_port(), tmp_path / "explore.ipynb"

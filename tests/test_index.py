@@ -47,6 +47,7 @@ def write_and_ask(root, seed, turns, answer, together):
     answer.write_text(json.dumps(max(waits)))
 
 
+@pytest.mark.timed
 def test_eight_writers_beside_a_reader(tmp_path, report):
     root, together = tmp_path / "runs", processes.Barrier(WRITERS + 1)
     answers = [tmp_path / str(seed) for seed in range(WRITERS)]
@@ -78,6 +79,7 @@ def store(tmp_path):
     return store
 
 
+@pytest.mark.timed
 def test_a_reader_does_not_wait_for_a_writer(store):
     before = store.table()
     with closing(sqlite3.connect(index_path(store.root))) as index, writing(index):

@@ -386,6 +386,7 @@ def test_minutes_begin_nothing_that_cannot_end_and_exit_cleanly(tmp_path):
 # Many runs ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timed
 def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undisturbed, tmp_path, report):
     nets = [dataclasses.replace(NETS[0], seed=seed) for seed in range(1000)]
     about = json.loads((Store(undisturbed[0]).folder(NETS[0]) / "experiment.json").read_bytes())
