@@ -50,7 +50,7 @@ def draw_figure(figure, notebook, parameters, out):
         try:
             papermill.execute_notebook(
                 notebook, drawn / f"{figure}.ipynb", progress_bar=False, parameters={**parameters, "out": str(Path(temporary).absolute())},
-                extra_arguments=["--log-level=ERROR"],  # the kernel would warn that it speaks TCP with this process, on loopback
+                extra_arguments=["--log-level=CRITICAL"],  # a kernel warns that it speaks TCP, on loopback, and may call it an error that it is interrupted to end
             )
         except Exception as error:  # papermill's, nbclient's, jupyter_client's: whatever stopped the notebook
             raise RuntimeError(f"{figure} was not drawn; its notebook stopped: {error}") from error

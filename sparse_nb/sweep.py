@@ -68,7 +68,7 @@ class Progress:
         newest = [f"{words(job.experiment)} · {said}" for job, (_, said) in shares.items() if said]
         self.bar.set_description_str(str(self.board), refresh=False)
         self.bar.set_postfix_str(newest[-1] if newest else "", refresh=False)
-        self.bar.update(self.settled + underway - self.bar.n)
+        self.bar.update(min(self.settled + underway, self.bar.total) - self.bar.n)  # a sum of shares can exceed the whole by its last digit
 
 # %% ../nbs/22_sweep.ipynb #19581e27
 TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds
