@@ -106,7 +106,7 @@ def draw_curve(points, *, measure, growth, name, strength, title):
     points, axis = place_points(points.assign(growth=growth))
     shown, clean = points[(points.name == name) & (points.strength == strength)], points[points.name == "clean"]
     bounds = accuracy_range(points["mean"][points.name.isin([name, "clean"])])
-    label = " ".join(part for part in (words(name), strength_text(measure, strength)) if part)
+    label = ", ".join(part for part in (words(name), strength_text(measure, strength)) if part)
     colour = colour_of(points, name, strength)
     return {
         "data": [ghost(clean), line(shown, label, colour), *marks(shown, points, [bounds[0] + share * (bounds[1] - bounds[0]) for share in (0.04, 0.15)])],
