@@ -31,9 +31,11 @@ def recipe_text(family, recipe):
     return f"SGD, momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} {recipe.decay}, batches of {recipe.batch_size}, {epochs}{stop}"
 
 def trained_text(runs):
-    """How many networks `runs` have, of which widths, and how they ended."""
-    ended, words = runs.status.value_counts(), {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"}
-    return f"{len(runs)} of {in_range(runs.width)} units or channels; {', '.join(f'{ended[s]} {words[s]}' for s in words if s in ended)}"
+    """How many networks `runs` have, of which widths, and how they ended; those that were pruned after training are no trainings of their own."""
+    trained = runs[runs.schedule == "static"]
+    ended, words = trained.status.value_counts(), {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"}
+    ends = [f"{ended[s]} {words[s]}" for s in words if s in ended] + [f"{len(runs) - len(trained)} pruned from dense ones"] * (len(trained) < len(runs))
+    return f"{len(runs)} of {in_range(runs.width)} units or channels; {', '.join(ends)}"
 
 # %% ../nbs/38_reproducibility.ipynb #4a44dc15
 def reproducibility_table(runs, preset):
@@ -54,9 +56,9 @@ def reproducibility_table(runs, preset):
         **{f"Training: {', '.join(names)}": recipe for recipe, names in recipes.items()},
         "Training images": "; ".join(f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families),
         "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
-        "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights, order of batches, noise and corruptions",
+        "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; test images and the draws of noise and corruptions are the same for all",
         "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
-        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole, some were looked at with three seeds before",
+        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole; some, refuted ones among them, were looked at with two to four seeds before",
         "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
         "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
         "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",

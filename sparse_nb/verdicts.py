@@ -149,7 +149,7 @@ def as_markdown(table):
 
 # %% ../nbs/32_verdicts.ipynb #c2356069
 def with_runs(judged, tables):
-    """`judged` with the column `runs`: hashes of the measured networks that each row compares, in the tables of the figures that its claim needs."""
+    """`judged` with the column `runs`: hashes of the measured networks on the curves that each row compares, in the tables of the figures that its claim needs."""
     compared = {claim.number: claim.panels(tables) for claim in CLAIMS}
     figures, rows = {claim.number: claim.figures for claim in CLAIMS}, []
     for row in judged.itertuples():
