@@ -232,7 +232,7 @@ def empty_panels(curves, rows, columns):
     )
     for title, axis in zip(figure.layout.annotations, figure.select_yaxes()):
         if title.text.endswith(NOT_YET):
-            title.update(y=sum(axis.domain) / 2, yanchor="middle", font_color="#666666")
+            title.update(text=title.text.replace(", ", "<br>"), y=sum(axis.domain) / 2, yanchor="middle", font_color="#666666")
     return figure.update_annotations(font_size=min(13, panel_width(len(columns)) / (0.55 * max(len(line) for title in titles for line in title.split("<br>")))))
 
 # %% ../nbs/32_plots.ipynb #a7c10004
