@@ -90,12 +90,15 @@ def notebooks(log):
     return run(command, log, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-m"]
+
+
 def timed_tests(log):
-    return run([sys.executable, "-m", "pytest", "-q", "-m", "timed"], log)
+    return run([*PYTEST, "timed"], log)
 
 
 def pytest(log):
-    return run([sys.executable, "-m", "pytest", "-q", "-rs", "-n", str(WORKERS), "--dist", "loadfile", "-m", "not timed"], log)
+    return run([*PYTEST, "not timed", "-n", str(WORKERS), "--dist", "loadfile"], log)
 
 
 def main():
