@@ -14,9 +14,10 @@ import math
 import numpy as np
 import pandas as pd
 
-from .axes import WORDS, accuracy_range, density_axis
+from .axes import accuracy_range, density_axis
 from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, only_outer_labels, summarise_curves
 from .stats import mean_interval
+from .words import WORDS
 
 # %% ../nbs/32_controls.ipynb #a32c0008
 def noise_means(table):
@@ -194,9 +195,9 @@ def rule_distances(curves):
 
 # %% ../nbs/32_controls.ipynb #a32c0023
 def distance_line(distances):
-    """`rule_distances` as a line for the footer."""
+    """`rule_distances` as a line for the footer; places with fewer than two rules are not in it."""
     parts = [
         f"{WORDS[r.family]}, {WORDS[r.dataset]} {r.at_density:.1f} and {r.at_effective_density:.1f}" + ("" if math.isnan(r.uncertainty) else f" (means ± {r.uncertainty:.1f})")
-        for r in distances.itertuples()
+        for r in distances.dropna(subset=["at_density", "at_effective_density"]).itertuples()
     ]
-    return "Mean distance between the rules under noise, in points, at equal density and at equal effective density: " + "; ".join(parts) + "."
+    return "Mean distance between the rules under noise, in points, at equal density and at equal effective density: " + ("; ".join(parts) or "of two rules nothing is measured yet") + "."

@@ -22,10 +22,11 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from .attempts import load_failures
-from .axes import WORDS, few
+from .axes import few
 from .curves import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
 from .store import Store, load_run
 from .views import VIEWS, kinds_of, percent_labels, strength_text, strengths_of, views_of, words
+from .words import WORDS
 
 # %% ../nbs/33_explorer.ipynb #e7f6c011
 TITLES = {"dataset": "data", "family": "family", "growth": "grown by", "schedule": "schedule", "rule": "rule", "measure": "measure", "study": "study", "evaluation": "measured as"}

@@ -20,7 +20,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from .attacks import ATTACKS, FIGURE_EPSILON
-from .axes import AXIS_TITLES, WORDS, place_points, radius_text
+from .axes import AXIS_TITLES, place_points
 from .curves import curve_members
 from .data import IMAGE_SHAPES
 from .experiments import experiment_hash
@@ -29,6 +29,7 @@ from .plots import BACKGROUND, DARK_BACKGROUND, collect, corruption_means, densi
 from .presets import FIGURES, plan, shown_families
 from .provenance import of_points
 from .store import run_status, write_whole
+from .words import WORDS, radius_text
 
 # %% ../nbs/34_page.ipynb #19581e27
 def finished_points(store, preset, *, root=None):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'MLP_CONTROL', 'CONV_CONTROL',
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
-           'curve_narrowings', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range', 'narrowings',
-           'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
-           'recipe_on', 'scheduled', 'curve', 'plan', 'measurements']
+           'curve_narrowings', 'spoken', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range',
+           'narrowings', 'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid',
+           'measurement_of', 'budgets', 'recipe_on', 'scheduled', 'curve', 'plan', 'measurements']
 
 # %% ../nbs/23_presets.ipynb #d4735e3a
 import dataclasses
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from . import allocation, attacks, corruptions, data, models
 from .experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise, accept, counted_total
 from .training import RECIPES, Recipe
+from .words import WORDS
 
 # %% ../nbs/23_presets.ipynb #7902699b
 MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the test set through a network many times
@@ -169,6 +170,10 @@ def curve_narrowings(ours, full, growth):
         parts.append(f"budgets of widths {', '.join(map(str, ours.control))}")
     return parts
 
+def spoken(names):
+    """Names as people write them, with commas between."""
+    return ", ".join(WORDS[name] for name in names)
+
 def epoch_narrowings(ours, full, datasets):
     """Where a `FamilySetting` trains for fewer epochs than the paper's on `datasets`, as a list of at most one text."""
     usual, own = ours.recipe.epochs, {name: epochs for name, epochs in ours.dataset_epochs if name in datasets}
@@ -176,7 +181,7 @@ def epoch_narrowings(ours, full, datasets):
         usual, own = own[datasets[0]], {}
     if usual >= full.recipe.epochs and not own:
         return []
-    names = {epochs: ", ".join(name for name in own if own[name] == epochs) for epochs in own.values()}
+    names = {epochs: spoken(name for name in own if own[name] == epochs) for epochs in own.values()}
     others = f" ({'; '.join(f'{where}: {epochs}' for epochs, where in names.items())})" if own else ""
     return [f"at most {usual} of {full.recipe.epochs} epochs{others}"]
 
@@ -185,7 +190,7 @@ def attack_narrowings(preset, paper):
     """Where the attacks of a `Preset` are smaller than those of another, as a list of words."""
     ours, full, words = preset.attack, paper.attack, []
     if ours.steps < full.steps:
-        words.append(f"attacks of {ours.steps} of {full.steps} steps")
+        words.append(f"Attacks of {ours.steps} of {full.steps} steps")
     if ours.test_images and ours.test_images < full.test_images:
         words.append(f"{ours.test_images:,} of {full.test_images:,} attacked images")
     return words
@@ -212,15 +217,15 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     """
     paper, sentences, seeds = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
     if set(preset.datasets) != set(paper.datasets):
-        sentences.append(f"datasets: {', '.join(preset.datasets)}")
+        sentences.append(f"Datasets: {spoken(preset.datasets)}")
     if set(preset.rules) < set(paper.rules):
-        sentences.append(f"rules: {', '.join(preset.rules)}")
+        sentences.append(f"Rules: {spoken(preset.rules)}")
     if min(seeds) < paper.seeds:
         sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
     sentences += measure_narrowings(preset, paper, measures)
     absent = [family for family, setting in preset.families.items() if "control" in growths and not setting.control and paper.families[family].control]
     if absent:
-        sentences.append(f"budget against density without {', '.join(absent)}")
+        sentences.append(f"Budget against density without {spoken(absent)}")
     for family in (family for family in preset.families if family in families):
         ours, full = preset.families[family], paper.families[family]
         parts = [part for growth in growths for part in curve_narrowings(ours, full, growth)]
@@ -232,7 +237,7 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
         if set(measures) & set(MANY_PASSES) and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
             parts.append(f"{ours.test_images:,} test images")
         if parts:
-            sentences.append(f"{family}: " + "; ".join(parts))
+            sentences.append(f"{WORDS[family]}: " + "; ".join(parts))
     return sentences
 
 # %% ../nbs/23_presets.ipynb #670671cd

@@ -27,10 +27,10 @@ from plotly.io import write_images
 from . import __version__
 from .experiments import TRAINING_CODE, Attack, ClassRecall, Clean, Corruption, WeightNoise, code_version, dense_parent, digest
 from .experiments import evaluation_hash, evaluation_identity, experiment_hash
-from .axes import WORDS
 from .jobs import words
 from .plots import smaller_than_paper
 from .store import read_about, run_status
+from .words import WORDS
 
 # %% ../nbs/32_provenance.ipynb #8583f27b
 def read_header(path):

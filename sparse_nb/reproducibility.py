@@ -10,12 +10,12 @@ __all__ = ['published_runs', 'recipe_text', 'trained_text', 'reproducibility_tab
 import pandas as pd
 import torch
 
-from .axes import WORDS
 from .exchange import EXPORTED, published_rows
 from .experiments import dense_parent
 from .jobs import Job, rates_of, seconds_for, training_work
 from .presets import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
 from .training import RECIPES
+from .words import WORDS
 
 # %% ../nbs/38_reproducibility.ipynb #ef2d127d
 def published_runs(folder):

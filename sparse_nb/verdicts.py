@@ -13,13 +13,13 @@ import textwrap
 import pandas as pd
 import plotly.graph_objects as go
 
-from .axes import WORDS
 from .claims import CLAIMS
 from .evidence import Evidence
 from .plots import collect, finish, finished, places_of
 from .presets import plan, shown_families
 from .scores import CURVE
 from .stats import holm
+from .words import WORDS
 
 # %% ../nbs/32_verdicts.ipynb #ef2d127d
 MARKS = {"supported": ("✓", "#0072b2"), "refuted": ("✗", "#d55e00"), "undecided": ("?", "#8a8a8a"), "unfinished": ("…", "#d0d0d0")}  # Okabe and Ito's blue and vermilion
@@ -108,10 +108,9 @@ def draw_verdicts(judged, *, title, footer):
         raise ValueError("nothing was judged: no claim has a panel of which anything is measured")
     sentences = {claim.number: claim.sentence for claim in CLAIMS}
     shown = judged.assign(row=row_labels(judged), column=[f"{WORDS[f]}<br>{WORDS[d]}<br>{WORDS[r]}" for f, d, r in zip(judged.family, judged.dataset, judged.rule)])
-    cells = [(row, "all", together(panels), sentences[panels.claim.iloc[0]]) for row, panels in shown.groupby("row", sort=False) if panels.numbers.any()]
-    begun = shown[shown.numbers != ""]
-    rows, columns = list(dict.fromkeys(begun.row)), ["all", *dict.fromkeys(begun.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index)).column)]
-    shown = shown[shown.row.isin(rows) & shown.column.isin(columns)].replace({"numbers": {"": "still to be run"}})
+    cells = [(row, "all", together(panels), sentences[panels.claim.iloc[0]]) for row, panels in shown.groupby("row", sort=False)]
+    rows, columns = list(dict.fromkeys(shown.row)), ["all", *dict.fromkeys(shown.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index)).column)]
+    shown = shown.replace({"numbers": {"": "still to be run"}})
     cells += list(shown[["row", "column", "verdict", "numbers"]].itertuples(index=False, name=None))
     figure = go.Figure()
     for verdict, (mark, colour) in MARKS.items():
@@ -120,7 +119,7 @@ def draw_verdicts(judged, *, title, footer):
             x=[columns.index(cell[1]) for cell in of], y=[rows.index(cell[0]) for cell in of], mode="markers+text", name=f"{mark} {verdict}", text=[mark] * len(of),
             textfont=dict(color="white" if verdict != "unfinished" else "#444444", size=14), marker=dict(symbol="square", size=26, color=colour), hovertext=["<br>".join(textwrap.wrap(cell[3], 80)) for cell in of], hoverinfo="text",
         )
-    words = ["<br>".join(textwrap.wrap(f"{row}  {sentences[claim]}", 86)) for row, claim in begun.drop_duplicates("row")[["row", "claim"]].itertuples(index=False)]
+    words = ["<br>".join(textwrap.wrap(f"{row}  {sentences[claim]}", 86)) for row, claim in shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False)]
     finish(figure, title, "", footer, 1, max(1, len(columns) // 3))
     underneath = 15 * len(figure.layout.annotations[-1].text.split("<br>"))
     figure.update_layout(

@@ -8,7 +8,8 @@ __all__ = ['GRID', 'WHITE', 'VIEWS', 'strength_text', 'hover_text', 'line', 'gho
            'draw_multiples', 'draw_recall', 'draw_connectivity', 'views_of']
 
 # %% ../nbs/33_views.ipynb #d4735e3a
-from .axes import AXIS_TITLES, CORRUPTION_GROUPS, WORDS, accuracy_range, ordered_colours, place_points, radius_text
+from .axes import AXIS_TITLES, CORRUPTION_GROUPS, accuracy_range, group_colour, ordered_colours, place_points
+from .words import WORDS, radius_text
 
 # %% ../nbs/33_views.ipynb #e7f6c011
 def strength_text(measure, strength):
@@ -168,7 +169,7 @@ def draw_multiples(points, *, measure, growth, name, strength, title):
         suffix = "" if i == 0 else str(i + 1)
         axes, x, y = panel_axes(i, 5, len(names), axis, bounds)
         shown = points[(points.name == each) & (points.strength == strength)]
-        colour = "#440154" if each == name else next((c for c, group in CORRUPTION_GROUPS.items() if each in group), "#444444")
+        colour = "#440154" if each == name else group_colour(each)
         how = dict(axes=suffix, showlegend=False, cliponaxis=False)
         data += [ghost(points[points.name == "clean"], **how), line(shown, words(each), colour, **how)]
         settings |= axes
