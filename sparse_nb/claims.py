@@ -180,7 +180,7 @@ def sooner_by_magnitude(**measured):
         static, pruned = measured[f"static_{what}"], measured[f"pruned_{what}"]
         height = (static.sub(static.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)) - (pruned.sub(pruned.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1))
         parts.append(above(height))
-        words.append(f"{what}: pruned networks lose {100 * height.mean():.1f} points more than static ones")
+        words.append(f"{what}: pruned networks lose {abs(100 * height.mean()):.1f} points {'more' if height.mean() >= 0 else 'less'} than static ones")
     return all_of(parts), "; ".join(words) + f"; down to {percent(static.columns[-1][0])}"
 
 BOTH_SCHEDULES = {

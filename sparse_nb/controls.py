@@ -180,14 +180,16 @@ def rule_distance(panel, against):
     return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(heights, 2)]))
 
 def rule_distances(curves):
-    """How far the rules lie apart: one row for each dataset and family. curves: as for `draw_rules`.
+    """How far the rules lie apart, of networks whose effective density all of them reach: one row for each dataset and family. curves: as for `draw_rules`.
 
     Columns: dataset, family; at_density and at_effective_density, `rule_distance`s of the accuracy under noise, in points; clean_ the same without noise;
     uncertainty: mean half of the 95 % t-intervals under noise, in points.
     """
     rows = []
     for (dataset, family), of_panel in curves.groupby(["dataset", "family"], sort=False):
-        noisy, clean = (of_panel[of_panel.quantity == quantity] for quantity in ("noisy_accuracy", "accuracy"))
+        reached = of_panel[of_panel["mean"].notna()].groupby("rule").effective_density.min().max()
+        shared = of_panel[of_panel.effective_density >= reached]
+        noisy, clean = (shared[shared.quantity == quantity] for quantity in ("noisy_accuracy", "accuracy"))
         distances = [rule_distance(panel, against) for panel in (noisy, clean) for against in ("density", "effective_density")]
         rows.append([dataset, family, *distances, 50 * (noisy.high - noisy.low).mean()])
     names = ["dataset", "family", "at_density", "at_effective_density", "clean_at_density", "clean_at_effective_density", "uncertainty"]
@@ -200,4 +202,4 @@ def distance_line(distances):
         f"{WORDS[r.family]}, {WORDS[r.dataset]} {r.at_density:.1f} and {r.at_effective_density:.1f}" + ("" if math.isnan(r.uncertainty) else f" (means ± {r.uncertainty:.1f})")
         for r in distances.dropna(subset=["at_density", "at_effective_density"]).itertuples()
     ]
-    return "Mean distance between the rules under noise, in points, at equal density and at equal effective density: " + ("; ".join(parts) or "of two rules nothing is measured yet") + "."
+    return "Mean distance between the rules under noise, in points, at equal density and at equal effective density, of networks whose effective density all of them reach: " + ("; ".join(parts) or "of two rules nothing is measured yet") + "."

@@ -147,5 +147,5 @@ def what_seeds_show(seeds, comparisons=1):
     among = f", and {detectable(seeds, comparisons=comparisons):.1f} times if it is one of {comparisons} comparisons" if comparisons > 1 else ""
     return (
         f"With {seeds} seeds a single test finds a difference in four cases out of five if it is {detectable(seeds):.1f} times as large as its spread from seed to seed{among}; smaller "
-        f"ones are likely to stay undecided. The tests take differences to be roughly normal, which {seeds} numbers cannot confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."
+        f"ones are missed more often. The tests take differences to be roughly normal, which {seeds} numbers cannot confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."
     )

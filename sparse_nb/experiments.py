@@ -46,11 +46,12 @@ def counted_total(dataset, family, width, depth, repeat=1, batch_norm=True):
 # %% ../nbs/20_experiments.ipynb #4fc82b26
 def without_meaning(experiment):
     """The settings of an `Experiment` that make no difference to it, and how they are written: {name: value}."""
+    family = {"batch_norm": True} if experiment.family == "mlp" else {}
     if experiment.density == 1:
-        return {"rule": None, "schedule": "static", "pruning": "layer", "initial_scale": "sparse"}
+        return family | {"rule": None, "schedule": "static", "pruning": "layer", "initial_scale": "sparse"}
     if experiment.schedule == "static":
-        return {"pruning": "layer"}
-    return {"initial_scale": "sparse"} | ({"rule": None} if experiment.pruning == "global" else {})
+        return family | {"pruning": "layer"}
+    return family | {"initial_scale": "sparse"} | ({"rule": None} if experiment.pruning == "global" else {})
 
 # %% ../nbs/20_experiments.ipynb #6b51d431
 SCHEDULES = ("static", "magnitude")
@@ -202,7 +203,10 @@ class Corruption:
 
     @property
     def passes(self):
-        return 1 + len(self.names or self.origins or cifar_corruptions.CORRUPTIONS) * len(self.severities or (2, 4)) * self.draws
+        pairs = [(origin, pair.rpartition(" ")[0]) for origin, of_origin in self.origins or () for pair in of_origin.split(", ")]
+        pairs = pairs or [("", name) for name in self.names or cifar_corruptions.CORRUPTIONS for _ in self.severities or (2, 4)]
+        drawn = {name for benchmark in corruptions.BENCHMARKS.values() for name in benchmark if benchmark[name].draw}
+        return 1 + sum(self.draws if name in drawn and origin != "official" else 1 for origin, name in pairs)
 
     def run(self, model, images):
         found = corruptions.origins(images.name, names=self.names, severities=self.severities, source=self.source, root=images.root)
@@ -231,8 +235,9 @@ class Attack:
 
     @property
     def passes(self):
-        steps = sum(1 if attack in ("fgsm", "ffgsm") else self.steps for attack in self.attacks)
-        return 1 + 3 * steps * len(self.epsilons or (0,) * 6) * self.restarts
+        steps = sum({"fgsm": 1, "ffgsm": 1, "longer_pgd": attacks.LONGER * self.steps}.get(attack, self.steps) for attack in self.attacks)
+        radii = sum(epsilon > 0 for epsilon in (attacks.EPSILONS[1] if self.epsilons is None else self.epsilons))
+        return 1 + 3 * steps * radii * self.restarts
 
     def run(self, model, images):
         return attacks.evaluate(

@@ -6,11 +6,14 @@
 __all__ = ['FIRST', 'planned', 'preset_of', 'next_jobs', 'make_point']
 
 # %% ../nbs/33_live.ipynb #d4735e3a
+import itertools
+
 from .attempts import read_progress, save_failure
 from .engines import judge, local_processes
 from .experiments import dense_parent, experiment_hash
 from .jobs import KEEP_EVERY, job_work, missing_jobs, resolve_device, run_elsewhere, words
-from .presets import FIGURES, PRESETS, narrow, plan
+from .presets import FIGURES, PRESETS, narrow, plan, shown_rules
+from .store import run_status
 
 # %% ../nbs/33_live.ipynb #ef2d127d
 FIRST = {"dataset": "digits", "family": "mlp", "growth": "width", "schedule": "static", "rule": "water_filling", "measure": "weight_noise"}
@@ -19,8 +22,11 @@ def planned(preset, chosen, *, root=None, more_seeds=0):
     """{experiment: (evaluation,)} of the curve `chosen` (as of `curves.choose`) in the plan of a preset, by name; empty if the preset has no such curve."""
     full, c = PRESETS[preset], chosen
     rules = full.rules if c["rule"] == "none" else (c["rule"],)
-    figures = [f for f, spec in FIGURES.items() if (spec.measure, spec.schedule) == (c["measure"], c["schedule"]) and c["growth"] in spec.growths and c["family"] in spec.families]
-    if c["dataset"] not in full.datasets or not set(rules) <= set(full.rules):
+    figures = [
+        f for f, spec in FIGURES.items() if (spec.measure, spec.schedule) == (c["measure"], c["schedule"])
+        and c["growth"] in spec.growths and c["family"] in spec.families and set(rules) <= set(shown_rules(f, full))
+    ]
+    if c["dataset"] not in full.datasets:
         return {}
     narrowed = narrow(preset, datasets=c["dataset"], families=c["family"], rules=rules, seeds=full.seeds + more_seeds)
     return {p.experiment: (p.evaluation,) for figure in figures[:1] for p in plan(figure, narrowed, root=root) if p.growth == c["growth"]}
@@ -34,14 +40,16 @@ def preset_of(chosen, runs, *, root=None):
 def next_jobs(store, chosen, runs=(), *, root=None):
     """The jobs that give the curve `chosen` one more point, the last of them the point; empty if no preset has the curve. runs: hashes of its networks."""
     chosen = chosen or FIRST
-    for more_seeds in (0, 1):
-        wanted = planned(preset_of(chosen, set(runs), root=root), chosen, root=root, more_seeds=more_seeds)
+    preset = preset_of(chosen, set(runs), root=root)
+    for more_seeds in itertools.count():
+        wanted = planned(preset, chosen, root=root, more_seeds=more_seeds)
         jobs = missing_jobs(wanted, wanted, store)
         points = [job for job in jobs if job.experiment in wanted]
         if points:
             point = min(points, key=lambda job: sum(job_work(job)))
             return [*(job for job in jobs if job.experiment == dense_parent(point.experiment) and job.train), point]
-    return []
+        if all(run_status(store, experiment) == "diverged" for experiment in wanted):
+            return []
 
 # %% ../nbs/33_live.ipynb #4a44dc15
 def make_point(store, jobs, *, report, stopped, root=None, device="auto"):

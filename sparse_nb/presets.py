@@ -218,7 +218,7 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     paper, sentences, seeds = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
     if set(preset.datasets) != set(paper.datasets):
         sentences.append(f"Datasets: {spoken(preset.datasets)}")
-    if set(preset.rules) < set(paper.rules):
+    if not set(paper.rules) <= set(preset.rules):
         sentences.append(f"Rules: {spoken(preset.rules)}")
     if min(seeds) < paper.seeds:
         sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")

@@ -426,7 +426,7 @@ def save_run(store, experiment, model, history, environment):
 
 # %% ../nbs/21_store.ipynb #7688b6ef
 def load_run(store, experiment, device="cpu"):
-    """The trained network of a run, in eval mode, on `device`; `sparse_execution.dense_network` gives its masks. Every file is proven first.
+    """The trained network of a run, in eval mode, on `device`; `sparse_execution.dense_network` gives its masks. Description and checkpoint are proven first.
 
     Raises FileNotFoundError if the run is not finished, ValueError naming a file that was altered.
     """

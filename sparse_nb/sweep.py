@@ -170,9 +170,10 @@ class Summary:
 def summarise(experiments, board, store):
     """The `Summary` of a sweep over `experiments` whose `Board` is done."""
     jobs = [*board.done, *board.failed, *board.late]
-    diverged = [experiment for experiment in experiments if run_status(store, experiment) == "diverged"]
+    wanted = dict.fromkeys([*experiments, *(job.experiment for job in jobs)])
+    diverged = [experiment for experiment in wanted if run_status(store, experiment) == "diverged"]
     return Summary(
-        wanted=len(dict.fromkeys([*experiments, *(job.experiment for job in jobs)])),
+        wanted=len(wanted),
         made=sum(outcome.made for outcome in board.done.values()),
         measured=sum(outcome.measured for outcome in board.done.values()),
         diverged=len(diverged),
