@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sparse_nb.jobs': { 'sparse_nb.jobs.Job': ('jobs.html#job', 'sparse_nb/jobs.py'),
                                 'sparse_nb.jobs.NoTimeLeft': ('jobs.html#notimeleft', 'sparse_nb/jobs.py'),
                                 'sparse_nb.jobs.Outcome': ('jobs.html#outcome', 'sparse_nb/jobs.py'),
+                                'sparse_nb.jobs.data_in': ('jobs.html#data_in', 'sparse_nb/jobs.py'),
                                 'sparse_nb.jobs.environment': ('jobs.html#environment', 'sparse_nb/jobs.py'),
                                 'sparse_nb.jobs.images_of': ('jobs.html#images_of', 'sparse_nb/jobs.py'),
                                 'sparse_nb.jobs.job_work': ('jobs.html#job_work', 'sparse_nb/jobs.py'),

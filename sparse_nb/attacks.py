@@ -165,7 +165,7 @@ def attack_set(model, images, clean, *, attack, epsilon, seed, steps, step_size,
 def evaluate(model, images, *, attacks=PAPER_ATTACKS, epsilons=None, seed=0, steps=10, step_size=0.25, restarts=1, batch_size=200):
     """Accuracy, loss and perturbation of `model` on an `ImageSet` under L∞ attacks.
 
-    attacks: names of `ATTACKS`. epsilons: radii in pixels/255, so in [0, 1] as the images: 8/255, not 8; default `EPSILONS` for grey or colour.
+    attacks: names of `ATTACKS`. epsilons: radii in [0, 1], the unit of the images: 8/255, not 8; default `EPSILONS` for grey or colour.
     steps, step_size (a share of ε): of "bim" and "pgd", steps of "apgd" too. restarts: of attacks that draw random numbers, the worst kept per image.
     batch_size: what these draw depends on it; the others do not, but for rounding.
     Returns four `Record`s per (attack, ε), `strength` being ε: "accuracy" (right both clean and attacked), "loss" (nats),

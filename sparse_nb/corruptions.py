@@ -55,6 +55,7 @@ def source_of(dataset, name, severity, *, source="auto", root=None):
     """Where the test images of `dataset` under a corruption come from: "official", or "generated" with what decided it where that matters.
 
     source: "official" insists on the archive, "generated" leaves it aside, "auto" takes it where it is. root: the folder of the datasets, see `data.data_root`.
+    For generated frost its six photographs are downloaded if they are missing.
     Raises ValueError for an unknown source, FileNotFoundError for an archive that is insisted on and absent.
     """
     if source not in SOURCES:
@@ -82,7 +83,7 @@ def corrupt(images, name, severity, *, seed=0, draw=0, source="generated"):
     """An `ImageSet` under one corruption: the same labels, other pictures.
 
     images: uint8, grey 28 × 28 or colour 32 × 32, on any device; of another split than "test" they are generated. name: one of `names`. severity: 0, which changes nothing, to 5. seed, draw: name the random
-    numbers, with the corruption, the severity and each image's index. source: see `source_of`. Hendrycks & Dietterich 2019; Mu & Gilmer 2019.
+    numbers, with the corruption, the severity and each image's index. source: see `source_of`. Frost is cut from textures of the default data folder, `data.data_root()`. Hendrycks & Dietterich 2019; Mu & Gilmer 2019.
     Raises ValueError for an unknown name, severity or shape, FileNotFoundError for an official array that is not there.
     """
     check_severity(images.shape, name, severity)
@@ -102,6 +103,7 @@ def evaluate(model, images, *, names=None, severities=None, draws=5, seed=0, sou
     """Accuracy and loss of `model` on an `ImageSet` under corruptions.
 
     names: None for all of the benchmark. severities: None for the paper's (see `default_severities`). draws: of each random corruption. source: see `source_of`.
+    Images of another split than "test" are generated; say so with source="generated", or their records call them official where an archive lies.
     Returns `Record`s "accuracy" in [0, 1] and "loss" in nats: first without corruption (name "", strength 0), then per (name, severity, draw), each with its source.
     Raises ValueError and FileNotFoundError as `corrupt` does, before anything is measured.
     """

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DEVICES', 'RATE', 'KEEP_EVERY', 'resolve_device', 'environment', 'Job', 'missing_jobs', 'pass_cost', 'training_work',
            'job_work', 'shape_of', 'rates_of', 'measured_rates', 'seconds_for', 'train_captured', 'sound_kernels',
-           'Outcome', 'NoTimeLeft', 'train_on', 'make_network', 'measure', 'words', 'run_job', 'images_of',
+           'Outcome', 'NoTimeLeft', 'train_on', 'make_network', 'measure', 'words', 'run_job', 'images_of', 'data_in',
            'run_elsewhere']
 
 # %% ../nbs/22_jobs.ipynb #d4735e3a
+import os
 import platform
 import time
 import traceback
@@ -24,6 +25,7 @@ import torch
 from . import data
 from .attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
 from .captured_steps import captured
+from .cifar_corruptions import frost_textures
 from .data import as_float
 from .engines import logged
 from .evaluation import sample
@@ -258,6 +260,20 @@ def images_of(dataset, split, root, device):
     """`data.load_images`, remembered for this process."""
     return data.load_images(dataset, split, root=root, device=device)
 
+@contextmanager
+def data_in(root):
+    """A context in which `root` is the default data folder, where frost looks for its textures; None changes nothing."""
+    before = os.environ.get("SPARSE_NB_DATA")
+    if root is not None:
+        os.environ["SPARSE_NB_DATA"] = str(root)
+        frost_textures.cache_clear()
+    try:
+        yield
+    finally:
+        if root is not None:
+            os.environ.pop("SPARSE_NB_DATA")
+            os.environ.update({"SPARSE_NB_DATA": before} if before is not None else {})
+
 def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own_process):
     """`run_job` in another process. root: of the store. gpu: (index, share of its memory) or None. own_process: does this process belong to the sweep?"""
     if not Path(root).is_dir():
@@ -268,7 +284,8 @@ def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own
         torch.cuda.set_device(device)
         torch.cuda.set_per_process_memory_fraction(gpu[1], device)
     store, e = Store(root), job.experiment
-    return run_job(
-        job, store, lambda dataset, split: images_of(dataset, split, images_root, device), device, report=partial(note_progress, store, e),
-        deadline=deadline, keep_every=keep_every, log=log_path(store, e) if own_process else None,
-    )
+    with data_in(images_root):
+        return run_job(
+            job, store, lambda dataset, split: images_of(dataset, split, images_root, device), device, report=partial(note_progress, store, e),
+            deadline=deadline, keep_every=keep_every, log=log_path(store, e) if own_process else None,
+        )

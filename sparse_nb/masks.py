@@ -25,7 +25,7 @@ def sample_positions(size, kept, stream):
     """`kept` distinct positions out of `size`, every subset equally likely, in ascending order.
 
     size: number of weights in the layer. kept: 0 ≤ kept ≤ size. stream: a CPU `torch.Generator`.
-    Returns int64 (kept,). Time and memory follow min(kept, size − kept), plus `size` bytes if over half is kept.
+    Returns int64 (kept,). Time and memory follow kept; over half, only size − kept numbers are drawn, with `size` bytes beside them.
     """
     if 2 * kept > size:
         stays = torch.ones(size, dtype=torch.bool)

@@ -38,7 +38,7 @@ def impulse_noise(images, share, draws):
 
 # %% ../nbs/09_mnist_corruptions.ipynb #4ec9599f
 def visited(reach):
-    """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row, `reach` pixels from the edges."""
+    """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row: rows and columns 28 − reach down to reach + 1."""
     return [28 * row + column for row in range(28 - reach, reach, -1) for column in range(28 - reach, reach, -1)]
 
 def draw_glass_blur(numbers, shape, parameters):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .attempts import read_progress, save_failure
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from .experiments import accept, dense_parent
-from .jobs import KEEP_EVERY, images_of, job_work, measured_rates, missing_jobs, resolve_device, run_elsewhere, run_job, seconds_for, words
+from .jobs import KEEP_EVERY, data_in, images_of, job_work, measured_rates, missing_jobs, resolve_device, run_elsewhere, run_job, seconds_for, words
 from .store import run_status
 
 # %% ../nbs/22_sweep.ipynb #e7f6c011
@@ -222,7 +222,7 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
     deadline = time.time() + 60 * minutes if minutes is not None else None
-    with Progress(board, show) as progress, open_engine(engine, workers, scheduler, device, limit and 60 * limit) as place:
+    with data_in(root), Progress(board, show) as progress, open_engine(engine, workers, scheduler, device, limit and 60 * limit) as place:
 
         def load(dataset, split):
             return images_of(dataset, split, root, device)

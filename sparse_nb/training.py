@@ -63,7 +63,7 @@ def learning_rate(recipe, epoch):
 # %% ../nbs/05_training.ipynb #3fdba35f
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images. loss: mean cross-entropy (nats) over its batches; accuracy: in [0, 1], likewise, while training."""
+    """One pass over the training images. epoch: its number, from 1. loss: mean cross-entropy (nats) over its images, each as its batch was met; accuracy: in [0, 1], likewise."""
 
     epoch: int
     loss: float
@@ -73,7 +73,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """All epochs of a run. status: "converged", "epochs" or "diverged"; diverged_at: the first step, counted from 1, with a loss, or at the end weights, that are not finite."""
+    """All epochs of a run. status: "converged", "epochs" or "diverged"; diverged_at: the step, counted from 1, whose loss is not finite; the last step if only the weights it left are not."""
 
     epochs: tuple[Epoch, ...]
     status: str

@@ -25,6 +25,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")])
 CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido", "playwright": "playwright-python", "build": "python-build"}
 PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
 
@@ -100,7 +101,7 @@ def test_make_lists_every_target_that_it_has():
     assert {"figures", "test", "lab", "bench", "readme"} <= set(phony.split())
 
 
-@pytest.mark.parametrize("notebook", sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")]), ids=lambda p: p.name)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
     content = json.loads(notebook.read_text(encoding="utf-8"))
     cells = content["cells"]
@@ -113,13 +114,20 @@ def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
 
 def test_links_inside_the_project_lead_somewhere():
     links = {}
-    for file in (*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb"), ROOT / "README.md"):
+    for file in (*NOTEBOOKS, ROOT / "README.md"):
         text = file.read_text(encoding="utf-8")
         pages = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"] if file.suffix == ".ipynb" else [text]
         for link in (a or b for page in pages for a, b in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', page)):
             if not re.match(r"[a-z]+:", link):
                 links[file, link] = file.parent / link.partition("#")[0]
     assert len(links) > 100 and [link for link, target in links.items() if not target.exists()] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
+def test_cells_hold_no_control_characters(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    strange = [(cell["id"], character) for cell in cells for character in "".join(cell["source"]) if ord(character) < 32 and character not in "\n\t"]
+    assert not strange, "a backslash that an editor took for itself, as in \\bar"
 
 
 def test_no_file_in_git_is_large():
