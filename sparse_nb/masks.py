@@ -112,7 +112,8 @@ def initialise(model, masks, *, seed, scale="sparse"):
     masks: {name: bool tensor} as from `random_masks`; None for a model whose every weight is kept, as of one that stores no others.
     scale: "sparse" counts a layer's fan-in over kept weights, "dense" over all.
     Weights and biases of counted layers are uniform in ±1/√fan-in, PyTorch's default; other modules are reset to their defaults.
-    Independent of the global random state. Raises ValueError for an unknown scale or masks of another network.
+    Independent of the global random state. A weight that two layers share is not supported: the second would draw it anew, whole.
+    Raises ValueError for an unknown scale or masks of another network.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; accepted: {', '.join(SCALES)}")
