@@ -54,7 +54,7 @@ def test_both_views_are_published(drawn):
     both = {f"{view}.{ending}" for view in ("fig03", "fig03_epsilon") for ending in ("csv", "html", "png", "svg")}
     assert names == both | {"fig03.ipynb"}
     text = re.sub(r"</tspan><tspan[^>]*>", " ", (drawn / "out/smoke/fig03.svg").read_text(encoding="utf-8"))  # a line ends where it is full
-    words = ["clean", "FGSM", "FFGSM", "BIM", "PGD", "APGD", "attacks of 4 of 10 steps", "32 of 1,000 attacked images", "Signs of gradient masking"]
+    words = ["clean", "FGSM", "FFGSM", "BIM", "PGD", "APGD", "Attacks of 4 of 10 steps", "32 of 1,000 attacked images", "Signs of gradient masking"]
     assert [word for word in words if word not in text] == []
 
 
