@@ -423,9 +423,9 @@ def test_a_name_changes_with_every_field():
     changed = [dict(recipe=dataclasses.replace(ONE.recipe, **{name: value})) for name, value in RECIPES.items()]
     changed += [{name: value} for name, value in OTHERS.items() if name not in ("recipe", "family", "batch_norm")]
     names = [experiment_hash(dataclasses.replace(ONE, **change)) for change in changed]
-    of_family = [Experiment("digits", family, 32, 18, 10_000, 0, Recipe()) for family in ("mlp", "resnet")]
-    names += [experiment_hash(e) for e in (*of_family, dataclasses.replace(of_family[1], batch_norm=False))]
-    assert experiment_hash(dataclasses.replace(of_family[0], batch_norm=False)) == experiment_hash(of_family[0])  # an MLP has none
+    mlp, vgg, resnet = (Experiment("digits", family, 32, depth, 10_000, 0, Recipe()) for family, depth in (("mlp", 18), ("vgg", 11), ("resnet", 18)))
+    names += [experiment_hash(e) for e in (mlp, vgg, resnet, dataclasses.replace(vgg, batch_norm=False))]
+    assert experiment_hash(dataclasses.replace(mlp, batch_norm=False)) == experiment_hash(mlp)  # an MLP has none
     names += [experiment_hash(dataclasses.replace(ONE, schedule="magnitude", pruning="global"))]  # of no meaning for other schedules
     assert len({*names, experiment_hash(ONE)}) == len(names) + 1 and all(RUN.fullmatch(name) for name in names)
     measured = [evaluation_hash(dataclasses.replace(MEASUREMENT, **{name: value})) for name, value in MEASUREMENTS.items()]
