@@ -25,7 +25,8 @@ from .curves import curve_members
 from .data import IMAGE_SHAPES
 from .experiments import experiment_hash
 from .identity import canonical
-from .plots import BACKGROUND, DARK_BACKGROUND, collect, corruption_means, density_colour, footer_lines, summarise_curves, template
+from .measure_plots import corruption_means
+from .plots import BACKGROUND, DARK_BACKGROUND, collect, density_colour, footer_lines, summarise_curves, template
 from .presets import FIGURES, plan, shown_families
 from .provenance import of_points
 from .store import run_status, write_whole

@@ -8,7 +8,7 @@ __all__ = ['GRID', 'WHITE', 'VIEWS', 'strength_text', 'hover_text', 'line', 'gho
            'draw_multiples', 'draw_recall', 'draw_connectivity', 'views_of']
 
 # %% ../nbs/33_views.ipynb #d4735e3a
-from .axes import AXIS_TITLES, CORRUPTION_GROUPS, accuracy_range, group_colour, ordered_colours, place_points
+from .axes import AXIS_TITLES, CORRUPTION_GROUPS, DISTINCT_COLOURS, NEUTRAL_COLOUR, accuracy_range, group_colour, ordered_colours, place_points
 from .words import WORDS, radius_text
 
 # %% ../nbs/33_views.ipynb #e7f6c011
@@ -101,7 +101,7 @@ def strengths_of(points, name):
 def colour_of(points, name, strength):
     """The colour of a strength among all of its `name`, as in the figures: the stronger the lighter."""
     strengths = strengths_of(points, name)
-    return ordered_colours(len(strengths) + 1)[strengths.index(strength)] if strength in strengths else "#444444"
+    return ordered_colours(len(strengths) + 1)[strengths.index(strength)] if strength in strengths else NEUTRAL_COLOUR
 
 def words(name):
     """A corruption, an attack or a class, for people."""
@@ -184,7 +184,7 @@ def draw_recall(points, *, measure, growth, name, strength, title):
     classes = [n for n in kinds_of(points) if n != "lowest of all"]
     recall = points[points.name.isin(classes)].pivot(index=["density", "depth", "repeat"], columns="name", values="mean").sort_index(ascending=[False, True, True])
     lost = (recall.iloc[-1] - recall.iloc[0]).sort_values()
-    colours = dict(zip(lost.index[lost < 0], ("#d55e00", "#0072b2", "#009e73")))
+    colours = dict(zip(lost.index[lost < 0], DISTINCT_COLOURS[:3]))
     data = [ghost(points[points.name == "clean"], name="accuracy over all")]
     for each in sorted(classes, key=lambda n: n in colours):
         colour = colours.get(each, "#c8c8c8")
