@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparse_nb.explorer.Training': ('explorer.html#training', 'sparse_nb/explorer.py'),
                                     'sparse_nb.explorer.Training.__init__': ('explorer.html#training.__init__', 'sparse_nb/explorer.py'),
                                     'sparse_nb.explorer.Training.begin': ('explorer.html#training.begin', 'sparse_nb/explorer.py'),
+                                    'sparse_nb.explorer.Training.make': ('explorer.html#training.make', 'sparse_nb/explorer.py'),
                                     'sparse_nb.explorer.Training.work': ('explorer.html#training.work', 'sparse_nb/explorer.py'),
                                     'sparse_nb.explorer.controls': ('explorer.html#controls', 'sparse_nb/explorer.py'),
                                     'sparse_nb.explorer.differences': ('explorer.html#differences', 'sparse_nb/explorer.py'),

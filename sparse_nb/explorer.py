@@ -293,28 +293,30 @@ class Training:
 
     def begin(self):
         """Train, if it is known what."""
-        jobs = self.wanted()
-        if not jobs:
-            self.told.value = "no preset has this curve, so it is not known what is missing"
-            return
         self.stopped.clear()
-        self.train.disabled, self.stop.disabled, self.bar.value, self.bar.layout.visibility = True, False, 0.0, "visible"
-        threading.Thread(target=self.work, args=(jobs,), daemon=True).start()
+        self.train.disabled, self.told.value = True, "looking for what is missing …"  # the first time, torch has to be imported
+        threading.Thread(target=self.work, daemon=True).start()
 
-    def work(self, jobs):
-        """Carry out `jobs`, showing how far they are."""
-        from sparse_nb.live import make_point
-
-        def report(share, words):
-            self.bar.value, self.told.value = share, words
-
+    def work(self):
+        """Find what is wanted and make it, showing how far that is."""
         try:
-            words = make_point(self.store, jobs, report=report, stopped=self.stopped)
+            jobs = self.wanted()
+            words = self.make(jobs) if jobs else "no preset has this curve, so it is not known what is missing"
         except Exception as error:
             words = f"failed: {error}"
         self.done()
         self.told.value = words
         self.train.disabled, self.stop.disabled, self.bar.layout.visibility = False, True, "hidden"
+
+    def make(self, jobs):
+        """Carry out `jobs`; returns what became of them, in words."""
+        from sparse_nb.live import make_point
+
+        def report(share, words):
+            self.bar.value, self.told.value = share, words
+
+        self.stop.disabled, self.bar.value, self.bar.layout.visibility = False, 0.0, "visible"
+        return make_point(self.store, jobs, report=report, stopped=self.stopped)
 
 # %% ../nbs/33_explorer.ipynb #c0de3310
 def follow_click(selection, trace, where):
