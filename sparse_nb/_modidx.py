@@ -1114,6 +1114,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sparse_nb.verdicts.judge_store': ('verdicts.html#judge_store', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.networks_of': ('verdicts.html#networks_of', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.overall': ('verdicts.html#overall', 'sparse_nb/verdicts.py'),
+                                    'sparse_nb.verdicts.refuted_among_all': ('verdicts.html#refuted_among_all', 'sparse_nb/verdicts.py'),
+                                    'sparse_nb.verdicts.refuted_in': ('verdicts.html#refuted_in', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.row_labels': ('verdicts.html#row_labels', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.together': ('verdicts.html#together', 'sparse_nb/verdicts.py'),
                                     'sparse_nb.verdicts.with_runs': ('verdicts.html#with_runs', 'sparse_nb/verdicts.py')},

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'NOTHING', 'COLUMNS', 'claim_plans', 'claim_tables', 'networks_of', 'is_whole', 'judge', 'judge_store',
-           'together', 'overall', 'row_labels', 'draw_verdicts', 'claims_table', 'as_markdown', 'with_runs']
+           'together', 'overall', 'row_labels', 'draw_verdicts', 'refuted_in', 'refuted_among_all', 'claims_table',
+           'as_markdown', 'with_runs']
 
 # %% ../nbs/32_verdicts.ipynb #d4735e3a
 import math
@@ -132,13 +133,27 @@ def draw_verdicts(judged, *, title, footer):
     return figure
 
 # %% ../nbs/32_verdicts.ipynb #f5ca38f7
+def refuted_in(panels):
+    """Which of the `panels` of one claim, rows of `judge`, refute it, in words: "MLP on MNIST (proportional)", without the rule where all rules do."""
+    words, several = [], panels.growth.nunique() > 1
+    for (family, dataset, growth), group in panels.groupby(["family", "dataset", "growth"], sort=False):
+        rules = group.rule[group.verdict == "refuted"]
+        which = f" ({' and '.join(WORDS[rule] for rule in rules)})" if len(rules) < len(group) else ""
+        if len(rules):
+            words.append(f"{WORDS[family]} on {WORDS[dataset]}" + f" by {growth}" * several + which)
+    return "; ".join(words)
+
+def refuted_among_all(judged, alpha=0.05):
+    """Numbers of the claims that are refuted also if p-values are raised over the planned panels of all claims together. judged: of `judge`. Returns a list of str."""
+    return list(dict.fromkeys(judged.claim[holm(judged.p_against) <= alpha]))
+
 def claims_table(judged):
-    """A row for each claim: its number and sentence, the verdict over all panels, and in how many panels it holds. judged: of `judge`. Returns a DataFrame of text."""
+    """A row for each claim: its number and sentence, the verdict over all panels, in how many panels it holds, and which refute it. judged: of `judge`. Returns a DataFrame of text."""
     found = overall(judged)
     counts = [", ".join(f"{row[verdict]} {verdict}" for verdict in MARKS if row[verdict]) or "–" for row in found.to_dict("records")]
     return pd.DataFrame({
         "claim": found.claim, "the paper says": found.sentence, "in every panel": [f"{MARKS.get(v, ('', ''))[0]} {v}".strip() for v in found.verdict],
-        "panels": counts,
+        "panels": counts, "refuted in": [refuted_in(judged[judged.claim == number]) for number in found.claim],
     })
 
 def as_markdown(table):

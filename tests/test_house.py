@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 from sparse_nb.presets import FIGURES, PRESETS
 from sparse_nb.reproducibility import published_runs, reproducibility_table
-from sparse_nb.verdicts import as_markdown, claims_table
+from sparse_nb.verdicts import as_markdown, claims_table, refuted_among_all
 
 try:
     import tomllib
@@ -145,6 +145,7 @@ def test_front_page_shows_what_is_published():
     published = published_runs(ROOT / "results/laptop")
     for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
         assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
+    assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, "run nbs/index.ipynb, then make prepare"
     assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
     for figure in FIGURES:
         preset = next(preset for preset in ("paper", "laptop") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists())
