@@ -94,16 +94,18 @@ def best_places(panel, *, resamples=5000, seed=0):
     rows = np.random.default_rng(seed).integers(len(panel), size=(resamples, len(panel)))
     return panel[rows].mean(axis=1).argmax(axis=1)
 
-def best_interval(panel, confidence=0.95):
-    """(best, first, last): the place with the highest mean, and the central `confidence` of `best_places`."""
+def best_interval(panel):
+    """(best, first, last): the place with the highest mean, and the central 95 % of `best_places`."""
     found = np.sort(best_places(panel))
-    tail = int(len(found) * (1 - confidence) / 2)
+    tail = int(len(found) * 0.05 / 2)
     return int(np.asarray(panel).mean(axis=0).argmax()), int(found[tail]), int(found[len(found) - 1 - tail])
 
 # %% ../nbs/30_evidence.ipynb #e29c9c18
 def best_among(panel, chosen):
-    """`Evidence` for "the best place is one of `chosen`". panel: (seeds, places); chosen: indices of places."""
+    """`Evidence` for "the best place is one of `chosen`". panel: (seeds, places); chosen: indices of places. Raises ValueError for other indices."""
     panel, chosen = np.asarray(panel), set(chosen)
+    if not chosen <= set(range(panel.shape[1])):
+        raise ValueError(f"chosen is {sorted(chosen)}; the places are 0 to {panel.shape[1] - 1}")
     inside, outside = ([place for place in range(panel.shape[1]) if (place in chosen) == wanted] for wanted in (True, False))
     if not inside or not outside:
         return Evidence(0.0, 1.0) if inside else Evidence(1.0, 0.0)

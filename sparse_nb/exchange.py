@@ -216,11 +216,13 @@ def export(store, experiments, folder, on_outdated=None):
     """Write runs.tar.xz, runs.csv.gz, records.csv.gz and evaluations.csv.gz to `folder`, of those of the `experiments` that are finished, or of all runs if it is None.
 
     What was published in `folder` before stays published, but for runs of earlier code or other data: `on_outdated` is called with their names if there are any.
-    Returns the four paths. Raises ValueError naming a file that was altered, or `folder` if it has more than the store; then nothing is written.
+    Returns the four paths. Raises ValueError if nothing is finished, or naming a file that was altered, or `folder` if it has more than the store; then nothing is written.
     """
     folder, names = Path(folder), None if experiments is None else {experiment_hash(experiment) for experiment in experiments}
     kept, outdated = already_published(store, folder)
     runs = [run for run in run_folders(store.root) if (run / "manifest.json").exists() and (names is None or run.name in names | kept)]
+    if not runs:
+        raise ValueError(f"none of the runs that {folder} shall have is finished in {store.root}")
     paths = [path for run in runs for path in record_files(run)]
     examples = {path.stem: path for path in paths}  # one file for each measurement
     tables = {

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'same_sample', 'TRAINING_CODE', 'MEASURE_CODE', 'counted_shapes', 'counted_total', 'without_meaning',
-           'accept', 'check_experiment', 'Experiment', 'dense_parent', 'Clean', 'WeightNoise', 'ClassRecall',
-           'Corruption', 'Attack', 'code_lines', 'code_version', 'build', 'prepare', 'train', 'prune',
-           'experiment_identity', 'evaluation_identity', 'experiment_hash', 'evaluation_hash', 'forward_cost']
+           'accept', 'check_experiment', 'Experiment', 'dense_parent', 'check_numbers', 'Clean', 'WeightNoise',
+           'ClassRecall', 'Corruption', 'Attack', 'check_measurable', 'code_lines', 'code_version', 'build', 'prepare',
+           'train', 'prune', 'experiment_identity', 'evaluation_identity', 'experiment_hash', 'evaluation_hash',
+           'forward_cost']
 
 # %% ../nbs/20_experiments.ipynb #d4735e3a
 import ast
@@ -68,9 +69,12 @@ def check_experiment(experiment):
     accept("schedule", e.schedule, SCHEDULES)
     accept("initial_scale", e.initial_scale, masks.SCALES)
     accept("pruning", e.pruning, masks.SCOPES)
+    for name in ("width", "depth", "repeat", "budget", "seed"):
+        if type(getattr(e, name)) is not int:
+            raise TypeError(f"{name} is {getattr(e, name)!r}; accepted: a whole number")
+    if type(e.batch_norm) is not bool or type(e.recipe) is not Recipe:
+        raise TypeError(f"batch_norm is {e.batch_norm!r} and recipe {e.recipe!r}; accepted: True or False, and a training.Recipe")
     shapes = counted_shapes(e.dataset, e.family, e.width, e.depth, e.repeat, e.batch_norm)
-    if type(e.seed) is not int or type(e.batch_norm) is not bool:
-        raise TypeError(f"seed is {e.seed!r} and batch_norm {e.batch_norm!r}; accepted: a whole number, and True or False")
     most = data.SIZES[e.dataset]["train"]
     if e.train_images is not None and not (type(e.train_images) is int and 1 <= e.train_images <= most):
         raise ValueError(f"train_images is {e.train_images!r}; accepted: 1 to {most}, or None for all")
@@ -128,6 +132,15 @@ def dense_parent(experiment):
     return dataclasses.replace(experiment, budget=experiment.counted)
 
 # %% ../nbs/20_experiments.ipynb #6f4b6612
+def check_numbers(measurement, **least):
+    """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, or below the `least` that is given by name; test_images may be None."""
+    for name, smallest in {"test_images": 1, **least}.items():
+        value = getattr(measurement, name)
+        if type(value) is not int and not (name == "test_images" and value is None):
+            raise TypeError(f"{name} is {value!r}; accepted: a whole number")
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+
 @dataclass(frozen=True)
 class Clean:
     """Accuracy and loss without any disturbance. test_images: a random sample of the test set, None for all of it."""
@@ -135,6 +148,9 @@ class Clean:
     test_images: int | None = None
     measure: ClassVar[str] = "clean"
     passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def run(self, model, images):
         return evaluation.evaluate(model, evaluation.sample(images, self.test_images))
@@ -152,6 +168,7 @@ class WeightNoise:
     measure: ClassVar[str] = "weight_noise"
 
     def __post_init__(self):
+        check_numbers(self, draws=1, seed=0)
         weight_noise.check_sigmas(self.sigmas, self.draws)
         accept("scope", self.scope, weight_noise.SCOPES)
 
@@ -173,6 +190,9 @@ class ClassRecall:
     test_images: int | None = None
     measure: ClassVar[str] = "class_recall"
     passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        check_numbers(self)
 
     def run(self, model, images):
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
@@ -197,9 +217,10 @@ class Corruption:
     measure: ClassVar[str] = "corruption"
 
     def __post_init__(self):
+        check_numbers(self, draws=1, seed=0)
         accept("source", self.source, corruptions.SOURCES)
-        if self.draws < 1:
-            raise ValueError(f"draws is {self.draws}; it must be at least 1")
+        for severity in self.severities or ():
+            accept("severity", severity, range(1, 6))
 
     @property
     def passes(self):
@@ -231,6 +252,7 @@ class Attack:
     measure: ClassVar[str] = "attack"
 
     def __post_init__(self):
+        check_numbers(self, seed=0)
         attacks.check_request(self.attacks, (0,) if self.epsilons is None else self.epsilons, self.steps, self.step_size, self.restarts)
 
     @property
@@ -244,6 +266,15 @@ class Attack:
             model, evaluation.sample(images, self.test_images), attacks=self.attacks, epsilons=self.epsilons, seed=self.seed, steps=self.steps,
             step_size=self.step_size, restarts=self.restarts,
         )
+
+# %% ../nbs/20_experiments.ipynb #5f17b5e7
+def check_measurable(experiment, measurement):
+    """Raise ValueError if an evaluation asks for more test images than the dataset of the `Experiment` has, or for corruptions that it does not have."""
+    dataset, most = experiment.dataset, data.SIZES[experiment.dataset]["test"]
+    if (measurement.test_images or 0) > most:
+        raise ValueError(f"test_images is {measurement.test_images}; {dataset} has {most}")
+    for name in getattr(measurement, "names", None) or ():
+        accept(f"corruption of {dataset}", name, corruptions.names(dataset))
 
 # %% ../nbs/20_experiments.ipynb #86e50149
 def code_lines(source):

@@ -29,7 +29,7 @@ from .cifar_corruptions import frost_textures
 from .data import as_float
 from .engines import logged
 from .evaluation import sample
-from .experiments import dense_parent, forward_cost, prepare, prune, train
+from .experiments import check_measurable, dense_parent, forward_cost, prepare, prune, train
 from .sparse_execution import CONVOLUTION_WALK_BELOW, WALK_BELOW
 from .store import Store, load_history, load_run, other_weights, restore_checkpoint, run_status, save_records, save_run
 from .training import fit
@@ -67,11 +67,13 @@ class Job:
 def missing_jobs(experiments, evaluations, store):
     """The jobs left to do, in the order of `experiments`, each network once.
 
-    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not measured.
+    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not measured. Raises ValueError as `check_measurable`.
     """
     jobs = {}
     for experiment in dict.fromkeys(experiments):
         wanted = evaluations[experiment] if isinstance(evaluations, Mapping) else evaluations
+        for measurement in wanted:
+            check_measurable(experiment, measurement)
         wanted = tuple(e for e in wanted if not store.has_records(experiment, e))
         if store.has_run(experiment) and not wanted:
             continue

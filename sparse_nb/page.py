@@ -87,7 +87,7 @@ def question_text(quantity, name):
         return {"mean_accuracy": "mean of all", "lowest_recall": "lowest of all"}[quantity]
     return WORDS.get(name) or (f"class {name}" if quantity == "recall" and name.isdecimal() else name.replace("_", " "))
 
-def stop_text(dataset, measure, quantity, strength):
+def stop_text(measure, quantity, strength):
     """What a strength is called on the slider."""
     if measure == "corruption":
         return "0 (clean)" if quantity == "clean" else f"{strength:g}" if strength else "the one of MNIST-C"
@@ -128,7 +128,7 @@ def questions_of(numbers, places, dataset, measure):
             stops.insert(0, ("clean", 0, clean_of(numbers)))
         start = next((i for i, (_, strength, _) in enumerate(stops) if measure == "attack" and strength == figure_radius), len(stops) - 1)
         means, halves = ([hundredths(of_place.get(place, NOTHING)[i] for place in places) for _, _, of_place in stops] for i in (0, 1))
-        questions.append([quantity, question_text(quantity, name), start, [stop_text(dataset, measure, q, s) for q, s, _ in stops], means, halves])
+        questions.append([quantity, question_text(quantity, name), start, [stop_text(measure, q, s) for q, s, _ in stops], means, halves])
     return questions
 
 # %% ../nbs/34_page.ipynb #f5ca38f7

@@ -20,8 +20,10 @@ OPEN_TO_OTHERS = (
     "code cannot be typed or read, but do this only in a network of people whom you trust"
 )
 
-def check_address(address, public=False):
-    """Raise ValueError unless `address`, a name or an IP address, is of this machine's loopback, or `public` is true."""
+def check_address(address, public=False, port=8866):
+    """Raise ValueError unless `address`, a name or an IP address, is of this machine's loopback, or `public` is true, and `port` is one."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port is {port}; it must be 1 to 65535")
     try:
         found = {ipaddress.ip_address(entry[4][0].partition("%")[0]) for entry in socket.getaddrinfo(address, None)}
     except OSError as error:
@@ -61,7 +63,7 @@ def start_server(notebook, folder, *, runs, port=8866, address="127.0.0.1", publ
 
     Raises ValueError for an address that others can reach without `public`, FileNotFoundError if the notebook is not there.
     """
-    check_address(address, public)
+    check_address(address, public, port)
     if not Path(notebook).is_file():
         raise FileNotFoundError(f"the page {Path(notebook).absolute()} is not there; it is nbs/explore.ipynb of the project's folder")
     write_template(folder)

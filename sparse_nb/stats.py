@@ -21,8 +21,8 @@ def mean_interval(values, confidence=0.95):
     values = np.asarray(values, dtype=float)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1")
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"the values are {values.tolist()}; at least one is needed, and all must be finite")
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise ValueError(f"the values are {values.tolist()}; it takes a list of at least one, and all must be finite")
     mean = float(values.mean())
     if len(values) == 1:
         return mean, math.nan, math.nan
@@ -52,7 +52,7 @@ def welch(a, b):
     """
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     for values in (a, b):
-        if len(values) < 2 or not np.isfinite(values).all():
+        if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
             raise ValueError(f"the values are {values.tolist()}; at least two are needed in each sample, and all must be finite")
     difference = float(b.mean() - a.mean())
     if max(np.ptp(a), np.ptp(b)) <= 1e-12 * max(abs(a).max(), abs(b).max()):

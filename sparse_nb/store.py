@@ -274,12 +274,15 @@ def update_index(index, root):
 def condition(filters, columns):
     """The `filters` on `columns` as an SQL condition, and the values for its question marks.
 
-    filters: {column: value, or several values of which one must match; None matches what is empty}.
+    filters: {column: value, or several values of which one must match, also of NumPy or pandas; None matches what is empty}. Raises ValueError for NaN.
     """
     conditions, values = ["TRUE"], []
     for column in (column for column in columns if column in filters):
         wanted = filters[column]
-        wanted = [wanted] if isinstance(wanted, (str, int, float, type(None))) else list(wanted)
+        wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+        wanted = [wanted] if isinstance(wanted, (str, int, float, type(None))) else [value.item() if hasattr(value, "item") else value for value in wanted]
+        if any(value != value for value in wanted):
+            raise ValueError(f"{column} is to be NaN; None matches what is empty")
         empty = f" OR {column} IS NULL" if None in wanted else ""
         conditions.append(f"({column} IN (SELECT value FROM json_each(?)){empty})")
         values.append(json.dumps([value for value in wanted if value is not None]))

@@ -7,6 +7,7 @@ __all__ = ['TRIES', 'POLL', 'LOOK_AGAIN', 'Board', 'Progress', 'ready', 'fail', 
            'check_engine', 'open_engine', 'run']
 
 # %% ../nbs/22_sweep.ipynb #4e074085
+import math
 import sys
 import time
 from collections import Counter
@@ -183,13 +184,16 @@ def summarise(experiments, board, store):
     )
 
 # %% ../nbs/22_sweep.ipynb #4523540f
-def check_engine(engine, workers, scheduler):
-    """Raise ValueError for engines and settings that do not go together."""
+def check_engine(engine, workers, scheduler, minutes=None, limit=None):
+    """Raise ValueError for engines and settings that do not go together, and for times that are none."""
     accept("engine", engine, ENGINES)
     if workers is not None and not (type(workers) is int and workers >= 1):
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1, or None")
     if scheduler is not None and (engine != "dask" or workers is not None):
         raise ValueError(f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; a scheduler needs engine 'dask' and brings its own workers")
+    for name, time_given, least in (("minutes", minutes, 0), ("limit", limit, 1 / 60)):
+        if time_given is not None and not (isinstance(time_given, (int, float)) and least <= time_given < math.inf):
+            raise ValueError(f"{name} is {time_given!r}; it must be a number of minutes{', at least a second' if least else ', not negative'}, or None")
 
 def open_engine(engine, workers, scheduler, device, seconds):
     """A context manager of the `Engine` that `run` asks for."""
@@ -212,7 +216,7 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
     keep_every: seconds between the states that a training leaves. show: a progress bar on the standard error. Returns a `Summary`; networks that failed are in it, and in `attempts.load_failures`.
     Raises ValueError for settings that are not accepted, OSError for what would meet every network, such as a full disk. Finished results stay.
     """
-    check_engine(engine, workers, scheduler)
+    check_engine(engine, workers, scheduler, minutes, limit)
     device, experiments = resolve_device(device), list(dict.fromkeys(experiments))
     board = Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:

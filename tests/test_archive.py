@@ -24,7 +24,6 @@ from sparse_nb.upkeep import leftovers, run_folders, verify
 ONE, *OTHERS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=2)) for width in (32, 64, 256)]
 PRUNED = dataclasses.replace(OTHERS[0], schedule="magnitude")
 NETWORKS = [ONE, *OTHERS, PRUNED]
-ALL = [*NETWORKS, dense_parent(PRUNED)]
 NOISE, MORE = WeightNoise(sigmas=(0.0, 0.3), draws=2), WeightNoise(sigmas=(0.1,), draws=2)
 
 

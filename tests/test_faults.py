@@ -385,7 +385,7 @@ def test_a_figures_notebook_takes_every_parameter_that_the_command_gives(figure)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     taken = {}
     exec(cell.source, taken)
-    assert taken.keys() - {"__builtins__"} == {*cli.notebook_parameters(cli.Figures((figure,))), "out"}
+    assert taken.keys() - {"__builtins__"} == {*cli.notebook_parameters(cli.Figures(figures=(figure,))), "out"}
 
 
 def shuffled(value, order):
