@@ -219,8 +219,6 @@ class Corruption:
     def __post_init__(self):
         check_numbers(self, draws=1, seed=0)
         accept("source", self.source, corruptions.SOURCES)
-        for severity in self.severities or ():
-            accept("severity", severity, range(1, 6))
 
     @property
     def passes(self):
@@ -269,12 +267,15 @@ class Attack:
 
 # %% ../nbs/20_experiments.ipynb #5f17b5e7
 def check_measurable(experiment, measurement):
-    """Raise ValueError if an evaluation asks for more test images than the dataset of the `Experiment` has, or for corruptions that it does not have."""
+    """Raise ValueError if an evaluation asks for more test images than the dataset of the `Experiment` has, or for corruptions or severities that it does not have."""
     dataset, most = experiment.dataset, data.SIZES[experiment.dataset]["test"]
     if (measurement.test_images or 0) > most:
         raise ValueError(f"test_images is {measurement.test_images}; {dataset} has {most}")
-    for name in getattr(measurement, "names", None) or ():
-        accept(f"corruption of {dataset}", name, corruptions.names(dataset))
+    if isinstance(measurement, Corruption):
+        shape = data.IMAGE_SHAPES[dataset]
+        for name in measurement.names or corruptions.benchmark(shape):
+            for severity in measurement.severities or corruptions.default_severities(shape, name):
+                corruptions.check_severity(shape, name, severity)
 
 # %% ../nbs/20_experiments.ipynb #86e50149
 def code_lines(source):

@@ -17,7 +17,7 @@ from .axes import CORRUPTION_GROUPS, DISTINCT_COLOURS, NEUTRAL_COLOUR, accuracy_
 from .corruptions import corruption_errors
 from .data import CLASSES, IMAGE_SHAPES, SIZES
 from sparse_nb.plots import (
-    PANEL, Line, add_line, density_colour, draw_panel, empty_panels, finish, on_lines, only_outer_labels, panel_grid, panel_title, seed_words,
+    Line, add_line, density_colour, draw_panel, empty_panels, finish, on_lines, only_outer_labels, panel_grid, panel_title, seed_words,
 )
 from .stats import class_changes, mean_interval
 from .words import WORDS, radius_text
