@@ -1,6 +1,6 @@
 # `make` alone says what there is. Everything runs in .venv, which is made and filled when a target first needs it.
 .DEFAULT_GOAL := help
-.PHONY: help figures test lab bench bench-faults publish prepare readme clean-venv
+.PHONY: help figures test lab bench bench-faults publish prepare versions readme clean-venv
 
 # Candidates, the first that is >= 3.10 and can make a venv is taken; another one: make PYTHON=/path/to/python3 …
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
@@ -42,6 +42,9 @@ prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make t
 	@$(BIN)/nbdev_clean --fname nbs
 	@$(BIN)/nbdev_clean --fname figures
 	@$(BIN)/python .ci/readme.py
+
+versions: $(INSTALLED) ## after a change of code that shapes numbers: did the numbers change? renews versions.lock if not
+	@$(BIN)/python .ci/versions.py $(ARGS)
 
 readme: $(INSTALLED) ## README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py

@@ -30,6 +30,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=[settings["lib_name"]],
+    package_data={settings["lib_name"]: ["versions.lock"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg", "slurm")},

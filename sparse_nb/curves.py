@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from .identity import canonical
+from .versions import canonical
 from .store import ask_index, read_rows
 
 # %% ../nbs/33_curves.ipynb #19581e27

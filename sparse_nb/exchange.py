@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from .archive import ARCHIVE, pack_runs, unpacked
 from .experiments import experiment_hash
-from .identity import canonical
+from .versions import canonical, is_finished
 from .store import KIND_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, check_columns, create_tables, enter_files, kind_of, parse_records
 from .store import read_table, run_row, sync_folder, write_whole, writing
 from .upkeep import RUN_FILES, outdated_runs, read_manifest, record_files, run_folders, sentence_on, verify_run
@@ -216,7 +216,7 @@ def export(store, experiments, folder, on_outdated=None):
     """Write runs.tar.xz, runs.csv.gz, records.csv.gz and evaluations.csv.gz to `folder`, of those of the `experiments` that are finished, or of all runs if it is None.
 
     What was published in `folder` before stays published, but for runs of earlier code or other data: `on_outdated` is called with their names if there are any.
-    Returns the four paths. Raises ValueError if nothing is finished, or naming a file that was altered, or `folder` if it has more than the store; then nothing is written.
+    Returns the four paths. Raises ValueError if nothing is finished, naming a file that was altered, `folder` if it has more than the store, or a version that is still in work; then nothing is written.
     """
     folder, names = Path(folder), None if experiments is None else {experiment_hash(experiment) for experiment in experiments}
     kept, outdated = already_published(store, folder)
@@ -226,10 +226,12 @@ def export(store, experiments, folder, on_outdated=None):
     paths = [path for run in runs for path in record_files(run)]
     examples = {path.stem: path for path in paths}  # one file for each measurement
     tables = {
-        "runs": (dict(zip(RUN_COLUMNS, run_row(run, None))) for run in runs),
+        "runs": [dict(zip(RUN_COLUMNS, run_row(run, None))) for run in runs],
         "records": (row for path in paths for row in record_rows(path)),
-        "evaluations": (evaluation_row(path) for _, path in sorted(examples.items())),
+        "evaluations": [evaluation_row(path) for _, path in sorted(examples.items())],
     }
+    if unfinished := sorted({row["code"] for name in ("runs", "evaluations") for row in tables[name] if not is_finished(row["code"])}):
+        raise ValueError(f"there are results of version {', '.join(unfinished)}, whose code is still being worked on; they are not published")
     files = {folder / f"{table}.csv.gz": compressed_csv(EXPORTED[table], rows) for table, rows in tables.items()}
     files = {folder / ARCHIVE: pack_runs(runs), **files}
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,14 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numba
 import torch
 
-from . import data
+from . import data, versions
 from .attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
 from .captured_steps import captured
 from .cifar_corruptions import frost_textures
@@ -50,8 +52,11 @@ def environment(device):
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "numba": numba.__version__,
+        "torchattacks": version("torchattacks"),
         "python": platform.python_version(),
     }
 
@@ -203,7 +208,7 @@ def make_network(experiment, store, load, device, **how):
         model, history = prune(experiment, load_run(store, parent, device)), load_history(store, parent)
     if finished:
         restore_checkpoint(store, experiment, model)
-    return finished or save_run(store, experiment, model, history, environment(device))
+    return finished or save_run(store, experiment, model, history, environment(device) | versions.source_provenance())
 
 def measure(job, store, load, device, report):
     """Make the measurements of a job that are still missing; returns their number."""
@@ -276,8 +281,12 @@ def data_in(root):
             os.environ.pop("SPARSE_NB_DATA")
             os.environ.update({"SPARSE_NB_DATA": before} if before is not None else {})
 
-def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own_process):
-    """`run_job` in another process. root: of the store. gpu: (index, share of its memory) or None. own_process: does this process belong to the sweep?"""
+def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own_process, code):
+    """`run_job` in another process. root: of the store. gpu: (index, share of its memory) or None. own_process: does this process belong to the sweep?
+    code: the sweep's `versions.fingerprint`. Raises RuntimeError if this process has other code.
+    """
+    if code != versions.fingerprint():
+        raise RuntimeError(f"the worker on {platform.node()} has other code than the sweep that asks it; install the same package there, or start its workers again")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"the runs folder {root} is not there on {platform.node()}; workers need it, and the datasets, on a filesystem shared with the sweep")
     device = torch.device(device)

@@ -8,6 +8,7 @@ __all__ = ['FIRST', 'planned', 'preset_of', 'next_jobs', 'make_point']
 # %% ../nbs/33_live.ipynb #d4735e3a
 import itertools
 
+from . import versions
 from .attempts import read_progress, save_failure
 from .engines import judge, local_processes
 from .experiments import dense_parent, experiment_hash
@@ -60,7 +61,7 @@ def make_point(store, jobs, *, report, stopped, root=None, device="auto"):
     place_of_work = resolve_device(device).type
     with local_processes(1) as place:
         for number, job in enumerate(jobs):
-            future = place.submit(run_elsewhere, job, str(store.root.absolute()), root, place_of_work, None, None, KEEP_EVERY, True)
+            future = place.submit(run_elsewhere, job, str(store.root.absolute()), root, place_of_work, None, None, KEEP_EVERY, True, versions.fingerprint())
             while not future.done():
                 if stopped.wait(0.2):
                     return "stopped; what was finished is kept"

@@ -24,7 +24,7 @@ from .axes import AXIS_TITLES, place_points
 from .curves import curve_members
 from .data import IMAGE_SHAPES
 from .experiments import experiment_hash
-from .identity import canonical
+from .versions import canonical
 from .measure_plots import corruption_means
 from .plots import BACKGROUND, DARK_BACKGROUND, collect, density_colour, footer_lines, summarise_curves, template
 from .presets import FIGURES, plan, shown_families

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SVG_ROOT', 'HTML_ELEMENT', 'ENDINGS', 'read_header', 'the_only', 'Provenance', 'of_runs', 'of_points', 'to_json',
-           'from_json', 'embed', 'embedded', 'runs_of_csv', 'elsewhere', 'read', 'check_named', 'publish', 'code_now',
-           'head_lines', 'run_line']
+           'from_json', 'embed', 'embedded', 'runs_of_csv', 'elsewhere', 'read', 'check_named', 'publish', 'head_lines',
+           'run_line']
 
 # %% ../nbs/32_provenance.ipynb #566d5451
 import csv
@@ -25,11 +25,11 @@ from PIL.PngImagePlugin import PngInfo
 from plotly.io import write_images
 
 from . import __version__
-from .experiments import TRAINING_CODE, Attack, ClassRecall, Clean, Corruption, WeightNoise, code_version, dense_parent, digest
-from .experiments import evaluation_hash, evaluation_identity, experiment_hash
+from .experiments import dense_parent, evaluation_hash, experiment_hash
 from .jobs import words
 from .plots import smaller_than_paper
 from .store import read_about, run_status
+from .versions import digest, name_of, versions_now
 from .words import WORDS
 
 # %% ../nbs/32_provenance.ipynb #8583f27b
@@ -41,7 +41,7 @@ def read_header(path):
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
-        found = header["experiment"], digest({key: header[key] for key in ("measure", "evaluation", "code")})
+        found = header["experiment"], name_of("evaluation", header)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); delete it to measure again") from error
     if found != (path.parent.parent.name, path.stem):
@@ -258,14 +258,9 @@ def publish(figure, curves, folder, name, provenance):
         return [part.replace(folder / part.name) for part in sorted(Path(temporary).iterdir())]
 
 # %% ../nbs/32_provenance.ipynb #f611e895
-def code_now():
-    """The versions of the code that stands here: {"training" or a measure: version}."""
-    measures = (Clean(), WeightNoise(), ClassRecall(), Corruption(), Attack())
-    return {"training": code_version(*TRAINING_CODE)} | {evaluation.measure: evaluation_identity(evaluation)["code"] for evaluation in measures}
-
 def head_lines(provenance):
     """What a `Provenance` says of all its runs together, as lines for people; nothing is said of what is not known."""
-    now = code_now()
+    now = versions_now()
     here = {name: "as here" if now.get(name) == code else f"here it is {now.get(name)}" for name, code in provenance.code.items()}
     narrower = f", smaller than the preset paper: {'. '.join(provenance.narrower)}" * bool(provenance.narrower)
     lines = [

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .identity import canonical, digest
+from .versions import canonical, digest, name_of
 
 # %% ../nbs/21_store.ipynb #7902699b
 def pack(model):
@@ -127,7 +127,7 @@ def read_proven(folder, name):
 def read_about(folder):
     """`experiment.json` of a run, proven, and to be of the run that the folder is named after. Raises ValueError naming the file."""
     about = json.loads(read_proven(folder, "experiment.json"))
-    found = digest({key: about[key] for key in ("experiment", "data", "code")})
+    found = name_of("experiment", about)
     if found != Path(folder).name:
         raise ValueError(f"{Path(folder) / 'experiment.json'} describes the run {found}; delete the folder {folder} to compute it again")
     return about
@@ -149,8 +149,7 @@ def parse_records(path):
     try:
         header, _, body = path.read_bytes().partition(b"\n")
         header = json.loads(header)
-        identity = {key: header[key] for key in ("measure", "evaluation", "code")}
-        proven = (sha256(body), digest(identity), header["experiment"]) == (header["sha256"], path.stem, path.parent.parent.name)
+        proven = (sha256(body), name_of("evaluation", header), header["experiment"]) == (header["sha256"], path.stem, path.parent.parent.name)
         records = json.loads(b"[" + b",".join(body.splitlines()) + b"]") if proven else []  # at once: faster than line by line
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was altered ({error!r}); delete it to measure again") from error

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'POLL', 'LOOK_AGAIN', 'Board', 'Progress', 'ready', 'fail', 'settle', 'carry_out', 'Summary', 'summarise',
-           'check_engine', 'open_engine', 'run']
+           'check_engine', 'open_engine', 'check_code', 'run']
 
 # %% ../nbs/22_sweep.ipynb #4e074085
 import math
@@ -19,6 +19,7 @@ from functools import cache, partial
 import torch
 from tqdm import tqdm
 
+from . import versions
 from .attempts import read_progress, save_failure
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from .experiments import accept, dense_parent
@@ -204,6 +205,15 @@ def open_engine(engine, workers, scheduler, device, seconds):
         return nullcontext(HERE)
     return local_processes(workers, memory=memory_share(workers) if device.type == "cpu" else None, seconds=seconds)
 
+# %% ../nbs/22_sweep.ipynb #8a582aca
+def check_code(remote):
+    """Raise RuntimeError if the loaded code is not what the versions stand for, or, with workers (`remote`), if they would load other code than this process has."""
+    versions.check_in_step()
+    if changed := versions.changed_on_disk():
+        if remote:
+            raise RuntimeError(f"{', '.join(changed)} changed on disk since this process loaded it, and workers would load the new code; start again")
+        print(f"{', '.join(changed)} changed on disk since this process loaded it; this sweep runs, and records, the code that is loaded", file=sys.stderr)
+
 # %% ../nbs/22_sweep.ipynb #4ec9599f
 def run(experiments, evaluations, *, store, engine="local", workers=None, scheduler=None, device="auto", root=None, minutes=None, limit=None,
         keep_every=KEEP_EVERY, show=True):
@@ -214,7 +224,8 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
     (its address, or a cluster object). device: "auto", "cpu" or "cuda". root: folder of the datasets, see `data.data_root`.
     minutes: nothing is begun that cannot end in this time. limit: minutes for one network, in a worker; one that takes longer is ended like a crashed one.
     keep_every: seconds between the states that a training leaves. show: a progress bar on the standard error. Returns a `Summary`; networks that failed are in it, and in `attempts.load_failures`.
-    Raises ValueError for settings that are not accepted, OSError for what would meet every network, such as a full disk. Finished results stay.
+    Raises ValueError for settings that are not accepted, RuntimeError if the loaded code is not what the declared versions stand for, OSError for what
+    would meet every network, such as a full disk. Finished results stay.
     """
     check_engine(engine, workers, scheduler, minutes, limit)
     device, experiments = resolve_device(device), list(dict.fromkeys(experiments))
@@ -222,6 +233,7 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
     if not board.waiting:
         return summarise(experiments, board, store)
     remote = engine == "dask" or workers is not None
+    check_code(remote)
     for dataset in dict.fromkeys(job.experiment.dataset for job in board.waiting):
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
@@ -237,7 +249,7 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
 
         def elsewhere(job, slot):
             gpu = gpu_share(slot, workers, torch.cuda.device_count()) if device.type == "cuda" and workers else None
-            return place.submit(run_elsewhere, job, str(store.root.absolute()), root, device.type, gpu, deadline, keep_every, engine == "local")
+            return place.submit(run_elsewhere, job, str(store.root.absolute()), root, device.type, gpu, deadline, keep_every, engine == "local", versions.fingerprint())
 
         rates = cache(lambda done: measured_rates(store, device))
 

@@ -25,8 +25,7 @@ from typing import NamedTuple
 
 import safetensors
 
-from . import data
-from .experiments import TRAINING_CODE, code_version
+from . import data, versions
 from .store import KIND_COLUMNS, create_tables, index_path, kind_of, parse_records, read_about, read_proven, run_row
 
 # %% ../nbs/24_upkeep.ipynb #19581e27
@@ -254,7 +253,7 @@ def finished_attempts(root):
 # %% ../nbs/24_upkeep.ipynb #44cb730c
 def outdated_runs(root):
     """Whole runs under `root` that were made by code or from data that are no longer these."""
-    found, code = [], code_version(*TRAINING_CODE)
+    found, code = [], versions.TRAINING
     for folder in run_folders(root):
         if folder.is_symlink() or not is_idle(root / ".attempts" / folder.name) or verify_run(folder).damage:
             continue

@@ -15,10 +15,11 @@ import pytest
 from sparse_nb import archive, sweep
 from sparse_nb.archive import ARCHIVE, pack_runs
 from sparse_nb.exchange import Taken, export, merge, read_export
-from sparse_nb.experiments import Clean, Experiment, WeightNoise, dense_parent, digest
+from sparse_nb.experiments import Clean, Experiment, WeightNoise, dense_parent
 from sparse_nb.jobs import missing_jobs
 from sparse_nb.store import Store, sha256
 from sparse_nb.training import Recipe
+from sparse_nb.versions import name_of
 from sparse_nb.upkeep import leftovers, run_folders, verify
 
 ONE, *OTHERS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=2)) for width in (32, 64, 256)]
@@ -238,10 +239,22 @@ def test_an_export_of_other_weights_is_refused(trained, published, tmp_path):
     assert bytes_in(published) == before
 
 
+def test_results_of_code_in_work_are_not_published(trained, tmp_path):
+    other = Store(shutil.copytree(trained.root, tmp_path / "other"))
+    about = json.loads((other.folder(ONE) / "experiment.json").read_bytes()) | {"code": "2-dev", "unnamed": ["rule"]}
+    shutil.rmtree(other.folder(ONE) / "evaluations")
+    (other.folder(ONE) / "evaluations").mkdir()
+    new = other.folder(ONE).rename(other.root / name_of("experiment", about))
+    forge(new, "experiment.json", json.dumps(about).encode())
+    with pytest.raises(ValueError, match="results of version 2-dev.* not published"):
+        export(other, None, tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+
+
 def test_runs_of_earlier_code_go_when_the_store_lacks_them_and_that_is_said(trained, published, tmp_path):
     other, told = Store(shutil.copytree(trained.root, tmp_path / "other")), []
     about = json.loads((other.folder(ONE) / "experiment.json").read_bytes()) | {"code": "0" * 16}
-    old = other.root / digest({key: about[key] for key in ("experiment", "data", "code")})
+    old = other.root / name_of("experiment", about)
     other.folder(ONE).rename(old)
     shutil.rmtree(old / "evaluations")
     (old / "evaluations").mkdir()

@@ -24,11 +24,11 @@ from sparse_nb import allocation, cli, data, models, sweep, weight_noise
 from sparse_nb.evaluation import evaluate
 from sparse_nb.experiments import Clean, Experiment, WeightNoise, counted_total, evaluation_hash
 from sparse_nb.experiments import evaluation_identity, experiment_hash, experiment_identity, train
-from sparse_nb.identity import canonical, digest
 from sparse_nb.jobs import Job, run_job
 from sparse_nb.presets import FIGURES, PRESETS, narrow, plan
 from sparse_nb.store import RECORD_KEY, Store, load_history, load_run, run_status, parse_records, save_run, sha256
 from sparse_nb.training import Recipe
+from sparse_nb.versions import canonical, digest
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(families=("mlp",), epochs=2, widths=(32, 128))

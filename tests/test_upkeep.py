@@ -18,9 +18,9 @@ import pytest
 from sparse_nb import exchange, sweep, upkeep
 from sparse_nb.exchange import Taken, export, merge, read_export
 from sparse_nb.experiments import ClassRecall, Clean, Experiment, WeightNoise, evaluation_hash
-from sparse_nb.identity import canonical, digest
 from sparse_nb.store import Store, index_path, load_run, sha256
 from sparse_nb.training import Recipe
+from sparse_nb.versions import canonical, digest
 from sparse_nb.upkeep import leftovers, remove, verify, verify_run
 
 NETWORKS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=1)) for width in (32, 64, 256)]

@@ -1,0 +1,161 @@
+"""Tiny networks of every kind, and what they come to: weights and records as SHA-256, losses as numbers.
+
+Golden bits prove nothing about a number being right. They tell whether a change of code, or another machine, changes it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from sparse_nb import data, experiments, jobs, models, sparse_execution
+from sparse_nb.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
+from sparse_nb.training import Recipe
+from sparse_nb.versions import canonical
+
+BITS = Path(__file__).with_name("bits.json")
+TOLERANCE = 1e-5  # of losses, on a machine whose bits are not listed
+
+
+def machine():
+    """What decides bits: the release of PyTorch and the processor's instructions."""
+    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _experiment(family, width, depth, budget, rule="water_filling", schedule="static", images=160, epochs=2, **more):
+    settings = {name: more.pop(name) for name in list(more) if name in {field.name for field in dataclasses.fields(Recipe)}}
+    recipe = Recipe(**{"epochs": epochs, "batch_size": 32, "learning_rate": 0.05, **settings})
+    return Experiment("digits", family, width, depth, budget, 3, recipe, rule, schedule, train_images=images, **more)
+
+
+TRAININGS = {
+    "mlp dense": _experiment("mlp", 32, 1, experiments.counted_total("digits", "mlp", 32, 1)),
+    "mlp walked, water-filling": _experiment("mlp", 256, 1, 4000),
+    "mlp walked, proportional": _experiment("mlp", 512, 1, 3000, "proportional"),
+    "mlp walked, ERK": _experiment("mlp", 256, 1, 3000, "erk"),
+    "mlp of three layers": _experiment("mlp", 256, 3, 3000, batch_size=40),
+    "mlp, dense matrices": _experiment("mlp", 24, 2, 1500, initial_scale="dense"),
+    "mlp pruned by layer": _experiment("mlp", 64, 1, 1000, schedule="magnitude"),
+    "mlp pruned globally": _experiment("mlp", 64, 1, 1000, None, "magnitude", pruning="global"),
+    "mlp augmented, cosine, weight decay": _experiment("mlp", 64, 1, 2000, augment=True, decay="cosine", weight_decay=1e-3),
+    "mlp that converges": _experiment("mlp", 64, 1, 2000, epochs=9, stop_loss=2.0, momentum=0.0),
+    "vgg dense": _experiment("vgg", 4, 11, experiments.counted_total("digits", "vgg", 4, 11), images=64),
+    "vgg walked, water-filling": _experiment("vgg", 16, 11, 12_000, images=64, epochs=1),
+    "vgg walked, proportional, CSR at the end": _experiment("vgg", 16, 11, 12_000, "proportional", images=64, decay="cosine"),
+    "vgg without batch norm": _experiment("vgg", 8, 13, 9000, "erk", images=64, batch_norm=False),
+    "vgg pruned by layer": _experiment("vgg", 6, 11, 9000, schedule="magnitude", images=64, epochs=1),
+    "resnet dense": _experiment("resnet", 8, 18, experiments.counted_total("digits", "resnet", 8, 18), images=64, epochs=1),
+    "resnet walked, water-filling": _experiment("resnet", 12, 18, 12_000, images=64, epochs=1),
+    "resnet walked, proportional": _experiment("resnet", 16, 18, 12_000, "proportional", images=64, epochs=1),
+    "resnet50 repeated": _experiment("resnet", 8, 50, 12_000, images=32, epochs=1, repeat=2),
+}
+MEASUREMENTS = {
+    "clean": Clean(),
+    "weight noise": WeightNoise(sigmas=(0.0, 0.2), draws=2),
+    "weight noise on all parameters": WeightNoise(sigmas=(0.3,), draws=1, scope="all"),
+    "class recall": ClassRecall(),
+    "corruption": Corruption(draws=1, source="generated"),
+    "attack": Attack(attacks=("fgsm", "ffgsm", "bim", "pgd", "apgd", "longer_pgd"), epsilons=(0, 0.02), steps=3),
+}
+
+
+def train(experiment):
+    """(model, losses of the epochs) of an `Experiment`, made as a sweep makes it."""
+    parent = experiments.dense_parent(experiment)
+    with jobs.sound_kernels(experiment, torch.device("cpu")):
+        model, history = experiments.train(parent or experiment, data.load_images("digits", "train"))
+    return experiments.prune(experiment, model) if parent else model, [epoch.loss for epoch in history.epochs]
+
+
+def _numbers(size):
+    """`size` numbers between -1/2 and 1/2 that no random generator has made."""
+    return (torch.arange(size) * 2654435761 % 2**20).double() / 2**20 - 0.5
+
+
+def network(family, shape):
+    """A sparse network for images of `shape` whose weights come from arithmetic alone, so that training's version has no part in it."""
+    width, depth = {"mlp": (96, 1), "vgg": (6, 11)}[family]
+    model = models.build_model(family, shape, 10, width=width, depth=depth)
+    kept = {}
+    for number, (name, weight) in enumerate(models.counted_weights(model).items()):
+        step = 3 if number % 2 else 17
+        kept[name] = torch.arange(number % step, weight.numel(), step)
+    model = sparse_execution.sparse_network(model, kept)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 6 / math.sqrt(max(1, parameter.numel() / len(getattr(model.get_submodule(name.rpartition(".")[0]), "shape", parameter.shape))))
+            parameter.copy_((_numbers(parameter.numel()) * scale).view(parameter.shape).to(parameter))
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.fill_(1.0)
+    return model.eval()
+
+
+def images(name):
+    """40 test images of digits, or 12 made-up ones in the shape of CIFAR-10."""
+    if name == "digits":
+        return data.load_images("digits", "test").take(torch.arange(40))
+    pixels = ((_numbers(12 * 3072).view(12, 3, 32, 32) + 0.5).cumsum(3) * 16).to(torch.uint8)
+    return data.ImageSet(pixels, torch.arange(12) % 10, 10, "cifar10", "test")
+
+
+def _sha(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def weights_hash(model):
+    """16 hexadecimal digits for the whole state of a network: weights, positions, running statistics."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    return _sha(b"".join(name.encode() + value.numpy().tobytes() for name, value in sorted(state.items())))
+
+
+def _of_training(name):
+    model, losses = train(TRAININGS[name])
+    return {"version": "training", "losses": losses, "bits": weights_hash(model)}
+
+
+def _of_measurement(name, family, dataset):
+    measurement, found = MEASUREMENTS[name], images(dataset)
+    records = measurement.run(network(family, found.shape), found)
+    losses = [record.value for record in records if record.quantity in ("loss", "loss_increase")]
+    return {"version": measurement.measure, "losses": losses, "bits": _sha(canonical(records).encode())}
+
+
+_CASES = {name: (_of_training, name) for name in TRAININGS} | {
+    f"{name}, {family}, {dataset}": (_of_measurement, name, family, dataset)
+    for name in MEASUREMENTS for family, dataset in (("mlp", "digits"), ("vgg", "cifar10"))
+    if name != "corruption" or (family, dataset) == ("vgg", "cifar10")
+} | {"corruption, mlp, digits": (_of_measurement, "corruption", "mlp", "digits")}
+
+
+def compute(name):
+    """What a case comes to here: {"version": "training" or a measure, "losses": list of float, "bits": 16 hexadecimal digits}."""
+    function, *arguments = _CASES[name]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+NAMES = tuple(_CASES)
+
+
+def listed():
+    """The golden cases: {case: {"version", "losses", "bits": {machine: hash}}}."""
+    return json.loads(BITS.read_text(encoding="utf-8")) if BITS.exists() else {}
+
+
+def compare(name, found, golden):
+    """What differs between a computed case and the golden one, in words; None if nothing does. Bits count on a machine that is listed, losses elsewhere."""
+    if name not in golden:
+        return f"{name} is not among the golden cases"
+    wanted = golden[name]
+    if machine() in wanted["bits"]:
+        return None if found["bits"] == wanted["bits"][machine()] else f"{name}: bits {found['bits']}, golden {wanted['bits'][machine()]} ({machine()})"
+    apart = [abs(a - b) / max(1, abs(b)) for a, b in zip(found["losses"], wanted["losses"], strict=True)]
+    return None if max(apart, default=0) <= TOLERANCE else f"{name}: losses differ by {max(apart):.1e} from golden ones, {TOLERANCE:g} is allowed"
