@@ -15,14 +15,14 @@ help: ## this list
 figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop"
 	@$(BIN)/sparse-nb figures $(or $(ARGS),--workers 2)
 
-test: $(BROWSER) ## export, clean and README drift, the notebooks, pytest: a line for each
+test: $(BROWSER) ## is all in step, the notebooks, their outputs, pytest: a line for each
 	@$(BIN)/python .ci/stages.py
 
 lab: $(INSTALLED) ## the explorer and the notebooks, in JupyterLab; as root: make lab ARGS=--allow-root
 	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/explore.ipynb $(ARGS)
 
 bench: $(INSTALLED) ## ratios measured side by side in one run
-	@$(BIN)/sparse-nb bench $(ARGS)
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-faults: $(BROWSER) ## kills, crashes, damage, full disks in full numbers: what survives (half an hour)
 	@$(BIN)/python .ci/faults.py
@@ -38,10 +38,7 @@ publish: $(BROWSER) ## after a sweep: figures, claims and runs that are finished
 	@$(MAKE) --no-print-directory prepare
 
 prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make test` then finds in step
-	@$(BIN)/nbdev_export
-	@$(BIN)/nbdev_clean --fname nbs
-	@$(BIN)/nbdev_clean --fname figures
-	@$(BIN)/python .ci/readme.py
+	@$(BIN)/python .ci/prepare.py
 
 versions: $(INSTALLED) ## after a change of code that shapes numbers: did the numbers change? renews versions.lock if not
 	@$(BIN)/python .ci/versions.py $(ARGS)

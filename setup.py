@@ -3,7 +3,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -29,8 +29,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=[settings["lib_name"]],
-    package_data={settings["lib_name"]: ["versions.lock"]},
+    packages=find_packages(include=[f"{settings['lib_name']}*"]),
+    package_data={f"{settings['lib_name']}.study": ["versions.lock"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg", "slurm")},

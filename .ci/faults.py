@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("survival", "index", "upkeep", "faults", "corruption_archives", "data")
+TESTS = ("sweep/test_survival", "sweep/test_faults", "runs/test_index", "runs/test_verify", "robustness/test_archives", "data/test_data")
 
 
 def main():
@@ -16,7 +16,7 @@ def main():
         said.touch()
         environment = os.environ | {"SPARSE_NB_FAULTS": "full", "SPARSE_NB_FAULTS_REPORT": str(said), "OMP_NUM_THREADS": "1"}
         status = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in TESTS)], cwd=ROOT, env=environment
+            [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}.py" for name in TESTS)], cwd=ROOT, env=environment
         ).returncode
         lines = said.read_text(encoding="utf-8")
     print(f"\n{lines}", end="")

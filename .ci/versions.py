@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests/golden"))
 
 import cases  # noqa: E402
 
-from sparse_nb import versions  # noqa: E402
+from sparse_nb.study import versions  # noqa: E402
 
 
 def main():

@@ -1,10 +1,14 @@
 """What the markers of pyproject.toml ask for: a test whose needs are not met here is skipped, and says why."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests/golden")]
 
 
 def unmet(marker, config):

@@ -15,9 +15,9 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sparse_nb.presets import FIGURES, PRESETS
-from sparse_nb.reproducibility import published_runs, reproducibility_table
-from sparse_nb.verdicts import as_markdown, claims_table, refuted_among_all
+from sparse_nb.study.studies import FIGURES, PRESETS
+from sparse_nb.results.reproducibility import published_runs, reproducibility_table
+from sparse_nb.claims.verdicts import as_markdown, claims_table, refuted_among_all
 
 try:
     import tomllib
@@ -25,7 +25,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted([*ROOT.glob("nbs/*.ipynb"), *ROOT.glob("figures/*.ipynb")])
+NOTEBOOKS = sorted(path for folder in ("nbs", "figures", "benchmarks") for path in (ROOT / folder).rglob("*.ipynb") if "rendered" not in path.parts)
 CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido", "playwright": "playwright-python", "build": "python-build"}
 PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
 

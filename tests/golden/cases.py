@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
-from sparse_nb import data, experiments, jobs, models, sparse_execution
-from sparse_nb.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
-from sparse_nb.training import Recipe
-from sparse_nb.versions import canonical
+from sparse_nb import data
+from sparse_nb.networks import models, sparse_layers
+from sparse_nb.study import experiments
+from sparse_nb.sweep import jobs
+from sparse_nb.study.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
+from sparse_nb.networks.training import Recipe
+from sparse_nb.study.versions import canonical
 
 BITS = Path(__file__).with_name("bits.json")
 TOLERANCE = 1e-5  # of losses, on a machine whose bits are not listed
@@ -83,7 +86,7 @@ def network(family, shape):
     for number, (name, weight) in enumerate(models.counted_weights(model).items()):
         step = 3 if number % 2 else 17
         kept[name] = torch.arange(number % step, weight.numel(), step)
-    model = sparse_execution.sparse_network(model, kept)
+    model = sparse_layers.sparse_network(model, kept)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 6 / math.sqrt(max(1, parameter.numel() / len(getattr(model.get_submodule(name.rpartition(".")[0]), "shape", parameter.shape))))

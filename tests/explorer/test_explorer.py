@@ -1,0 +1,311 @@
+"""The explorer in a real browser, served by Voilà and in JupyterLab, and what the server refuses."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tornado.websocket import websocket_connect
+
+from sparse_nb.sweep import sweep
+from sparse_nb.runs.attempts import save_failure
+from sparse_nb.study.studies import narrow, plan
+from sparse_nb.explorer.serve import start_server
+from sparse_nb.runs.store import Store
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "nbs" / "explore.ipynb"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium or Chrome on the path")
+PATIENCE = 120  # seconds
+FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do
+
+POINT = """() => {
+    const plot = document.querySelector('.js-plotly-plot'), box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout, {x, y} = plot.data[1]
+    return [box.x + xaxis._offset + xaxis.d2p(x[1]), box.y + yaxis._offset + yaxis.d2p(y[1])]
+}"""  # where the second point of the curve is, in pixels
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def answer(url, **headers):
+    """(status, body) of a GET."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as found:
+            return found.status, found.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, ""
+
+
+def wait_for_port(port, process):
+    deadline = time.time() + PATIENCE
+    while time.time() < deadline and process.poll() is None:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"the server is not there; its status is {process.poll()}")
+
+
+@contextmanager
+def ended(process):
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Width curves of an MLP on digits under weight noise, of two seeds; one network of the plan is missing, and one of another width failed."""
+    store, points = Store(tmp_path_factory.mktemp("explorer") / "runs"), plan("fig01", narrow("smoke", families="mlp", widths="32 128 512"))
+    points = [p for p in points if (p.experiment.width, p.experiment.seed) != (512, 1)]
+    sweep.run([p.experiment for p in points], [points[0].evaluation], store=store, device="cpu", show=False)
+    save_failure(store, dataclasses.replace(points[-1].experiment, width=256), "digits mlp width 256", "its process was killed by SIGSEGV", 3)
+    return store
+
+
+@pytest.fixture(scope="module")
+def served(store, tmp_path_factory):
+    """Address of the page served by Voilà."""
+    port = free_port()
+    with ended(start_server(PAGE, tmp_path_factory.mktemp("page"), runs=store.root, port=port)) as process:
+        wait_for_port(port, process)
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield found
+        found.close()
+
+
+@contextmanager
+def watched_page(browser):
+    """A page; afterwards: no error on its console, no request to another host."""
+    page, errors, hosts = browser.new_page(viewport={"width": 1300, "height": 1000}), [], set()
+    page.set_default_timeout(1000 * PATIENCE)
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).hostname))
+    yield page
+    page.close()
+    assert not errors
+    assert hosts - {None, ""} <= {"127.0.0.1"}
+
+
+def drawn(page):
+    """The heights of the points of the disturbed curve, as plotly has them."""
+    return page.evaluate("Array.from(document.querySelector('.js-plotly-plot').data[1].y)")
+
+
+def expected(store, sigma):
+    """The same, from the records."""
+    table = store.table(strength=sigma, quantity="accuracy", measure="weight_noise")
+    return [100 * table[table.width == width].groupby("seed").value.mean().mean() for width in (32, 128, 512)]
+
+
+def expected_last(store):
+    """The height of the sparsest point at the first strength."""
+    table = store.table(strength=0.1, quantity="accuracy", measure="weight_noise", schedule="static")
+    return 100 * table[table.density == table.density.min()].groupby("seed").value.mean().mean()
+
+
+def move_slider(page, store):
+    """Move the slider by keyboard through all strengths and back to the first, and see the curve follow."""
+    page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+    assert drawn(page) == pytest.approx(expected(store, 0.1))
+    slider = page.locator("[role=slider]").first
+    slider.focus()
+    for key, sigma in [("ArrowRight", 0.2), ("ArrowRight", 0.3), ("End", 0.5), ("Home", 0.1)]:
+        page.keyboard.press(key)
+        wanted = expected(store, sigma)
+        page.wait_for_function("y => Math.abs(document.querySelector('.js-plotly-plot').data[1].y[0] - y) < 1e-6", arg=wanted[0])
+        assert drawn(page) == pytest.approx(wanted)
+
+
+def slowness():
+    """How many times longer than alone this process takes now: the machine may be busy with other things."""
+    start, used = time.perf_counter(), time.process_time()
+    while time.process_time() - used < 0.3:
+        pass
+    return (time.perf_counter() - start) / 0.3
+
+
+def keep_picture(page, name):
+    if folder := os.environ.get("SPARSE_NB_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
+
+@needs_browser
+def test_served_page(browser, served, store):
+    with watched_page(browser) as page:
+        page.goto(served)
+        move_slider(page, store)
+        assert "load_run" not in page.content()
+        page.get_by_label("a point").select_option(index=1)
+        page.wait_for_selector("pre:has-text('load_run(Store(')")
+        at = page.evaluate(POINT)
+        page.mouse.move(*at)
+        page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
+        page.mouse.click(*at)
+        page.wait_for_function("document.querySelector('pre').innerText.includes('width=128')")
+        keep_picture(page, "served")
+        code = page.locator("pre").inner_text()
+    loaded = subprocess.run([sys.executable, "-c", code + "\nprint(sum(p.numel() for p in model.parameters()))"], cwd=ROOT, capture_output=True, text=True)
+    assert loaded.returncode == 0 and int(loaded.stdout) > 1000, loaded.stderr  # what was shown, pasted
+
+
+@needs_browser
+def test_a_cell_of_the_heat_map_is_chosen_by_click(browser, served, store):
+    with watched_page(browser) as page:
+        page.goto(served)
+        page.get_by_role("button", name="heat map").click()
+        cells = page.locator(".js-plotly-plot .heatmaplayer image")
+        cells.wait_for()
+        box = cells.bounding_box()
+        columns, rows = page.evaluate("(({x, y}) => [x.length, y.length])(document.querySelector('.js-plotly-plot').data[0])")
+        assert (columns, rows) == (4, 5)  # a column for the network that failed as well
+        at = box["x"] + 1.5 * box["width"] / columns, box["y"] + 1.5 * box["height"] / rows  # the second column, the fourth strength
+        page.mouse.move(*at)
+        page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
+        page.mouse.click(*at)
+        page.wait_for_function("document.querySelector('pre')?.innerText.includes('width=128')")
+        page.locator(".widget-readout").get_by_text("σ = 0.4", exact=True).wait_for()
+        value = store.table(strength=0.4, quantity="accuracy", measure="weight_noise", width=128, seed=0).value.mean()
+        assert f"{100 * value:.1f} %" in page.content()
+
+
+@needs_browser
+def test_what_failed_has_a_mark_at_its_place(browser, served):
+    with watched_page(browser) as page:
+        page.goto(served)
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        failed = page.evaluate("(({x, y, name, text}) => ({x: [...x], name, text}))(document.querySelector('.js-plotly-plot').data[5])")
+        assert failed == {"x": [12.5], "name": "failed", "text": ["1 failed"]}
+        page.mouse.move(*page.evaluate(POINT.replace("plot.data[1]", "plot.data[5]").replace("x[1]", "x[0]").replace("y[1]", "y[0]")))
+        page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
+        assert "SIGSEGV" in page.text_content(".js-plotly-plot .hoverlayer")
+
+
+FIRST_VIEW = """
+import sys, time
+from sparse_nb.explorer.widgets import explore
+explore(sys.argv[1])
+print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", "torchvision", "torchattacks") if name in sys.modules))
+"""
+
+
+@pytest.mark.timed
+def test_first_view_is_drawn_without_torch(store):
+    said = subprocess.run([sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, said  # seconds of this process alone, whatever else the machine does
+
+
+@pytest.mark.timed
+@needs_browser
+def test_in_jupyterlab(browser, store, tmp_path):
+    port, page_copy = free_port(), tmp_path / "explore.ipynb"
+    shutil.copy(PAGE, page_copy)
+    command = [
+        sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}", "--allow-root",
+        "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--LabApp.workspaces_dir={tmp_path / 'workspaces'}", f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
+    ]
+    environment = os.environ | {"SPARSE_NB_RUNS": str(store.root), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    with ended(subprocess.Popen(command, env=environment, cwd=tmp_path)) as process:
+        wait_for_port(port, process)
+        with watched_page(browser) as page:
+            page.goto(f"http://127.0.0.1:{port}/lab/tree/explore.ipynb")
+            page.get_by_role("heading", name="Sparsity and robustness").wait_for()
+            page.get_by_text("| Idle").wait_for()  # the kernel
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            busy, start = slowness(), time.perf_counter()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            page.wait_for_selector(".js-plotly-plot .scatterlayer .trace path.point")
+            seconds = time.perf_counter() - start
+            busy = max(busy, slowness())
+            print(f"first paint {seconds:.1f} s after the kernel was ready, on a machine {busy:.1f} times slower than alone")
+            assert seconds < 1.5 * FIRST_PAINT * busy
+            move_slider(page, store)
+            keep_picture(page, "lab")
+
+
+def test_server_gives_no_code(served):
+    """Neither sources, nor files, nor an interface to them, nor anything under another host's name."""
+    assert "import" not in answer(f"{served}/voila/files/explore.ipynb")[1]
+    for path in ("api/contents", "api/contents/explore.ipynb", "api/kernels", "api/sessions", "api/terminals", "terminals/1", "lab", "files/explore.ipynb", "voila/files/explore.ipynb"):
+        status, body = answer(f"{served}/{path}")
+        assert status in (403, 404, 405) or "sparse_nb.explorer.widgets" not in body and '"cells"' not in body and "[{" not in body, (path, status)
+    assert answer(served, Host="evil.example")[0] == 403
+
+
+def test_server_executes_nothing_that_is_sent(served):
+    """A kernel's channel, which the page needs, does not take code."""
+    kernel = re.search(r'"kernelId": ?"([0-9a-f-]{36})"', answer(served)[1])[1]
+    session, identity = uuid.uuid4().hex, uuid.uuid4().hex
+    header = {"msg_id": identity, "msg_type": "execute_request", "session": session, "username": "", "version": "5.3", "date": ""}
+    message = {"header": header, "parent_header": {}, "metadata": {}, "channel": "shell", "buffers": [], "content": {"code": "print(6 * 7)", "silent": False, "user_expressions": {}}}
+
+    async def say():
+        channel = await websocket_connect(f"{served.replace('http', 'ws')}/api/kernels/{kernel}/channels?session_id={session}")
+        await channel.write_message(json.dumps(message))
+        asked = {**message, "header": {**header, "msg_id": uuid.uuid4().hex, "msg_type": "kernel_info_request"}, "content": {}}
+        await channel.write_message(json.dumps(asked))
+        seen = []
+        while not seen or seen[-1]["msg_type"] != "kernel_info_reply":
+            seen.append(json.loads(await channel.read_message()))
+        channel.close()
+        return seen
+
+    async def talk():
+        return await asyncio.wait_for(say(), PATIENCE)
+
+    with ThreadPoolExecutor(1) as elsewhere:  # playwright keeps this thread's loop busy
+        seen = elsewhere.submit(asyncio.run, talk()).result()
+    assert not any(m["parent_header"].get("msg_id") == identity or m["msg_type"] in ("execute_reply", "stream") for m in seen)
+
+
+@needs_browser
+def test_one_more_point_from_the_page(browser, served, store):
+    """The missing network is trained from the page; stopped before, it leaves the store as it was."""
+    with watched_page(browser) as page:
+        page.goto(served)
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        before = len(store.runs())
+        page.get_by_role("button", name="train one more point").click()
+        page.get_by_role("button", name="stop").click()
+        page.get_by_text("stopped; what was finished is kept").wait_for()
+        assert len(store.runs()) == before and drawn(page) == pytest.approx(expected(store, 0.1))
+        page.get_by_role("button", name="train one more point").click()
+        page.get_by_text("done", exact=True).wait_for()
+        assert len(store.runs()) == before + 1 and store.table(width=[512, 2048]).experiment.nunique() == 2
+        page.wait_for_function("y => document.querySelector('.js-plotly-plot').data[1].y.includes(y)", arg=expected_last(store))
+        keep_picture(page, "grown")

@@ -1,0 +1,333 @@
+"""What no cell can test of the page: a browser opens it from disk, hands on the keyboard, and what it draws is what pandas finds."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from choreographer.browsers.chromium import Chromium
+from playwright.sync_api import sync_playwright
+from plotly.offline import get_plotlyjs
+from scipy import stats
+
+from sparse_nb.results import plots
+from sparse_nb.data import CLASSES
+from sparse_nb.explorer.page import CONTROLS, write_page
+from sparse_nb.study.studies import FIGURES, narrow, plan
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
+SELECTS = [*CONTROLS, "question"]
+
+
+def kinds_of_records(point):
+    """(quantity, name, strength, draw) of what a point's measurement records."""
+    measure, e = point.evaluation.measure, point.evaluation
+    if measure == "weight_noise":
+        return [("accuracy", "", sigma, draw) for sigma in e.sigmas for draw in range(2)]
+    if measure == "corruption":
+        pairs = [pair.rpartition(" ") for _, pairs in e.origins for pair in pairs.split(", ")]
+        return [("accuracy", "", 0.0, 0), *(("accuracy", name, float(severity), draw) for name, _, severity in pairs for draw in range(2 if "noise" in name else 1))]
+    if measure == "attack":
+        return [("accuracy", name, epsilon, 0) for name in e.attacks for epsilon in e.epsilons]
+    return [("accuracy", "", 0.0, 0), ("lowest_recall", "", 0.0, 0), *(("recall", str(k), 0.0, 0) for k in range(CLASSES[point.experiment.dataset]))]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Every combination of two datasets, families, ways to grow and rules, both schedules, all measures; the numbers are chosen at random.
+
+    On MNIST, the MLP of width 1024 has a diverged network, the one of width 2048 only diverged ones, the one of 256 a network that did not converge.
+    """
+    preset, rows, plans = narrow("laptop", datasets="mnist cifar10", families="mlp vgg", seeds=3), [], {}
+    for name, figure in FIGURES.items():
+        if figure.families != ("resnet",) and figure.growths != ("control",):
+            plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=tmp_path_factory.mktemp("no_data"))))
+    for (schedule, measure), points in plans.items():
+        for point in points:
+            place = {**plots.place_of(point), "schedule": schedule, "measure": measure, "effective_density": 1.0}
+            mnist = place["dataset"] == "mnist" and place["family"] == "mlp"
+            if mnist and (place["width"] == 2048 or (place["width"] == 1024 and place["seed"] == 1)):
+                rows.append({**place, "status": "diverged"})
+                continue
+            status = "epochs" if mnist and place["width"] == 256 and place["seed"] == 2 else "converged"
+            rows += [{**place, "status": status, "quantity": q, "name": n, "strength": s, "draw": d} for q, n, s, d in kinds_of_records(point)]
+    table = pd.DataFrame(rows)
+    return table.assign(value=np.random.default_rng(0).random(len(table))).assign(value=lambda t: t.value.where(t.quantity.notna()))
+
+
+@pytest.fixture(scope="module")
+def path(table, tmp_path_factory):
+    return write_page(table, tmp_path_factory.mktemp("page") / "explore.html", provenance=["Chosen numbers."])[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = Chromium.find_browser(skip_local=False)
+    if not found:
+        pytest.skip("there is no Chrome or Chromium to open the page in")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file as a page; at the end there must have been neither a message, nor an error, nor a request for anything but files on disk."""
+    contexts, said, asked = [], [], []
+
+    def opened(path, *, width=1000, height=900, scheme="light"):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert asked and all(url.startswith(("file:///", "data:", "blob:")) for url in asked), asked
+
+
+def drawn(page):
+    """What the plotly element holds, {name of the trace: trace}, the bars together as a list under "bars"."""
+    traces = page.evaluate("""() => document.getElementById("chart").data.map(t => ({name: t.name, x: [...t.x], y: [...t.y], text: t.text, marker: t.marker, error: t.error_y}))""")
+    return {trace["name"]: trace for trace in traces if trace["name"] != "bar"} | {"bars": [trace["error"] for trace in traces if trace["name"] == "bar"]}
+
+
+def by_hand(rows):
+    """{width: (mean, half of the 95 % interval)} over seeds, in percent, of records that are to be averaged within each network first."""
+    of_seed = rows.groupby(["width", "seed"]).value.mean().groupby("width").agg(["mean", "std", "size"])
+    half = stats.t.ppf(0.975, of_seed["size"] - 1) * of_seed["std"] / np.sqrt(of_seed["size"])
+    return {width: (100 * mean, 100 * h) for width, mean, h in zip(of_seed.index, of_seed["mean"], half)}
+
+
+def assert_draws(page, rows, expected):
+    """The page draws the means and bars `expected` (of `by_hand`) at the places of `rows`, and a gap where there are none."""
+    places = rows.drop_duplicates("width").sort_values("density", ascending=False)
+    found = drawn(page)
+    assert len(found["points"]["y"]) == len(places) > 1
+    for width, density, x, y, bar in zip(places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"]):
+        assert x == pytest.approx(100 * density, rel=1e-5)
+        mean, half = expected.get(width, (None, None))
+        assert y is None if mean is None else y == pytest.approx(mean, abs=0.0051)
+        assert bar["array"][0] == pytest.approx(half, abs=0.0051) if half is not None else not bar["visible"]
+
+
+def keyboard_to(page, name):
+    """Press Tab until the control has the focus, which must be seen."""
+    for _ in range(30):
+        if page.evaluate("document.activeElement.id") == name:
+            break
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == name
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def chosen(page, name):
+    return page.evaluate("name => document.getElementById(name).selectedOptions[0].textContent", name)
+
+
+def choose(page, name, words):
+    """Choose by keyboard the option with these words."""
+    keyboard_to(page, name)
+    page.keyboard.press("Home")
+    for _ in range(40):
+        if chosen(page, name) == words:
+            return
+        page.keyboard.press("ArrowDown")
+    raise AssertionError(f"{name} cannot be set to {words}")
+
+
+def test_slider_by_keyboard_draws_what_pandas_finds(table, path, open_page):
+    page = open_page(path)
+    noise = table[(table.dataset == "mnist") & (table.family == "mlp") & (table.growth == "width") & (table.schedule == "static")
+                  & (table.rule == "water_filling") & (table.measure == "weight_noise")]
+    sigmas = sorted(noise.strength.dropna().unique())
+    keyboard_to(page, "strength")
+    seen = []
+    for steps, sigma in enumerate(reversed(sigmas)):
+        if steps:
+            page.keyboard.press("ArrowLeft")
+        words = f"{sigma:g}" if sigma else "0 (clean)"
+        assert page.inner_text("#value") == words == page.get_attribute("#strength", "aria-valuetext")
+        assert f"σ = {words}" in page.inner_text("#title")
+        assert_draws(page, noise, by_hand(noise[noise.strength == sigma]))
+        clean = by_hand(noise[noise.strength == 0])
+        assert [y for y in drawn(page)["clean"]["y"] if y is not None] == pytest.approx([clean[width][0] for width in sorted(clean)], abs=0.0051)
+        seen.append(tuple(drawn(page)["points"]["y"]))
+    assert len(set(seen)) == len(sigmas) == 11
+
+
+def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
+    page = open_page(path)
+    found = drawn(page)
+    widths = [2**k for k in range(7, 16)]
+    measured = [y for y in found["points"]["y"] if y is not None]
+    marked = dict(zip(found["marked"]["x"], found["marked"]["y"]))
+    assert marked[100] == found["points"]["y"][0] and max(measured) in marked.values()
+    symbols = dict(zip(widths, found["points"]["marker"]["symbol"]))
+    assert {width for width, symbol in symbols.items() if symbol == "circle-open"} == {256, 1024, 2048}
+    assert found["diverged"]["text"] == ["1 of 3 diverged", "3 of 3 diverged"] and found["points"]["y"][widths.index(2048)] is None
+    assert found["points"]["marker"]["color"] == [plots.density_colour(128 / width) for width in widths]
+    place = table[(table.dataset == "mnist") & (table.family == "mlp") & (table.width == 512) & (table.schedule == "static") & (table.rule == "water_filling") & (table.growth == "width")]
+    hover = found["points"]["text"][2]
+    assert "3 seeds" in hover and "remaining weights 25\u00a0%" in hover and all(run in hover for run in place.experiment.unique())
+    page.mouse.move(*page.evaluate("""() => {const box = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point")).find(p => p.length > 2)[2].getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2]}"""))
+    page.wait_for_selector("#chart .hoverlayer .hovertext")
+    assert "3 seeds" in page.text_content("#chart .hoverlayer .hovertext")
+
+
+QUESTIONS = [
+    ("corrupted images", "mean of all", "4", lambda t: t[(t.measure == "corruption") & (t.strength == 4)].groupby(["width", "seed", "name"]).value.mean().reset_index()),
+    ("corrupted images", "gaussian noise", "2", lambda t: t[(t.measure == "corruption") & (t.strength == 2) & (t.name == "gaussian_noise")]),
+    ("corrupted images", "fog", "0 (clean)", lambda t: t[(t.measure == "corruption") & (t.strength == 0)]),
+    ("adversarial attacks", "PGD", "8/255", lambda t: t[(t.measure == "attack") & (t.strength == 8 / 255) & (t.name == "pgd")]),
+    ("none (class recall)", "lowest of all", "", lambda t: t[t.quantity == "lowest_recall"]),
+    ("none (class recall)", "class 3", "", lambda t: t[(t.quantity == "recall") & (t.name == "3")]),
+]
+
+
+@pytest.mark.parametrize("measure, question, stop, records", QUESTIONS)
+def test_every_measure_by_keyboard(table, path, open_page, measure, question, stop, records):
+    page = open_page(path)
+    for name, words in [("dataset", "CIFAR-10"), ("family", "VGG"), ("rule", "proportional"), ("measure", measure), ("question", question)]:
+        choose(page, name, words)
+    if stop:
+        keyboard_to(page, "strength")
+        page.keyboard.press("Home")
+        for _ in range(10):
+            if page.inner_text("#value") != stop:
+                page.keyboard.press("ArrowRight")
+        assert page.inner_text("#value") == stop
+    assert page.is_visible("#strength") == bool(stop)
+    curve = table[(table.dataset == "cifar10") & (table.family == "vgg") & (table.rule == "proportional") & (table.schedule == "static") & (table.growth == "width")]
+    assert_draws(page, curve, by_hand(records(curve)))
+    assert question in page.inner_text("#title")
+
+
+def test_every_select_changes_by_keyboard_and_only_what_exists_can_be_chosen(table, path, open_page):
+    page = open_page(path)
+    for name in SELECTS:
+        if name == "question":
+            choose(page, "measure", "adversarial attacks")
+        before, picture = chosen(page, name), drawn(page)["points"]["y"]
+        keyboard_to(page, name)
+        page.keyboard.press("ArrowDown")
+        assert chosen(page, name) != before and drawn(page)["points"]["y"] != picture
+        page.keyboard.press("ArrowUp")
+        assert chosen(page, name) == before
+    combinations = set(table[list(CONTROLS)].itertuples(index=False, name=None))
+    offered = page.evaluate("""() => {
+      const found = [], selects = [...document.querySelectorAll("select.where")];
+      const walk = i => {
+        if (i === selects.length) return found.push(selects.map(s => s.selectedOptions[0].textContent));
+        for (const value of [...selects[i].options].filter(o => !o.disabled).map(o => o.value)) {
+          selects[i].value = value;
+          selects[i].dispatchEvent(new Event("change"));
+          walk(i + 1);
+        }
+      };
+      walk(0);
+      return found;
+    }""")
+    words = {tuple(CONTROLS[name][1][value] for name, value in zip(CONTROLS, combination)) for combination in combinations}
+    assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * (2 * (4 + 3 + 2) + 1)  # measures by width, by depth, after pruning; of ERK, noise by width
+
+
+def test_depth_has_evenly_spaced_steps(table, path, open_page):
+    page = open_page(path)
+    choose(page, "family", "VGG")
+    choose(page, "growth", "depth")
+    assert drawn(page)["points"]["x"] == [0, 1, 2, 3, 4, 5]
+    assert page.evaluate("document.getElementById('chart').layout.xaxis.title.text") == "depth, remaining weights (%)"
+
+
+def test_numbers_are_in_a_table_and_titles_in_words(path, open_page):
+    page = open_page(path)
+    keyboard = page.locator("summary")
+    keyboard.focus()
+    page.keyboard.press("Enter")
+    rows = page.locator("#rows tr").all_inner_texts()
+    assert len(rows) == 9 and rows[0].startswith("100\u00a0%") and "3 diverged" in rows[4]
+    means = [None if "–" in row.split("\t")[3] else float(row.split("\t")[3].split("\u00a0")[0]) for row in rows]
+    assert means == [None if y is None else pytest.approx(y, abs=0.051) for y in drawn(page)["points"]["y"]]
+    layout = page.evaluate("(({xaxis, yaxis}) => [xaxis.title.text, yaxis.title.text, xaxis.type, xaxis.range])(document.getElementById('chart').layout)")
+    assert layout[:3] == ["remaining weights (%)", "accuracy (%)", "log"] and layout[3][0] > layout[3][1]
+    assert page.inner_text("#title") == "MLP on MNIST, growing in width: accuracy under weight noise, σ = 0.5"
+    for label in ("Images", "Network", "Sparser by growing in", "Weights removed", "Shared out over layers by", "Disturbance", "Noise σ"):
+        assert page.get_by_label(label, exact=True).is_visible()
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_phone(path, open_page, width):
+    page = open_page(path, width=width, height=844)
+    page.click("summary")
+    for measure in ("weight noise", "corrupted images", "adversarial attacks", "none (class recall)"):
+        page.select_option("#measure", label=measure)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    sizes = page.evaluate("[...document.querySelectorAll('select, input, button')].filter(e => e.offsetParent).map(e => e.getBoundingClientRect().height)")
+    assert min(sizes) >= 40
+    assert page.evaluate("document.querySelector('#chart .main-svg').getBoundingClientRect().width") <= width
+
+
+def test_dark(path, open_page):
+    page = open_page(path, scheme="dark")
+    grounds = "[getComputedStyle(document.body).backgroundColor, document.getElementById('chart')._fullLayout.paper_bgcolor]"
+    dark = drawn(page)["points"]["marker"]["color"]
+    assert [plots.luminance(colour) for colour in page.evaluate(grounds)] == [plots.luminance(plots.DARK_BACKGROUND)] * 2
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert plots.contrast(ink, plots.DARK_BACKGROUND) > 7
+    page.emulate_media(color_scheme="light")
+    assert plots.luminance(page.evaluate(grounds)[0]) == 1
+    page.wait_for_function("document.getElementById('chart')._fullLayout.paper_bgcolor === 'white'")
+    assert drawn(page)["points"]["marker"]["color"] == dark  # one colour for one density, day and night
+
+
+def test_picture_is_saved_as_vectors(path, open_page, tmp_path):
+    page = open_page(path)
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    assert picture.startswith("<svg") and "<image" not in picture and "remaining weights (%)" in picture
+
+
+def test_library_beside_the_page(table, open_page, tmp_path):
+    paths = write_page(table[table.measure == "class_recall"], tmp_path / "explore.html", include_plotlyjs="directory")
+    assert [path.name for path in paths] == ["explore.html", "plotly.min.js"] and paths[0].stat().st_size < 100_000
+    page = open_page(paths[0])
+    assert len(drawn(page)["points"]["y"]) == 9
+
+
+def test_page_of_an_empty_store(open_page, tmp_path):
+    page = open_page(write_page(pd.DataFrame(), tmp_path / "explore.html", fill="sparse-nb sweep --preset laptop")[0])
+    assert "sparse-nb sweep --preset laptop" in page.inner_text("main") and page.locator("select").count() == 0
+
+
+def test_data_of_all_these_curves_are_small(path):
+    assert path.stat().st_size - len(get_plotlyjs().encode()) < 1_000_000
+
+
+AGAIN = """
+import sys
+import pandas as pd
+from sparse_nb.explorer.page import write_page
+write_page(pd.read_csv(sys.argv[1], keep_default_na=False), sys.argv[2], include_plotlyjs="directory")
+"""
+
+
+def test_bytes_repeat_in_another_process(table, tmp_path):
+    some = table[(table.measure == "class_recall") & (table.dataset == "cifar10")]
+    some.to_csv(tmp_path / "table.csv", index=False)
+    written = write_page(pd.read_csv(tmp_path / "table.csv", keep_default_na=False), tmp_path / "here.html", include_plotlyjs="directory")[0].read_bytes()
+    for seed in "12":
+        words = [sys.executable, "-c", AGAIN, tmp_path / "table.csv", tmp_path / f"{seed}.html"]
+        subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        assert (tmp_path / f"{seed}.html").read_bytes() == written
