@@ -117,7 +117,7 @@ def our_loop_and_usual(device):
     digits, recipe = load_images("digits", "train", device=device), Recipe(epochs=1)
     model, masks = network("mlp", 128, digits.shape, device)
     other, _ = network("mlp", 128, digits.shape, device)
-    floats = TensorDataset(as_float(digits.images).cpu(), digits.labels.cpu())
+    floats = TensorDataset(as_float(digits.pixels).cpu(), digits.labels.cpu())
     loader = DataLoader(floats, batch_size=recipe.batch_size, shuffle=True, generator=generator(0, "bench order"))
 
     def usual():
@@ -128,7 +128,7 @@ def our_loop_and_usual(device):
             loss.backward()
             optimiser.step()
 
-    return lambda: fit(model, masks, digits, recipe, seed=0), usual
+    return lambda: fit(model, digits, recipe, seed=0, masks=masks), usual
 
 def training_step(model, inputs, labels, masks=None):
     """A function without arguments that takes one SGD step of `model` on one batch, a masked one if `masks` are given."""
@@ -148,7 +148,7 @@ def training_step(model, inputs, labels, masks=None):
 def masked_and_plain(family, width, image_shape, budget, device):
     """A masked training step on 128 random images / the same step without masks, of the same network."""
     images = random_images(128, image_shape, device)
-    inputs = as_float(images.images)
+    inputs = as_float(images.pixels)
     (model, masks), (other, _) = (network(family, width, image_shape, device, budget=budget) for _ in range(2))
     return training_step(model, inputs, images.labels, masks), training_step(other, inputs, images.labels)
 
@@ -163,12 +163,12 @@ def sparse_and_base(rule, device, width=2**15, base=2**7):
     """A training step of a wide sparse MLP / of its dense base, at the base's budget, on 128 random images."""
     images = random_images(128, (1, 28, 28), device)
     sides = (sparse_network_of("mlp", units, (1, 28, 28), (784 + 10) * base, rule).to(device) for units in (width, base))
-    return tuple(training_step(side, as_float(images.images), images.labels) for side in sides)
+    return tuple(training_step(side, as_float(images.pixels), images.labels) for side in sides)
 
 def sparse_and_masked(family, width, image_shape, budget, rule, device, count=128):
     """A training step of a sparse network on `count` random images / of the same network with masks, densely executed."""
     images = random_images(count, image_shape, device)
-    inputs = as_float(images.images).contiguous(memory_format=torch.channels_last)
+    inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
     model, masks = network(family, width, image_shape, device, budget=budget, rule=rule)
     sparse = sparse_network_of(family, width, image_shape, budget, rule).to(device)
     return (training_step(sparse, inputs, images.labels),
@@ -179,14 +179,14 @@ RESNET16 = 699_056  # counted weights of ResNet18 of width 16 for ten classes, c
 def sparse_resnet_and_base(rule, device, width=128, base=16, budget=RESNET16, count=64):
     """A training step of a wide sparse ResNet18 / of its dense base, at the base's budget, on `count` random images."""
     images = random_images(count, (3, 32, 32), device)
-    inputs = as_float(images.images).contiguous(memory_format=torch.channels_last)
+    inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
     sides = (sparse_network_of("resnet", units, (3, 32, 32), budget, rule).to(device) for units in (width, base))
     return tuple(training_step(side, inputs, images.labels) for side in sides)
 
 def our_step_and_plain(device, units=2**7):
     """A training step of the dense base as we take it / as `torch.optim.SGD` by default takes it, on 128 random images."""
     images = random_images(128, (1, 28, 28), device)
-    inputs, (plain, _) = as_float(images.images), network("mlp", units, (1, 28, 28), device)
+    inputs, (plain, _) = as_float(images.pixels), network("mlp", units, (1, 28, 28), device)
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
 
     def step():
@@ -207,16 +207,16 @@ def step_and_products(device, units=2**7):
     def products():
         return x @ w.T, h @ v.T, out.T @ h, out @ v, g.T @ x
 
-    return training_step(model, as_float(images.images), images.labels), products
+    return training_step(model, as_float(images.pixels), images.labels), products
 
 def step_and_walks(rule, device, units=2**15):
     """A training step of a sparse MLP on 128 random images / its walks there and back and nothing else."""
     images = random_images(128, (1, 28, 28), device)
     sparse = sparse_network_of("mlp", units, (1, 28, 28), 101_632, rule)
     model = nn.Sequential(sparse.hidden1, sparse.relu1, sparse.classifier)
-    x, g, weights = sparse[:2](as_float(images.images)), torch.rand(128, 10), tuple(model.parameters())
+    x, g, weights = sparse[:2](as_float(images.pixels)), torch.rand(128, 10), tuple(model.parameters())
     pair = SparseSequential(*model)
-    return training_step(sparse, as_float(images.images), images.labels), lambda: torch.autograd.grad(pair(x), weights, g)
+    return training_step(sparse, as_float(images.pixels), images.labels), lambda: torch.autograd.grad(pair(x), weights, g)
 
 CAPTURED = [("mlp", 2**7), ("mlp", 2**15), *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128))]
 NAMES, BASES = {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"}, {"mlp": 101_632, "vgg": 577_712, "resnet": RESNET16}
@@ -224,7 +224,7 @@ NAMES, BASES = {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"}, {"mlp": 101
 def captured_and_plain(family, width, device):
     """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same step, kernel by kernel."""
     images = random_images(128, (1, 28, 28) if family == "mlp" else (3, 32, 32), device)
-    inputs = as_float(images.images)
+    inputs = as_float(images.pixels)
     ours, plain = (sparse_network_of(family, width, images.shape, BASES[family], "water_filling").to(device) for _ in range(2))
     return training_step(captured(ours, inputs), inputs, images.labels), training_step(plain, inputs, images.labels)
 
@@ -234,7 +234,7 @@ import bench
 width, rule = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 images = bench.random_images(128, (1, 28, 28), "cpu")
-step = bench.training_step(bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule), bench.as_float(images.images), images.labels)
+step = bench.training_step(bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule), bench.as_float(images.pixels), images.labels)
 for _ in range(3):
     step()
 print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
@@ -251,7 +251,7 @@ def noise_and_passes(family, width, image_shape, count, budget, device):
     images = random_images(count, image_shape, device)
     model, _ = network(family, width, image_shape, device, budget=budget)
     model.eval()
-    inputs = as_float(images.images)
+    inputs = as_float(images.pixels)
 
     @torch.no_grad()
     def bare():
@@ -271,7 +271,7 @@ def attacked_network(family, width, image_shape, count, device):
 def attack_and_passes(attack, family, width, image_shape, count, device):
     """`attacks.evaluate` for one attack at one ε / as many bare passes over the same `count` images, at most 200: forward and backward to the images, forward only."""
     model, images = attacked_network(family, width, image_shape, count, device)
-    inputs, forward = as_float(images.images), 3 if attack == "apgd" else 2  # APGD looks itself which images are right
+    inputs, forward = as_float(images.pixels), 3 if attack == "apgd" else 2  # APGD looks itself which images are right
 
     def bare():
         with attacks.under_attack(model):
@@ -287,7 +287,7 @@ def attack_and_passes(attack, family, width, image_shape, count, device):
 def attack_and_loader(device, count=400):
     """`attacks.evaluate` with PGD at one ε, clean accuracy included / torchattacks' PGD for each batch of a DataLoader, then the same two accuracies. MLP 2048."""
     model, images = attacked_network("mlp", 2048, (1, 28, 28), count, device)
-    loader = DataLoader(TensorDataset(as_float(images.images).cpu(), images.labels.cpu()), batch_size=200)
+    loader = DataLoader(TensorDataset(as_float(images.pixels).cpu(), images.labels.cpu()), batch_size=200)
     usual = torchattacks.PGD(model, eps=0.1, alpha=0.025, steps=10)
 
     def batches():
@@ -339,8 +339,8 @@ def corrupted_and_one_by_one(name, device, count=200, severity=3):
     """`corruptions.corrupt` on `count` random colour images / the same corruption image by image with NumPy, SciPy and Pillow on the CPU, into one array."""
     images = random_images(count, (3, 32, 32), device)
     parameters = cifar_c.CORRUPTIONS[name].parameters[severity - 1]
-    pixels = images.images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    return lambda: corruptions.corrupt(images, name, severity).images, lambda: np.stack([ONE_BY_ONE[name](image, parameters) for image in pixels])
+    pixels = images.pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    return lambda: corruptions.corrupt(images, name, severity).pixels, lambda: np.stack([ONE_BY_ONE[name](image, parameters) for image in pixels])
 
 # Seconds per 1,000 images at severity 3, one thread of a server CPU, image by image, conversion to bytes included: the original program (make_cifar_c.py) with the libraries of its time
 # (Python 3.6, NumPy 1.14, SciPy 1.0, scikit-image 0.13, OpenCV 3.4, Pillow 5.0, ImageMagick 6.9); the median of three runs. Its frost reads its photograph anew for each image.
@@ -375,7 +375,7 @@ def channels_last_and_contiguous(device, width=16, count=128):
 
     def side(layout):
         model, _ = network("resnet", width, images.shape, device)
-        inputs = as_float(images.images).contiguous(memory_format=layout)
+        inputs = as_float(images.pixels).contiguous(memory_format=layout)
         return training_step(model.to(memory_format=layout), inputs, images.labels)
 
     return side(torch.channels_last), side(torch.contiguous_format)

@@ -53,12 +53,12 @@ def check_images(images, labels, classes):
 # %% ../nbs/1_data/02_data.ipynb #e629fa65
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageSet:
-    """Labelled pictures: images uint8 (N, C, H, W) and labels int64 (N,), 0 <= label < classes, on one device.
+    """Labelled images: pixels uint8 (N, C, H, W) and labels int64 (N,), 0 <= label < classes, on one device.
 
     name and split say where they come from; class_names (may be empty) what the labels mean. index: int64 (N,), the place of each in its split, by default
     0 … N − 1: it stays with the image through samples and shuffles. root: the folder of the files, None for what has none. Raises as `check_images` does.
     """
-    images: torch.Tensor
+    pixels: torch.Tensor
     labels: torch.Tensor
     classes: int
     name: str
@@ -67,23 +67,23 @@ class ImageSet:
     index: torch.Tensor | None = None
     root: Path | None = None
     def __post_init__(self):
-        check_images(self.images, self.labels, self.classes)
+        check_images(self.pixels, self.labels, self.classes)
         if self.index is None:
             object.__setattr__(self, "index", torch.arange(len(self), device=self.labels.device))
     def __len__(self):
         return len(self.labels)
     def __repr__(self):
-        return f"{self.name} {self.split}: {len(self):,} images {self.shape}, {self.classes} classes, on {self.images.device}"
+        return f"{self.name} {self.split}: {len(self):,} images {self.shape}, {self.classes} classes, on {self.pixels.device}"
     @property
     def shape(self):
         """(C, H, W) of one image."""
-        return tuple(self.images.shape[1:])
+        return tuple(self.pixels.shape[1:])
     def to(self, device):
         """The same set on another device."""
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device), index=self.index.to(device))
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), index=self.index.to(device))
     def take(self, indices):
         """The images at `indices`, a slice, list or tensor of numbers or a tensor of booleans, with their labels."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices], index=self.index[indices])
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], index=self.index[indices])
 
 # %% ../nbs/1_data/02_data.ipynb #4ec9599f
 def as_float(images):

@@ -48,11 +48,11 @@ def gallery(networks, images, corrupted, *, corruption, attack, epsilon, attacke
     names, labels = class_labels(images), images.labels
     parts = []
     for title, shown in (("clean", images), (corruption, corrupted)):
-        floats = as_float(shown.images)
-        parts.append(rows(title, map(picture, shown.images), networks, [predictions(model, floats, labels, names) for _, model in networks]))
+        floats = as_float(shown.pixels)
+        parts.append(rows(title, map(picture, shown.pixels), networks, [predictions(model, floats, labels, names) for _, model in networks]))
     parts.append(rows(attacked, None, (), ()))
     for label, model in networks:
-        found = perturb(model, as_float(images.images), labels, attack=attack, epsilon=epsilon, classes=images.classes)
+        found = perturb(model, as_float(images.pixels), labels, attack=attack, epsilon=epsilon, classes=images.classes)
         pictures = map(picture, (255 * found).round().to(torch.uint8))
         parts.append(rows(f"aimed at {label}", pictures, [(label, model)], [predictions(model, found, labels, names)]))
     return f"<table style='border-spacing:6px 1px;font-family:Arial,sans-serif;font-size:13px;line-height:1.3'>{''.join(parts)}</table>"

@@ -104,8 +104,8 @@ def run_epoch(model, held, images, optimiser, recipe, *, stream):
     losses, correct, sizes = [], [], []
     order = torch.randperm(len(images.labels), generator=stream)
     for batch in order.split(recipe.batch_size):
-        batch = batch.to(images.images.device)
-        inputs, labels = images.images[batch], images.labels[batch]
+        batch = batch.to(images.pixels.device)
+        inputs, labels = images.pixels[batch], images.labels[batch]
         if recipe.augment:
             inputs = crop_and_flip(inputs, stream)
         logits = model(as_float(inputs))
@@ -165,12 +165,12 @@ def ending(epochs, recipe):
     return "epochs" if len(epochs) >= recipe.epochs else None
 
 # %% ../../nbs/2_networks/07_training.ipynb #624b60c5
-def fit(model, masks, images, recipe, *, seed, on_epoch=None, resume=None, keep=None):
+def fit(model, images, recipe, *, seed, masks=None, on_epoch=None, resume=None, keep=None):
     """Train `model` in place, its removed weights held at zero, and leave it in eval mode.
 
-    model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). masks: {name: bool tensor} for its counted weights,
+    model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). images: an `ImageSet` on the model's device.
+    seed: int, names the order of batches and the augmentation; nothing else is random. masks: {name: bool tensor} for its counted weights,
     or None if it has nothing to be held at zero, as a network that stores only kept weights.
-    images: an `ImageSet` on the model's device. seed: int, names the order of batches and the augmentation; nothing else is random.
     on_epoch: called with each `Epoch` when it ends, for progress. keep: called with the `TrainingState` after each epoch but the last;
     resume: such a state, to go on from. Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not; a GPU may round differently each time.
     Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.

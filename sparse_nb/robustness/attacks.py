@@ -145,7 +145,7 @@ def attack_set(model, images, clean, *, attack, epsilon, seed, steps, step_size,
     repeats = 1 if attack in WITHOUT_CHANCE else restarts
     outputs, moved = [], []
     for start in range(0, len(images), batch_size):
-        inputs, labels = as_float(images.images[start:start + batch_size]), images.labels[start:start + batch_size]
+        inputs, labels = as_float(images.pixels[start:start + batch_size]), images.labels[start:start + batch_size]
         attempts = (
             perturb(model, inputs, labels, attack=attack, epsilon=epsilon, steps=steps, step_size=step_size, classes=images.classes,
                     seed=generator(seed, "attack", start, restart).initial_seed())

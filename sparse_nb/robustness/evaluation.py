@@ -26,7 +26,7 @@ def logits(model, images, *, parameters=None, batch_size=1000):
     model.eval()
     try:
         outputs = torch.cat([
-            torch.func.functional_call(model, parameters or {}, (as_float(batch),)) for batch in images.images.split(batch_size)
+            torch.func.functional_call(model, parameters or {}, (as_float(batch),)) for batch in images.pixels.split(batch_size)
         ])
     finally:
         for module, mode in modes.items():

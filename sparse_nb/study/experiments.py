@@ -301,8 +301,8 @@ def train(experiment, images, *, on_epoch=None, resume=None, keep=None):
 
     Returns (model, `History`). on_epoch, resume, keep: see `training.fit`.
     """
-    model, images = prepare(experiment).to(images.images.device), evaluation.sample(images, experiment.train_images)
-    return model, training.fit(model, None, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep)
+    model, images = prepare(experiment).to(images.pixels.device), evaluation.sample(images, experiment.train_images)
+    return model, training.fit(model, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #73475cb4
 def prune(experiment, model):

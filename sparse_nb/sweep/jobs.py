@@ -140,8 +140,8 @@ def seconds_for(job, rates, device):
 def train_captured(experiment, images, **how):
     """`experiments.train`, with captured steps if the images are on a GPU. how: as there. Returns (model, `History`)."""
     images = sample(images, experiment.train_images)
-    model = captured(prepare(experiment).to(images.images.device), as_float(images.images[:experiment.recipe.batch_size]))
-    return model, fit(model, None, images, experiment.recipe, seed=experiment.seed, **how)
+    model = captured(prepare(experiment).to(images.pixels.device), as_float(images.pixels[:experiment.recipe.batch_size]))
+    return model, fit(model, images, experiment.recipe, seed=experiment.seed, **how)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #369f1c84
 @contextmanager

@@ -116,9 +116,9 @@ def no_network(monkeypatch):
 def test_mnist_is_read_as_it_was_written(mnist):
     train, test = (data.load_images("mnist", split, root=mnist) for split in data.SPLITS)
     assert train.shape == test.shape == (1, 28, 28) and (len(train), len(test)) == (12, 5)
-    assert train.images.dtype == torch.uint8 and train.labels.dtype == torch.int64
+    assert train.pixels.dtype == torch.uint8 and train.labels.dtype == torch.int64
     everything = torch.randint(256, (17, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(torch.cat([train.images, test.images])[:, 0], everything)
+    assert torch.equal(torch.cat([train.pixels, test.pixels])[:, 0], everything)
     assert test.labels.tolist() == [2, 3, 4, 5, 6] and test.name == "mnist" and test.split == "test" and test.classes == 10
 
 
@@ -192,7 +192,7 @@ def test_cifar_comes_out_of_its_archive(cifar, no_network):
     name, root, reader, files = cifar
     train, test = (data.load_images(name, split, root=root) for split in data.SPLITS)
     assert len(train) == 10 * len(reader.train_list) and len(test) == 10 and train.classes == (100 if reader is CIFAR100 else 10)
-    assert train.shape == (3, 32, 32) and train.images.is_contiguous() and train.images[0, :, 5, 7].tolist() == list(RED)
+    assert train.shape == (3, 32, 32) and train.pixels.is_contiguous() and train.pixels[0, :, 5, 7].tolist() == list(RED)
     assert train.labels[:10].tolist() == list(range(10)) and test.labels.tolist() == list(range(10))[::-1]
     assert test.class_names[2] == "kind 2" and no_network == []
     assert contents(root) == files | {reader.filename: (root / reader.filename).read_bytes()}
@@ -364,8 +364,8 @@ def test_the_same_bits_on_a_gpu():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(data.as_float(levels.cuda()).cpu(), data.as_float(levels))
     digits = data.load_images("digits", "test", device="cuda")
-    assert digits.images.is_cuda and digits.labels.is_cuda and digits.take([1, 2]).images.is_cuda
-    assert torch.equal(digits.to("cpu").images, data.load_images("digits", "test").images)
+    assert digits.pixels.is_cuda and digits.labels.is_cuda and digits.take([1, 2]).pixels.is_cuda
+    assert torch.equal(digits.to("cpu").pixels, data.load_images("digits", "test").pixels)
 
 
 # The real sets ----------------------------------------------------------------------------------------------------------
@@ -379,30 +379,30 @@ def real(dataset, split):
 
 def test_the_real_mnist():
     train, test = real("mnist", "train"), real("mnist", "test")
-    assert train.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
+    assert train.pixels.shape == (60_000, 1, 28, 28) and test.pixels.shape == (10_000, 1, 28, 28)
     assert train.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9] and test.labels[:5].tolist() == [7, 2, 1, 0, 4]
-    assert round(data.as_float(train.images).mean(dtype=torch.float64).item(), 4) == 0.1307
-    assert round(data.as_float(train.images).double().std().item(), 4) == 0.3081
+    assert round(data.as_float(train.pixels).mean(dtype=torch.float64).item(), 4) == 0.1307
+    assert round(data.as_float(train.pixels).double().std().item(), 4) == 0.3081
 
 
 def test_the_real_cifar10():
     train, test = real("cifar10", "train"), real("cifar10", "test")
-    assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
+    assert train.pixels.shape == (50_000, 3, 32, 32) and test.pixels.shape == (10_000, 3, 32, 32)
     assert train.labels.bincount().tolist() == [5000] * 10 and test.labels.bincount().tolist() == [1000] * 10
     assert test.class_names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    means = train.images.float().mean((0, 2, 3), dtype=torch.float64) / 255
+    means = train.pixels.float().mean((0, 2, 3), dtype=torch.float64) / 255
     assert [round(mean, 4) for mean in means.tolist()] == [0.4914, 0.4822, 0.4465]
-    assert train.labels[0] == 6 and train.images[0, :, 0, 0].tolist() == [59, 62, 63]  # a frog; the first pixel's R, G, B
+    assert train.labels[0] == 6 and train.pixels[0, :, 0, 0].tolist() == [59, 62, 63]  # a frog; the first pixel's R, G, B
 
 
 def test_the_real_cifar100():
     train, test = real("cifar100", "train"), real("cifar100", "test")
-    assert train.images.shape == (50_000, 3, 32, 32) and test.images.shape == (10_000, 3, 32, 32)
+    assert train.pixels.shape == (50_000, 3, 32, 32) and test.pixels.shape == (10_000, 3, 32, 32)
     assert train.labels.bincount().tolist() == [500] * 100 and test.labels.bincount().tolist() == [100] * 100
     assert len(test.class_names) == 100 and test.class_names[0] == "apple" and test.class_names[99] == "worm"
-    means = train.images.float().mean((0, 2, 3), dtype=torch.float64) / 255
+    means = train.pixels.float().mean((0, 2, 3), dtype=torch.float64) / 255
     assert [round(mean, 4) for mean in means.tolist()] == [0.5071, 0.4865, 0.4409]
 
 

@@ -30,7 +30,7 @@ def trained_densely(experiment, images):
     model = build_model(e.family, images.shape, images.classes, width=e.width, depth=e.depth).to(memory_format=torch.channels_last)
     kept = masks.random_masks(model, e.budget, rule=e.rule, seed=e.seed)
     masks.initialise(model, kept, seed=e.seed)
-    training.fit(model, kept, sample(images, e.train_images), e.recipe, seed=e.seed)
+    training.fit(model, sample(images, e.train_images), e.recipe, seed=e.seed, masks=kept)
     return model, kept
 
 

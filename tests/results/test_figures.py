@@ -248,7 +248,7 @@ def plain_accuracy(checkpoint, images):
         dense[tensors[f"{layer}.positions"].numpy()] = tensors[f"{layer}.weight"].numpy()
         return torch.from_numpy(dense.reshape(len(bias), inputs)), bias
 
-    x = ((images.images.float() / 255 - 0.1307) / 0.3081).flatten(1)
+    x = ((images.pixels.float() / 255 - 0.1307) / 0.3081).flatten(1)
     return float((F.linear(F.relu(F.linear(x, *weight("hidden1"))), *weight("classifier")).argmax(1) == images.labels).sum()) / len(x)
 
 

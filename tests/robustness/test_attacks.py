@@ -62,7 +62,7 @@ def test_both_views_are_published(drawn):
 def test_csv_holds_what_fgsm_does_to_the_stored_networks(drawn):
     curves, store, right = pd.read_csv(drawn / "out/smoke/fig03.csv"), Store(drawn / "runs"), {}
     images = evaluation.sample(data.load_images("digits", "test"), 32)
-    inputs = images.images.float() / 255
+    inputs = images.pixels.float() / 255
     for point in plan("fig03", narrow("smoke", **SMALL)):
         model = load_run(store, point.experiment, torch.device("cpu")).eval()
         watched = inputs.clone().requires_grad_()

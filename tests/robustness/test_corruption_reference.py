@@ -204,10 +204,10 @@ def assert_close(dataset, key, name, severity, monkeypatch):
     monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (textures(), "photographs"))
     entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())["cifar10c" if dataset == "cifar10" else "mnistc"]["corruptions"][key]
     images = load_images(dataset, "test").take(slice(1000))
-    ours = corrupt(images, name, severity, seed=0).images
+    ours = corrupt(images, name, severity, seed=0).pixels
     assert entry["deterministic"] == ((CIFAR if dataset == "cifar10" else MNIST)[name].draw is None)
     shares = {}
-    for kind, value in statistics(images.images.double().numpy(), ours.double().numpy()).items():
+    for kind, value in statistics(images.pixels.double().numpy(), ours.double().numpy()).items():
         mean = np.array(entry["summary"][kind]["mean"])
         error = 0 if entry["deterministic"] else np.array(entry["summary"][kind]["se_one_run"])
         allowed = 4.5 * error * (4 / 3) ** 0.5 + 1e-5 * np.maximum(1, np.abs(mean)) + (10 / ours.numel() if kind.startswith("frac_") else 0)

@@ -19,7 +19,7 @@ from sparse_nb.robustness.corruptions import archives, cifar_c, corruptions
 from sparse_nb.robustness.corruptions.corruptions import benchmark, corrupt, evaluate, names
 from sparse_nb.data import IMAGE_SHAPES, ImageSet, load_images
 from sparse_nb.robustness.evaluation import sample
-from sparse_nb.robustness.corruptions.filters import Corruption, apply, draw_all
+from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw_all
 from sparse_nb.networks.models import build_model
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
@@ -61,7 +61,7 @@ def test_global_state_and_threads_do_not_matter(dataset, name, monkeypatch):
             torch.manual_seed(threads)
             np.random.seed(threads)
             state = torch.get_rng_state()
-            outcomes.append(corrupt(images, name, severity).images)
+            outcomes.append(corrupt(images, name, severity).pixels)
             assert torch.equal(torch.get_rng_state(), state)
             with ThreadPoolExecutor(1) as other:
                 assert torch.get_num_threads() == other.submit(torch.get_num_threads).result() == threads
@@ -83,7 +83,7 @@ def test_an_error_in_a_block_comes_out_and_the_threads_stay():
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="third block"):
-            apply(Corruption(breaks, (1,), block=2), 1, pictures("cifar10").images)
+            apply(CorruptionKind(breaks, (1,), block=2), 1, pictures("cifar10").pixels)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -92,7 +92,7 @@ def test_an_error_in_a_block_comes_out_and_the_threads_stay():
 def checksum(task):
     dataset, name, severity = task
     cifar_c.frost_textures = lambda root=None: (ICE, "grown ice")
-    return hashlib.md5(corrupt(pictures(dataset), name, severity, seed=3).images.numpy().tobytes()).hexdigest()
+    return hashlib.md5(corrupt(pictures(dataset), name, severity, seed=3).pixels.numpy().tobytes()).hexdigest()
 
 
 def test_processes_in_any_order():
@@ -168,7 +168,7 @@ def run(program, **environment):
 def test_jpeg_falls_back_to_pillow(tmp_path):
     said = run("""
         images = torch.arange(5 * 3072).view(5, 3, 32, 32).remainder(251).to(torch.uint8)
-        ours = corruptions.corrupt(ImageSet(images, torch.zeros(5, dtype=torch.long), 1, "cifar10", "test"), "jpeg_compression", 3).images
+        ours = corruptions.corrupt(ImageSet(images, torch.zeros(5, dtype=torch.long), 1, "cifar10", "test"), "jpeg_compression", 3).pixels
         for image, our in zip(images, ours):
             with io.BytesIO() as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=58)
@@ -181,7 +181,7 @@ def test_jpeg_falls_back_to_pillow(tmp_path):
 def test_frost_is_grown_where_the_network_refuses(tmp_path):
     said = run("""
         images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), 1, "cifar10", "test")
-        print(corruptions.source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).images.amax() > 0)
+        print(corruptions.source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).pixels.amax() > 0)
     """, SPARSE_NB_DATA=str(tmp_path))
     assert said == ["generated, grown ice tensor(True)"] and [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -248,7 +248,7 @@ def test_no_operation_mixes_devices(dataset, name, monkeypatch):
     """Every tensor that `apply` makes is where its images are."""
     tensor = torch.tensor  # puts numbers on their device out of our sight
     monkeypatch.setattr(torch, "tensor", lambda numbers, *, device="cpu", **kind: tensor(numbers, **kind).to(device))
-    images, corruption = pictures(dataset, 3).images, benchmark(IMAGE_SHAPES[dataset])[name]
+    images, corruption = pictures(dataset, 3).pixels, benchmark(IMAGE_SHAPES[dataset])[name]
     for severity in severities(dataset, name):
         parameters, key = corruption.parameters[severity - 1], (0, name)
         with TwoDevices():
@@ -272,7 +272,7 @@ def test_a_gpu_makes_the_same_images(dataset, name):
     spatter, snow and canny edges, more than a level."""
     images = pictures(dataset, 64)
     for severity in severities(dataset, name):
-        here, there = corrupt(images, name, severity).images, corrupt(images.to("cuda"), name, severity).images
+        here, there = corrupt(images, name, severity).pixels, corrupt(images.to("cuda"), name, severity).pixels
         assert there.device.type == "cuda" and there.dtype == torch.uint8 and there.shape == here.shape
         difference = (there.cpu().int() - here.int()).abs()
         print(f"{name} {severity}: {int((difference > 0).sum())} of {difference.numel()} values differ, by up to {int(difference.max())}")
@@ -284,7 +284,7 @@ def test_a_gpu_makes_the_same_images(dataset, name):
 @pytest.mark.parametrize("dataset, name", ALL)
 def test_replayed_draws_on_a_gpu(dataset, name):
     """The same draws come to a GPU as to the CPU, and the order of images is kept there."""
-    images, corruption = pictures(dataset, 16).images, benchmark(IMAGE_SHAPES[dataset])[name]
+    images, corruption = pictures(dataset, 16).pixels, benchmark(IMAGE_SHAPES[dataset])[name]
     key, parameters = (0, name), corruption.parameters[-1]
     here, there = (draw_all(corruption, parameters, key, range(16), images.shape[1:], device) for device in ("cpu", "cuda"))
     assert {kind: draw.device.type for kind, draw in there.items()} == dict.fromkeys(here, "cuda")

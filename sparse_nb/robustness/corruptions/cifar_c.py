@@ -28,7 +28,7 @@ import torch
 from PIL import Image, features
 
 from .archives import frost_photographs
-from .filters import Corruption, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
+from .filters import CorruptionKind, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
 from .filters import gaussian_filter, in_threads, motion_blur, photon_counts, plasma, truncated, unit, water_light
 from ...randomness import generator
 
@@ -563,14 +563,14 @@ def jpeg_compression(images, quality, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #c837649c
 CORRUPTIONS = {
-    "gaussian_noise": Corruption(gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), draw_noise),
-    "shot_noise": Corruption(shot_noise, (500, 250, 100, 75, 50), draw_photons),
-    "impulse_noise": Corruption(impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), draw_impulses),
-    "defocus_blur": Corruption(defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
-    "glass_blur": Corruption(glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)), draw_moves),
-    "motion_blur": Corruption(camera_motion, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), draw_angle),
-    "zoom_blur": Corruption(zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26), block=64),
-    "snow": Corruption(
+    "gaussian_noise": CorruptionKind(gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10), draw_noise),
+    "shot_noise": CorruptionKind(shot_noise, (500, 250, 100, 75, 50), draw_photons),
+    "impulse_noise": CorruptionKind(impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07), draw_impulses),
+    "defocus_blur": CorruptionKind(defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
+    "glass_blur": CorruptionKind(glass_blur, ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2)), draw_moves),
+    "motion_blur": CorruptionKind(camera_motion, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), draw_angle),
+    "zoom_blur": CorruptionKind(zoom_blur, (1.06, 1.11, 1.16, 1.21, 1.26), block=64),
+    "snow": CorruptionKind(
         snow,
         (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
@@ -579,18 +579,18 @@ CORRUPTIONS = {
         draw_flakes,
         block=256,
     ),
-    "frost": Corruption(frost, ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), draw_place),
-    "fog": Corruption(fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), draw_plasma),
-    "brightness": Corruption(brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": Corruption(contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
-    "elastic_transform": Corruption(
+    "frost": CorruptionKind(frost, ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), draw_place),
+    "fog": CorruptionKind(fog, ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)), draw_plasma),
+    "brightness": CorruptionKind(brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": CorruptionKind(contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "elastic_transform": CorruptionKind(
         elastic_transform, ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)), draw_elastic
     ),
-    "pixelate": Corruption(pixelate, (30, 28, 27, 24, 20)),
-    "jpeg_compression": Corruption(jpeg_compression, (80, 65, 58, 50, 40), block=None),
-    "speckle_noise": Corruption(speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), draw_noise),
-    "gaussian_blur": Corruption(gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1)),
-    "spatter": Corruption(
+    "pixelate": CorruptionKind(pixelate, (30, 28, 27, 24, 20)),
+    "jpeg_compression": CorruptionKind(jpeg_compression, (80, 65, 58, 50, 40), block=None),
+    "speckle_noise": CorruptionKind(speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2), draw_noise),
+    "gaussian_blur": CorruptionKind(gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1)),
+    "spatter": CorruptionKind(
         spatter,
         (
             (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
@@ -599,7 +599,7 @@ CORRUPTIONS = {
         draw_layer,
         block=512,
     ),
-    "saturate": Corruption(saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
+    "saturate": CorruptionKind(saturate, ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
 }
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #39fa9ec1

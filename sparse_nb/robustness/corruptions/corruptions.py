@@ -20,7 +20,7 @@ from .filters import apply
 BENCHMARKS = {(1, 28, 28): mnist_c.CORRUPTIONS, (3, 32, 32): cifar_c.CORRUPTIONS}
 
 def benchmark(shape):
-    """{name: `Corruption`} for images of `shape` (C, H, W). Raises ValueError for a shape that no benchmark has."""
+    """{name: `CorruptionKind`} for images of `shape` (C, H, W). Raises ValueError for a shape that no benchmark has."""
     if tuple(shape) not in BENCHMARKS:
         raise ValueError(f"images are {tuple(shape)}; corruptions are defined for {' and '.join(map(str, BENCHMARKS))}")
     return BENCHMARKS[tuple(shape)]
@@ -91,10 +91,10 @@ def corrupt(images, name, severity, *, seed=0, draw=0, source="generated"):
         return images
     if images.split == "test" and source_of(images.name, name, severity, source=source, root=images.root) == "official":
         published = load_official(images.name, name, severity if images.name != "mnist" else None, root=images.root)
-        return replace(images, images=published[images.index.cpu()].to(images.images.device))
+        return replace(images, pixels=published[images.index.cpu()].to(images.pixels.device))
     corruption = benchmark(images.shape)[name]
     key = (seed, "corruption", name, severity, draw)
-    return replace(images, images=apply(corruption, corruption.parameters[severity - 1], images.images, key, images.index.tolist()))
+    return replace(images, pixels=apply(corruption, corruption.parameters[severity - 1], images.pixels, key, images.index.tolist()))
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #59e19706
 remembered = lru_cache(maxsize=512)(corrupt)  # of samples of at most 4 MB: 2 GB at the very most, 0.8 GB for the paper's
@@ -114,7 +114,7 @@ def evaluate(model, images, *, names=None, severities=None, draws=5, seed=0, sou
     for name, severity in wanted:
         check_severity(images.shape, name, severity)
     sources = {pair: source_of(images.name, *pair, source=source, root=images.root) for pair in wanted}
-    make = remembered if images.images.nbytes <= 2**22 else corrupt
+    make = remembered if images.pixels.nbytes <= 2**22 else corrupt
     todo = [("", 0, 0, "", images)] + [
         (name, severity, draw, origin, None)
         for (name, severity), origin in sources.items()

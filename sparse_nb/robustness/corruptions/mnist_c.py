@@ -15,7 +15,7 @@ import math
 import torch
 from torch.nn.functional import max_pool2d, pad
 
-from .filters import Corruption, camera_motion, divided, draw_angle, draw_photons, gaussian_filter, photon_counts, plasma, unit
+from .filters import CorruptionKind, camera_motion, divided, draw_angle, draw_photons, gaussian_filter, photon_counts, plasma, unit
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #7902699b
 def as_bytes(values):
@@ -265,22 +265,22 @@ def canny_edges(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #3ada92f2
 CORRUPTIONS = {
-    "shot_noise": Corruption(shot_noise, (60, 25, 12, 5, 3), draw_photons),
-    "impulse_noise": Corruption(impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), draw_impulse_noise),
-    "glass_blur": Corruption(glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), draw_glass_blur),
-    "motion_blur": Corruption(camera_motion, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), draw_angle),
-    "shear": Corruption(shear, (0.2, 0.4, 0.6, 0.8, 1.0), draw_sign),
-    "scale": Corruption(scale, (1 / 0.9, 1 / 0.8, 1 / 0.7, 1 / 0.6, 1 / 0.5)),
-    "rotate": Corruption(rotate, (0.2, 0.4, 0.6, 0.8, 1.0), draw_sign),
-    "brightness": Corruption(brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "translate": Corruption(translate, (1, 2, 3, 4, 5), draw_corner),
-    "stripe": Corruption(stripe, (None,)),
-    "fog": Corruption(fog, ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)), draw_fog),
-    "spatter": Corruption(spatter, ((0.65, 0.3, 4, 0.69, 0.6), (0.65, 0.3, 3, 0.68, 0.6), (0.65, 0.3, 2, 0.68, 0.5),
+    "shot_noise": CorruptionKind(shot_noise, (60, 25, 12, 5, 3), draw_photons),
+    "impulse_noise": CorruptionKind(impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), draw_impulse_noise),
+    "glass_blur": CorruptionKind(glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), draw_glass_blur),
+    "motion_blur": CorruptionKind(camera_motion, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), draw_angle),
+    "shear": CorruptionKind(shear, (0.2, 0.4, 0.6, 0.8, 1.0), draw_sign),
+    "scale": CorruptionKind(scale, (1 / 0.9, 1 / 0.8, 1 / 0.7, 1 / 0.6, 1 / 0.5)),
+    "rotate": CorruptionKind(rotate, (0.2, 0.4, 0.6, 0.8, 1.0), draw_sign),
+    "brightness": CorruptionKind(brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "translate": CorruptionKind(translate, (1, 2, 3, 4, 5), draw_corner),
+    "stripe": CorruptionKind(stripe, (None,)),
+    "fog": CorruptionKind(fog, ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)), draw_fog),
+    "spatter": CorruptionKind(spatter, ((0.65, 0.3, 4, 0.69, 0.6), (0.65, 0.3, 3, 0.68, 0.6), (0.65, 0.3, 2, 0.68, 0.5),
                                     (0.65, 0.3, 1, 0.65, 1.5), (0.67, 0.4, 1, 0.65, 1.5)), draw_spatter),
-    "dotted_line": Corruption(dotted_line, (None,), draw_dotted_line),
-    "zigzag": Corruption(zigzag, (None,), draw_zigzag),
-    "canny_edges": Corruption(canny_edges, (None,)),
+    "dotted_line": CorruptionKind(dotted_line, (None,), draw_dotted_line),
+    "zigzag": CorruptionKind(zigzag, (None,), draw_zigzag),
+    "canny_edges": CorruptionKind(canny_edges, (None,)),
 }
 PUBLISHED = {
     "shot_noise": 5, "impulse_noise": 4, "glass_blur": 1, "motion_blur": 1, "shear": 2, "scale": 3, "rotate": 2, "brightness": 5,
