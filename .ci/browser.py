@@ -37,7 +37,9 @@ def main():
         print("That failed: installing Debian's chromium")
         if succeeds(["sh", "-c", APT], 600) and draws():
             return
-    sys.exit("Figures need a Chrome or Chromium: install Google Chrome (on Debian: apt-get install chromium) and run make again.")
+    sys.exit(
+        "Figures need a Chrome or Chromium: install Google Chrome (on Debian: apt-get install chromium) and run make again."
+    )
 
 
 if __name__ == "__main__":

@@ -7,14 +7,25 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ("sweep/test_survival", "sweep/test_faults", "runs/test_index", "runs/test_verify", "robustness/test_archives", "data/test_data")
+TESTS = (
+    "sweep/test_survival",
+    "sweep/test_faults",
+    "runs/test_index",
+    "runs/test_verify",
+    "robustness/test_archives",
+    "data/test_data",
+)
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "report"
         said.touch()
-        environment = os.environ | {"SPARSE_NB_FAULTS": "full", "SPARSE_NB_FAULTS_REPORT": str(said), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "SPARSE_NB_FAULTS": "full",
+            "SPARSE_NB_FAULTS_REPORT": str(said),
+            "OMP_NUM_THREADS": "1",
+        }
         status = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", *(f"tests/{name}.py" for name in TESTS)], cwd=ROOT, env=environment
         ).returncode

@@ -22,13 +22,20 @@ ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = re.compile(r"^#\|\s*(slow|gpu|data|eval:\s*false)\b", re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.IGNORECASE)
 PASSING = [  # what differs from run to run wherever it occurs
-    (re.compile(r"/tmp/[\w./-]+"), "/tmp/…"), (re.compile(r"0x[0-9a-f]{6,}"), "0x…"), (re.compile(r"\x1b\[[0-9;]*m"), ""),
+    (re.compile(r"/tmp/[\w./-]+"), "/tmp/…"),
+    (re.compile(r"0x[0-9a-f]{6,}"), "0x…"),
+    (re.compile(r"\x1b\[[0-9;]*m"), ""),
 ]
 TOLERANCE = 1e-3
 
 
 def chapters():
-    return sorted(path for folder in ("nbs", "benchmarks") for path in (ROOT / folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    return sorted(
+        path
+        for folder in ("nbs", "benchmarks")
+        for path in (ROOT / folder).rglob("*.ipynb")
+        if ".ipynb_checkpoints" not in path.parts
+    )
 
 
 def changed():
@@ -36,7 +43,9 @@ def changed():
     said = subprocess.run(["git", "describe", "--tags", "--abbrev=0"], cwd=ROOT, capture_output=True, text=True)
     if os.environ.get("CI_FULL") or said.returncode:
         return chapters()
-    names = subprocess.run(["git", "diff", "--name-only", said.stdout.strip()], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = subprocess.run(
+        ["git", "diff", "--name-only", said.stdout.strip()], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     return [path for path in chapters() if str(path.relative_to(ROOT)) in names]
 
 
@@ -49,7 +58,9 @@ def executed(path):
             if LEFT_OUT.search(cell.source):
                 cell.cell_type = "raw"
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "python3", "language": "python"}
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False)
+    client = NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False
+    )
     client.extra_arguments = ["--log-level=CRITICAL"]  # a kernel warns that it speaks TCP, on loopback
     return client.execute()
 
@@ -78,7 +89,9 @@ def differs(stored, now):
     words = [re.sub(r"[\s─━-]+", " ", NUMBER.sub("#", text)) for text in (stored, now)]
     if words[0] != words[1]:
         return True
-    return any(abs(a - b) > TOLERANCE * max(abs(a), abs(b), 1e-12) for a, b in zip(numbers(stored), numbers(now), strict=True))
+    return any(
+        abs(a - b) > TOLERANCE * max(abs(a), abs(b), 1e-12) for a, b in zip(numbers(stored), numbers(now), strict=True)
+    )
 
 
 def compare(path, write):
@@ -95,13 +108,21 @@ def compare(path, write):
         before, now = text_of(cell.outputs), text_of(new.outputs)
         if differs(before[0], now[0]) or before[1] != now[1]:
             if "volatile" not in cell.metadata.get("tags", []):
-                found.append(f"{path.relative_to(ROOT)}, cell {number}: stored {before[0][:300]!r} {before[1]}, now {now[0][:300]!r} {now[1]}")
+                found.append(
+                    f"{path.relative_to(ROOT)}, cell {number}: stored {before[0][:300]!r} {before[1]}, now {now[0][:300]!r} {now[1]}"
+                )
             if write:
-                cell.outputs = [output for output in new.outputs if output.output_type != "stream" or output.name == "stdout"]
+                cell.outputs = [
+                    output for output in new.outputs if output.output_type != "stream" or output.name == "stdout"
+                ]
                 for output in cell.outputs:
-                    output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(execution_count=None)
+                    output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(
+                        execution_count=None
+                    )
                     if "data" in output:
-                        output.data = {kind: data for kind, data in output.data.items() if kind.startswith(("text/", "image/"))}
+                        output.data = {
+                            kind: data for kind, data in output.data.items() if kind.startswith(("text/", "image/"))
+                        }
     if write:
         nbformat.write(notebook, path)
     return found

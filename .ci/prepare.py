@@ -11,7 +11,10 @@ BIN = Path(sys.executable).parent
 
 
 def main():
-    for command in (["nbdev_export"], *(["nbdev_clean", "--fname", folder] for folder in ("nbs", "figures", "benchmarks"))):
+    for command in (
+        ["nbdev_export"],
+        *(["nbdev_clean", "--fname", folder] for folder in ("nbs", "figures", "benchmarks")),
+    ):
         subprocess.run([BIN / command[0], *command[1:]], check=True)
     subprocess.run([sys.executable, Path(__file__).with_name("readme.py")], check=True)
     os.chdir("benchmarks")

@@ -18,9 +18,12 @@ BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 
 def readme(notebook):
     """The text of README.md. notebook: path of index.ipynb; its folder is where its links start."""
-    leave_out = Config({
-        "RegexRemovePreprocessor": {"patterns": [r"\s*#\s*\|"]}, "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide_input"]},
-    })
+    leave_out = Config(
+        {
+            "RegexRemovePreprocessor": {"patterns": [r"\s*#\s*\|"]},
+            "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["hide_input"]},
+        }
+    )
     cells = nbformat.read(notebook, as_version=4)
     cells.metadata.language_info = {"name": "python"}  # nbdev_clean takes it away
     text, resources = MarkdownExporter(config=leave_out).from_notebook_node(cells)

@@ -27,11 +27,19 @@ def run(command, log, cwd=ROOT, **variables):
     It and all that it started are killed after SECONDS.
     """
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}  # which would make nbdev_export do nothing
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # where tests with ResNets of few channels meet the fault of `jobs.sound_kernels`
+    if (
+        torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):  # where tests with ResNets of few channels meet the fault of `jobs.sound_kernels`
         environment.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"} | variables
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     try:
         return process.wait(SECONDS)
@@ -46,7 +54,12 @@ def run(command, log, cwd=ROOT, **variables):
 
 def in_step(log):
     """0 if exporting, cleaning and writing the README changes nothing in a copy of what git would commit here; else the differences go to `log`."""
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if names.returncode:
         print("SKIPPED this is not a git repository", file=log, flush=True)
         return 0
@@ -57,7 +70,12 @@ def in_step(log):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, target)
         git = ["git", "-c", "user.name=x", "-c", "user.email=x@x"]
-        commands = [["git", "init", "-q"], ["git", "add", "-A"], [*git, "commit", "-qm", "x"], [sys.executable, ".ci/prepare.py"]]
+        commands = [
+            ["git", "init", "-q"],
+            ["git", "add", "-A"],
+            [*git, "commit", "-qm", "x"],
+            [sys.executable, ".ci/prepare.py"],
+        ]
         if any(run(command, log, cwd=copy) for command in commands):
             return 1
         return run(["git", "diff", "--exit-code", "--stat", "-p", "-U1"], log, cwd=copy)
@@ -67,8 +85,17 @@ def notebooks(log):
     data = os.environ.get("SPARSE_NB_DATA")
     real = data and (Path(data) / "MNIST/raw").is_dir() and (Path(data) / "cifar-10-batches-py").is_dir()
     if not real:
-        print("SKIPPED cells marked data: SPARSE_NB_DATA does not hold the real MNIST and CIFAR-10", file=log, flush=True)
-    command = [BIN / "nbdev_test", "--n_workers", str(WORKERS), "--do_print", "--timing", *(["--flags", "data"] if real else [])]
+        print(
+            "SKIPPED cells marked data: SPARSE_NB_DATA does not hold the real MNIST and CIFAR-10", file=log, flush=True
+        )
+    command = [
+        BIN / "nbdev_test",
+        "--n_workers",
+        str(WORKERS),
+        "--do_print",
+        "--timing",
+        *(["--flags", "data"] if real else []),
+    ]
     return run(command, log, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 

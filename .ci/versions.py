@@ -13,14 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/golden"))
 
 import cases  # noqa: E402
-
 from sparse_nb.study import versions  # noqa: E402
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--unwatched", metavar="REASON", help="renew what cannot be run here (CUDA), and keep the reason in the lock")
-    parser.add_argument("--add-machine", action="store_true", help="list the bits of this machine, whose losses agree, beside those of others")
+    parser.add_argument(
+        "--unwatched", metavar="REASON", help="renew what cannot be run here (CUDA), and keep the reason in the lock"
+    )
+    parser.add_argument(
+        "--add-machine",
+        action="store_true",
+        help="list the bits of this machine, whose losses agree, beside those of others",
+    )
     options = parser.parse_args()
     lock_file = versions.lock_file()
     lock, golden = json.loads(lock_file.read_text(encoding="utf-8")), cases.listed()
@@ -41,7 +46,9 @@ def main():
         for key, differences in wrong.items():
             print(*differences, sep="\n")
             constant = "versions.TRAINING" if key == "training" else f"versions.MEASURES[{key!r}]"
-            print(f"The numbers of {key} have changed. Undo that, or raise {constant} from {versions.versions_now()[key]!r} and run this again.")
+            print(
+                f"The numbers of {key} have changed. Undo that, or raise {constant} from {versions.versions_now()[key]!r} and run this again."
+            )
         return 1
     try:
         renewed = versions.renewed_lock(lock, options.unwatched)
@@ -50,7 +57,11 @@ def main():
     if renewed != lock:
         lock_file.write_text(json.dumps(renewed, indent=1) + "\n", encoding="utf-8")
     cases.BITS.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf-8")
-    checked = f"{bits} of {len(cases.NAMES)} golden cases agree bit for bit" if bits else f"losses of {len(cases.NAMES)} golden cases agree to {cases.TOLERANCE:g}"
+    checked = (
+        f"{bits} of {len(cases.NAMES)} golden cases agree bit for bit"
+        if bits
+        else f"losses of {len(cases.NAMES)} golden cases agree to {cases.TOLERANCE:g}"
+    )
     renamed = f"; made again for raised versions: {', '.join(sorted(raised))}" if raised else ""
     print(f"{checked} ({cases.machine()}){renamed}; the lock was {'renewed' if renewed != lock else 'in step'}")
     return 0

@@ -20,16 +20,23 @@ from scipy import ndimage
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sparse_nb.robustness import attacks, weight_noise
-from sparse_nb.robustness.corruptions import cifar_c, corruptions
-from sparse_nb.networks.captured_steps import captured
 from sparse_nb.data import ImageSet, as_float, load_images
-from sparse_nb.robustness.evaluation import logits
-from sparse_nb.networks.masks import gradient_masks, initialise, mask_gradients, random_masks, random_positions, sample_positions
+from sparse_nb.networks.captured_steps import captured
+from sparse_nb.networks.masks import (
+    gradient_masks,
+    initialise,
+    mask_gradients,
+    random_masks,
+    random_positions,
+    sample_positions,
+)
 from sparse_nb.networks.models import build_model, counted_weights
-from sparse_nb.randomness import generator
 from sparse_nb.networks.sparse_layers import SparseSequential, sparse_network
 from sparse_nb.networks.training import Recipe, fit
+from sparse_nb.randomness import generator
+from sparse_nb.robustness import attacks, weight_noise
+from sparse_nb.robustness.corruptions import cifar_c, corruptions
+from sparse_nb.robustness.evaluation import logits
 
 @dataclass(frozen=True)
 class Ratio:
@@ -39,6 +46,7 @@ class Ratio:
     low: float
     high: float
     rounds: int
+
 
 def finished():
     """Seconds since an arbitrary moment, once the GPU, if this process uses one, has done all that it was asked for."""
@@ -102,9 +110,12 @@ def network(family, width, image_shape, device, *, budget=None, rule="water_fill
     Returns (model, masks), in training mode, on `device`. Depth is 1 for "mlp", 11 for "vgg", 18 for "resnet".
     """
     model = build_model(family, image_shape, 10, width=width, depth={"mlp": 1, "vgg": 11, "resnet": 18}[family])
-    masks = random_masks(model, budget or sum(weight.numel() for weight in counted_weights(model).values()), rule=rule, seed=0)
+    masks = random_masks(
+        model, budget or sum(weight.numel() for weight in counted_weights(model).values()), rule=rule, seed=0
+    )
     initialise(model, masks, seed=0)
     return model.to(device).train(), {name: mask.to(device) for name, mask in masks.items()}
+
 
 def random_images(count, image_shape, device):
     """An `ImageSet` of `count` random pictures with random labels out of ten, on `device`."""
@@ -145,6 +156,7 @@ def training_step(model, inputs, labels, masks=None):
 
     return step
 
+
 def masked_and_plain(family, width, image_shape, budget, device):
     """A masked training step on 128 random images / the same step without masks, of the same network."""
     images = random_images(128, image_shape, device)
@@ -154,16 +166,24 @@ def masked_and_plain(family, width, image_shape, budget, device):
 
 def sparse_network_of(family, width, image_shape, budget, rule):
     """A network of ten classes of the smallest depth of its family's figures, born sparse, initialised, in training mode, on the CPU."""
-    bare = build_model(family, image_shape, 10, width=width, depth={"mlp": 1, "vgg": 11, "resnet": 18}[family], weightless=True)
-    sparse = sparse_network(bare, random_positions(bare, budget, rule=rule, seed=0)).to(memory_format=torch.channels_last)
+    bare = build_model(
+        family, image_shape, 10, width=width, depth={"mlp": 1, "vgg": 11, "resnet": 18}[family], weightless=True
+    )
+    sparse = sparse_network(bare, random_positions(bare, budget, rule=rule, seed=0)).to(
+        memory_format=torch.channels_last
+    )
     initialise(sparse, None, seed=0)
     return sparse.train()
+
 
 def sparse_and_base(rule, device, width=2**15, base=2**7):
     """A training step of a wide sparse MLP / of its dense base, at the base's budget, on 128 random images."""
     images = random_images(128, (1, 28, 28), device)
-    sides = (sparse_network_of("mlp", units, (1, 28, 28), (784 + 10) * base, rule).to(device) for units in (width, base))
+    sides = (
+        sparse_network_of("mlp", units, (1, 28, 28), (784 + 10) * base, rule).to(device) for units in (width, base)
+    )
     return tuple(training_step(side, as_float(images.pixels), images.labels) for side in sides)
+
 
 def sparse_and_masked(family, width, image_shape, budget, rule, device, count=128):
     """A training step of a sparse network on `count` random images / of the same network with masks, densely executed."""
@@ -171,10 +191,14 @@ def sparse_and_masked(family, width, image_shape, budget, rule, device, count=12
     inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
     model, masks = network(family, width, image_shape, device, budget=budget, rule=rule)
     sparse = sparse_network_of(family, width, image_shape, budget, rule).to(device)
-    return (training_step(sparse, inputs, images.labels),
-            training_step(model.to(memory_format=torch.channels_last), inputs, images.labels, masks))
+    return (
+        training_step(sparse, inputs, images.labels),
+        training_step(model.to(memory_format=torch.channels_last), inputs, images.labels, masks),
+    )
+
 
 RESNET16 = 699_056  # counted weights of ResNet18 of width 16 for ten classes, colour
+
 
 def sparse_resnet_and_base(rule, device, width=128, base=16, budget=RESNET16, count=64):
     """A training step of a wide sparse ResNet18 / of its dense base, at the base's budget, on `count` random images."""
@@ -202,12 +226,16 @@ def step_and_products(device, units=2**7):
     """A training step of the dense MLP on 128 random images / the five matrix products in it and nothing else."""
     images = random_images(128, (1, 28, 28), device)
     model, _ = network("mlp", units, (1, 28, 28), device)
-    x, w, v, h, g, out = (torch.rand(*shape, device=device) for shape in ((128, 784), (units, 784), (10, units), (128, units), (128, units), (128, 10)))
+    x, w, v, h, g, out = (
+        torch.rand(*shape, device=device)
+        for shape in ((128, 784), (units, 784), (10, units), (128, units), (128, units), (128, 10))
+    )
 
     def products():
         return x @ w.T, h @ v.T, out.T @ h, out @ v, g.T @ x
 
     return training_step(model, as_float(images.pixels), images.labels), products
+
 
 def step_and_walks(rule, device, units=2**15):
     """A training step of a sparse MLP on 128 random images / its walks there and back and nothing else."""
@@ -216,16 +244,28 @@ def step_and_walks(rule, device, units=2**15):
     model = nn.Sequential(sparse.hidden1, sparse.relu1, sparse.classifier)
     x, g, weights = sparse[:2](as_float(images.pixels)), torch.rand(128, 10), tuple(model.parameters())
     pair = SparseSequential(*model)
-    return training_step(sparse, as_float(images.pixels), images.labels), lambda: torch.autograd.grad(pair(x), weights, g)
+    return training_step(sparse, as_float(images.pixels), images.labels), lambda: torch.autograd.grad(
+        pair(x), weights, g
+    )
 
-CAPTURED = [("mlp", 2**7), ("mlp", 2**15), *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128))]
-NAMES, BASES = {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"}, {"mlp": 101_632, "vgg": 577_712, "resnet": RESNET16}
+CAPTURED = [
+    ("mlp", 2**7),
+    ("mlp", 2**15),
+    *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128)),
+]
+NAMES, BASES = (
+    {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"},
+    {"mlp": 101_632, "vgg": 577_712, "resnet": RESNET16},
+)
+
 
 def captured_and_plain(family, width, device):
     """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same step, kernel by kernel."""
     images = random_images(128, (1, 28, 28) if family == "mlp" else (3, 32, 32), device)
     inputs = as_float(images.pixels)
-    ours, plain = (sparse_network_of(family, width, images.shape, BASES[family], "water_filling").to(device) for _ in range(2))
+    ours, plain = (
+        sparse_network_of(family, width, images.shape, BASES[family], "water_filling").to(device) for _ in range(2)
+    )
     return training_step(captured(ours, inputs), inputs, images.labels), training_step(plain, inputs, images.labels)
 
 MEMORY = r"""
@@ -240,10 +280,17 @@ for _ in range(3):
 print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 """
 
+
 def peak_memory(width, rule):
     """Largest size in MB of a fresh process that trains a sparse MLP of `width` units at the budget of 128 for three steps; Linux only."""
     here = Path(globals().get("__file__", "bench.py")).parent  # where `import bench` finds this file
-    said = subprocess.run([sys.executable, "-c", MEMORY, str(width), rule], cwd=here.absolute(), capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(width), rule],
+        cwd=here.absolute(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return int(said) / 1024
 
 def noise_and_passes(family, width, image_shape, count, budget, device):
@@ -262,11 +309,13 @@ def noise_and_passes(family, width, image_shape, count, budget, device):
 
 ATTACK_PASSES = {"fgsm": 1, "bim": 10, "pgd": 10, "apgd": 11}  # forward and backward, at 10 steps
 
+
 def attacked_network(family, width, image_shape, count, device):
     """A dense network in eval mode, `count` random images with its own answers as their labels: (model, `ImageSet`)."""
     model, _ = network(family, width, image_shape, device)
     images = random_images(count, image_shape, device)
     return model.eval(), replace(images, labels=logits(model, images).argmax(1))
+
 
 def attack_and_passes(attack, family, width, image_shape, count, device):
     """`attacks.evaluate` for one attack at one ε / as many bare passes over the same `count` images, at most 200: forward and backward to the images, forward only."""
@@ -283,6 +332,7 @@ def attack_and_passes(attack, family, width, image_shape, count, device):
                     model(inputs)
 
     return lambda: attacks.evaluate(model, images, attacks=(attack,), epsilons=(0.1,)), bare
+
 
 def attack_and_loader(device, count=400):
     """`attacks.evaluate` with PGD at one ε, clean accuracy included / torchattacks' PGD for each batch of a DataLoader, then the same two accuracies. MLP 2048."""
@@ -302,8 +352,11 @@ def attack_and_loader(device, count=400):
     return lambda: attacks.evaluate(model, images, attacks=("pgd",), epsilons=(0.1,)), batches
 
 def blurred_one(image, sigma):
-    x = np.stack([ndimage.gaussian_filter(image[..., channel] / 255.0, sigma, mode="nearest") for channel in range(3)], -1)
+    x = np.stack(
+        [ndimage.gaussian_filter(image[..., channel] / 255.0, sigma, mode="nearest") for channel in range(3)], -1
+    )
     return np.uint8(np.clip(x, 0, 1) * 255)
+
 
 def zoomed_one(image, stop):
     x = (image / 255.0).astype(np.float32)
@@ -317,38 +370,89 @@ def zoomed_one(image, stop):
         total += enlarged[top : top + len(x), top : top + len(x)]
     return np.uint8(np.clip((x + total) / (len(factors) + 1), 0, 1) * 255)
 
+
 def brightened_one(image, amount):
     x = image / 255.0
     (red, green, blue), value = np.moveaxis(x, -1, 0), x.max(-1)
     spread = value - x.min(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        hue = np.select([blue == value, green == value], [4 + (red - green) / spread, 2 + (blue - red) / spread], (green - blue) / spread) / 6 % 1.0
+        hue = (
+            np.select(
+                [blue == value, green == value],
+                [4 + (red - green) / spread, 2 + (blue - red) / spread],
+                (green - blue) / spread,
+            )
+            / 6
+            % 1.0
+        )
         hue, saturation = (np.where(spread == 0, 0.0, part) for part in (hue, spread / value))
     value, sector = np.clip(value + amount, 0, 1), np.floor(hue * 6)
     part = hue * 6 - sector
-    low, falling, rising = value * (1 - saturation), value * (1 - part * saturation), value * (1 - (1 - part) * saturation)
-    colours = [(value, rising, low), (falling, value, low), (low, value, rising), (low, falling, value), (rising, low, value), (value, low, falling)]
-    return np.uint8(np.clip(np.choose(sector.astype(np.uint8) % 6, [np.stack(colour) for colour in colours]), 0, 1).transpose(1, 2, 0) * 255)
+    low, falling, rising = (
+        value * (1 - saturation),
+        value * (1 - part * saturation),
+        value * (1 - (1 - part) * saturation),
+    )
+    colours = [
+        (value, rising, low),
+        (falling, value, low),
+        (low, value, rising),
+        (low, falling, value),
+        (rising, low, value),
+        (value, low, falling),
+    ]
+    return np.uint8(
+        np.clip(np.choose(sector.astype(np.uint8) % 6, [np.stack(colour) for colour in colours]), 0, 1).transpose(
+            1, 2, 0
+        )
+        * 255
+    )
+
 
 def pixelated_one(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.BOX).resize((32, 32), Image.BOX))
 
-ONE_BY_ONE = {"gaussian_blur": blurred_one, "zoom_blur": zoomed_one, "brightness": brightened_one, "pixelate": pixelated_one}
+
+ONE_BY_ONE = {
+    "gaussian_blur": blurred_one,
+    "zoom_blur": zoomed_one,
+    "brightness": brightened_one,
+    "pixelate": pixelated_one,
+}
 
 def corrupted_and_one_by_one(name, device, count=200, severity=3):
     """`corruptions.corrupt` on `count` random colour images / the same corruption image by image with NumPy, SciPy and Pillow on the CPU, into one array."""
     images = random_images(count, (3, 32, 32), device)
     parameters = cifar_c.CORRUPTIONS[name].parameters[severity - 1]
     pixels = images.pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
-    return lambda: corruptions.corrupt(images, name, severity).pixels, lambda: np.stack([ONE_BY_ONE[name](image, parameters) for image in pixels])
+    return lambda: corruptions.corrupt(images, name, severity).pixels, lambda: np.stack(
+        [ONE_BY_ONE[name](image, parameters) for image in pixels]
+    )
 
 # Seconds per 1,000 images at severity 3, one thread of a server CPU, image by image, conversion to bytes included: the original program (make_cifar_c.py) with the libraries of its time
 # (Python 3.6, NumPy 1.14, SciPy 1.0, scikit-image 0.13, OpenCV 3.4, Pillow 5.0, ImageMagick 6.9); the median of three runs. Its frost reads its photograph anew for each image.
 ORIGINAL_SECONDS = {
-    "gaussian_noise": 0.0744, "shot_noise": 0.1747, "impulse_noise": 0.1296, "defocus_blur": 0.1409, "glass_blur": 2.2153, "motion_blur": 0.9598, "zoom_blur": 1.6125,
-    "snow": 1.1581, "frost": 4.8805, "fog": 0.2983, "brightness": 0.2208, "contrast": 0.041, "elastic_transform": 0.4243, "pixelate": 0.0302, "jpeg_compression": 0.0972,
-    "speckle_noise": 0.076, "gaussian_blur": 0.0974, "spatter": 0.2196, "saturate": 0.2224,
+    "gaussian_noise": 0.0744,
+    "shot_noise": 0.1747,
+    "impulse_noise": 0.1296,
+    "defocus_blur": 0.1409,
+    "glass_blur": 2.2153,
+    "motion_blur": 0.9598,
+    "zoom_blur": 1.6125,
+    "snow": 1.1581,
+    "frost": 4.8805,
+    "fog": 0.2983,
+    "brightness": 0.2208,
+    "contrast": 0.041,
+    "elastic_transform": 0.4243,
+    "pixelate": 0.0302,
+    "jpeg_compression": 0.0972,
+    "speckle_noise": 0.076,
+    "gaussian_blur": 0.0974,
+    "spatter": 0.2196,
+    "saturate": 0.2224,
 }
+
 
 def corruption_lines(count=10_000, *, severity=3, device="cpu", clock=finished):
     """A line for each of CIFAR-10-C's corruptions: our seconds for `count` random images, draws included, and how many times longer the original program took on its machine."""
@@ -369,6 +473,7 @@ def sampled_and_shuffled(device, size=784 * 2**15, kept=50_816):
     stream = generator(0, "bench positions")
     return lambda: sample_positions(size, kept, stream), lambda: torch.randperm(size, generator=stream)[:kept]
 
+
 def channels_last_and_contiguous(device, width=16, count=128):
     """A training step of ResNet18 on `count` images with channels last in memory / with PyTorch's contiguous default."""
     images = random_images(count, (3, 32, 32), device)
@@ -382,53 +487,128 @@ def channels_last_and_contiguous(device, width=16, count=128):
 
 COMPARISONS = [
     Comparison("training.fit / DataLoader loop, MLP 128", our_loop_and_usual, at_most=1),
-    Comparison("masked / plain training step, MLP 2048",
-               lambda device: masked_and_plain("mlp", 2048, (1, 28, 28), 101_632, device), at_most=1.1),
-    Comparison("masked / plain training step, ResNet18 8",
-               lambda device: masked_and_plain("resnet", 8, (3, 32, 32), 50_000, device), at_most=1.1),
-    Comparison("sparse step, MLP 32768 / 128, proportional", lambda device: sparse_and_base("proportional", device), at_most=1),
-    Comparison("sparse step, MLP 32768 / 128, water_filling", lambda device: sparse_and_base("water_filling", device), at_most=4),
-    Comparison("sparse / masked step, MLP 32768, proportional",
-               lambda device: sparse_and_masked("mlp", 2**15, (1, 28, 28), 101_632, "proportional", device), at_most=1 / 100),
-    Comparison("sparse / masked step, MLP 32768, water_filling",
-               lambda device: sparse_and_masked("mlp", 2**15, (1, 28, 28), 101_632, "water_filling", device), at_most=1 / 40),
+    Comparison(
+        "masked / plain training step, MLP 2048",
+        lambda device: masked_and_plain("mlp", 2048, (1, 28, 28), 101_632, device),
+        at_most=1.1,
+    ),
+    Comparison(
+        "masked / plain training step, ResNet18 8",
+        lambda device: masked_and_plain("resnet", 8, (3, 32, 32), 50_000, device),
+        at_most=1.1,
+    ),
+    Comparison(
+        "sparse step, MLP 32768 / 128, proportional", lambda device: sparse_and_base("proportional", device), at_most=1
+    ),
+    Comparison(
+        "sparse step, MLP 32768 / 128, water_filling",
+        lambda device: sparse_and_base("water_filling", device),
+        at_most=4,
+    ),
+    Comparison(
+        "sparse / masked step, MLP 32768, proportional",
+        lambda device: sparse_and_masked("mlp", 2**15, (1, 28, 28), 101_632, "proportional", device),
+        at_most=1 / 100,
+    ),
+    Comparison(
+        "sparse / masked step, MLP 32768, water_filling",
+        lambda device: sparse_and_masked("mlp", 2**15, (1, 28, 28), 101_632, "water_filling", device),
+        at_most=1 / 40,
+    ),
     Comparison("our step / plain step, MLP 128", our_step_and_plain, at_most=1),
-    Comparison("sparse / masked step, ResNet18 128, proportional",
-               lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "proportional", device, 64), at_most=1 / 5),
-    Comparison("sparse / masked step, ResNet18 128, water_filling",
-               lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "water_filling", device, 64), at_most=1 / 5),
-    Comparison("sparse step, ResNet18 128 / 16, proportional", lambda device: sparse_resnet_and_base("proportional", device), at_most=8),
-    Comparison("sparse step, ResNet18 128 / 16, water_filling", lambda device: sparse_resnet_and_base("water_filling", device), at_most=8),
+    Comparison(
+        "sparse / masked step, ResNet18 128, proportional",
+        lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "proportional", device, 64),
+        at_most=1 / 5,
+    ),
+    Comparison(
+        "sparse / masked step, ResNet18 128, water_filling",
+        lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "water_filling", device, 64),
+        at_most=1 / 5,
+    ),
+    Comparison(
+        "sparse step, ResNet18 128 / 16, proportional",
+        lambda device: sparse_resnet_and_base("proportional", device),
+        at_most=8,
+    ),
+    Comparison(
+        "sparse step, ResNet18 128 / 16, water_filling",
+        lambda device: sparse_resnet_and_base("water_filling", device),
+        at_most=8,
+    ),
     Comparison("step / its matrix products, MLP 128", step_and_products, remark="how far from the limit"),
-    Comparison("step / its walks, MLP 32768, water_filling", lambda device: step_and_walks("water_filling", device), remark="how far from the limit", only="cpu"),
+    Comparison(
+        "step / its walks, MLP 32768, water_filling",
+        lambda device: step_and_walks("water_filling", device),
+        remark="how far from the limit",
+        only="cpu",
+    ),
     *(
-        Comparison(f"captured / plain step, {NAMES[family]} {width}", lambda device, family=family, width=width: captured_and_plain(family, width, device), at_most=1, only="cuda")
+        Comparison(
+            f"captured / plain step, {NAMES[family]} {width}",
+            lambda device, family=family, width=width: captured_and_plain(family, width, device),
+            at_most=1,
+            only="cuda",
+        )
         for family, width in CAPTURED
     ),
 ]
 
 COMPARISONS += [
-    Comparison("weight_noise.evaluate / forward passes, MLP 512",
-               lambda device: noise_and_passes("mlp", 512, (1, 28, 28), 1000, 101_632, device), at_most=1.25),
-    Comparison("weight_noise.evaluate / forward passes, VGG11 8",
-               lambda device: noise_and_passes("vgg", 8, (3, 32, 32), 100, 50_000, device), at_most=1.25),
-    Comparison("masks.sample_positions / torch.randperm, MLP 32768", sampled_and_shuffled, at_most=0.1),
-    Comparison("channels_last / contiguous training step, ResNet18 16", channels_last_and_contiguous,
-               remark="below 1: why experiments use it"),
-    *(
-        Comparison(f"corruptions.corrupt / one by one, {name}", lambda device, name=name: corrupted_and_one_by_one(name, device), at_most=1) for name in ONE_BY_ONE
+    Comparison(
+        "weight_noise.evaluate / forward passes, MLP 512",
+        lambda device: noise_and_passes("mlp", 512, (1, 28, 28), 1000, 101_632, device),
+        at_most=1.25,
     ),
-    Comparison("attacks.evaluate / passes, FGSM, MLP 2048",
-               lambda device: attack_and_passes("fgsm", "mlp", 2048, (1, 28, 28), 200, device), at_most=1.2),
-    Comparison("attacks.evaluate / passes, BIM, MLP 2048",
-               lambda device: attack_and_passes("bim", "mlp", 2048, (1, 28, 28), 100, device), at_most=1.2),
-    Comparison("attacks.evaluate / passes, PGD, MLP 2048",
-               lambda device: attack_and_passes("pgd", "mlp", 2048, (1, 28, 28), 100, device), at_most=1.2),
-    Comparison("attacks.evaluate / passes, PGD, VGG11 8",
-               lambda device: attack_and_passes("pgd", "vgg", 8, (3, 32, 32), 50, device), at_most=1.2),
-    Comparison("attacks.evaluate / passes, APGD, MLP 2048",
-               lambda device: attack_and_passes("apgd", "mlp", 2048, (1, 28, 28), 100, device), remark="with APGD's bookkeeping"),
-    Comparison("attacks.evaluate / torchattacks on a DataLoader, PGD, MLP 2048", attack_and_loader, remark="every check of ours included"),
+    Comparison(
+        "weight_noise.evaluate / forward passes, VGG11 8",
+        lambda device: noise_and_passes("vgg", 8, (3, 32, 32), 100, 50_000, device),
+        at_most=1.25,
+    ),
+    Comparison("masks.sample_positions / torch.randperm, MLP 32768", sampled_and_shuffled, at_most=0.1),
+    Comparison(
+        "channels_last / contiguous training step, ResNet18 16",
+        channels_last_and_contiguous,
+        remark="below 1: why experiments use it",
+    ),
+    *(
+        Comparison(
+            f"corruptions.corrupt / one by one, {name}",
+            lambda device, name=name: corrupted_and_one_by_one(name, device),
+            at_most=1,
+        )
+        for name in ONE_BY_ONE
+    ),
+    Comparison(
+        "attacks.evaluate / passes, FGSM, MLP 2048",
+        lambda device: attack_and_passes("fgsm", "mlp", 2048, (1, 28, 28), 200, device),
+        at_most=1.2,
+    ),
+    Comparison(
+        "attacks.evaluate / passes, BIM, MLP 2048",
+        lambda device: attack_and_passes("bim", "mlp", 2048, (1, 28, 28), 100, device),
+        at_most=1.2,
+    ),
+    Comparison(
+        "attacks.evaluate / passes, PGD, MLP 2048",
+        lambda device: attack_and_passes("pgd", "mlp", 2048, (1, 28, 28), 100, device),
+        at_most=1.2,
+    ),
+    Comparison(
+        "attacks.evaluate / passes, PGD, VGG11 8",
+        lambda device: attack_and_passes("pgd", "vgg", 8, (3, 32, 32), 50, device),
+        at_most=1.2,
+    ),
+    Comparison(
+        "attacks.evaluate / passes, APGD, MLP 2048",
+        lambda device: attack_and_passes("apgd", "mlp", 2048, (1, 28, 28), 100, device),
+        remark="with APGD's bookkeeping",
+    ),
+    Comparison(
+        "attacks.evaluate / torchattacks on a DataLoader, PGD, MLP 2048",
+        attack_and_loader,
+        remark="every check of ours included",
+    ),
 ]
 
 def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, keep=None):
@@ -437,24 +617,33 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
     device: where to measure, default a GPU where there is one. Each row makes three rounds even if they take longer.
     whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is also written there, to DEVICE-THREADS.txt.
     """
-    deadline, device = time.perf_counter() + seconds, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    deadline, device = (
+        time.perf_counter() + seconds,
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+    )
     comparisons, lines = [comparison for comparison in comparisons if comparison.only in (None, device.type)], []
 
     def say(line):
         print(line, flush=True)
         lines.append(line + "\n")
 
-    say(f"time of ours / theirs, median (quartiles) over rounds; {device.type}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}")
+    say(
+        f"time of ours / theirs, median (quartiles) over rounds; {device.type}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
+    )
     width = max(len(comparison.name) for comparison in comparisons)
     for done, comparison in enumerate(comparisons):
         sides = comparison.prepare(device)
         ratio = compare(*sides, seconds=(deadline - time.perf_counter()) / (len(comparisons) - done))
         numbers = f"{ratio.median:8.3g}  ({ratio.low:.3g} … {ratio.high:.3g})"
-        say(f"{comparison.name:<{width}} {numbers:<28} {ratio.rounds:>3} rounds  {comparison.verdict(ratio, device.type)}")
+        say(
+            f"{comparison.name:<{width}} {numbers:<28} {ratio.rounds:>3} rounds  {comparison.verdict(ratio, device.type)}"
+        )
         del sides
     for rule in ("water_filling", "proportional") if whole else ():
         wide, base = peak_memory(2**15, rule), peak_memory(2**7, rule)
-        say(f"peak memory, MLP 32768 / 128, {rule}: {wide:.0f} MB / {base:.0f} MB = {wide / base:.2f}  at most 2: {'yes' if wide <= 2 * base else 'NO'}")
+        say(
+            f"peak memory, MLP 32768 / 128, {rule}: {wide:.0f} MB / {base:.0f} MB = {wide / base:.2f}  at most 2: {'yes' if wide <= 2 * base else 'NO'}"
+        )
     for line in corruption_lines(device=device) if whole else ():
         say(line)
     if keep:

@@ -20,19 +20,19 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from .claims.verdicts import claims_table, judge_store
 from .explorer import page
+from .explorer.serve import serve
 from .results import provenance
+from .results.plots import finished
+from .results.rendering import check_drawing, draw_figures, notebook_of
 from .runs import exchange, verify
 from .runs.attempts import load_failures
-from .results.rendering import check_drawing, draw_figures, notebook_of
-from .study.experiments import accept, dense_parent, experiment_hash
-from .sweep.jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
-from .results.plots import finished
-from .study.studies import FIGURES, measurements, narrow, plan, shown_families
-from .explorer.serve import serve
 from .runs.store import Store
+from .study.experiments import accept, dense_parent, experiment_hash
+from .study.studies import FIGURES, measurements, narrow, plan, shown_families
+from .sweep.jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
 from .sweep.sweep import check_engine, run
-from .claims.verdicts import claims_table, judge_store
 
 # %% ../nbs/cli.ipynb #ef2d127d
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class Study:
     data: Path | None = None
     """Where the datasets are; default SPARSE_NB_DATA, else the user's cache folder. Downloaded if absent."""
 
+
 @dataclass(frozen=True)
 class Selection(Study):
     """Of a preset, what some figures need."""
 
     figures: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FIGURE …]")] = ()
     """Only what these need, such as fig01; if none are named, all that show one of the families."""
+
 
 @dataclass(frozen=True)
 class Grid(Selection):
@@ -90,6 +92,7 @@ class Sweep(Grid):
     dry_run: bool = False
     """Only say what would be trained and measured. Nothing is downloaded but the photographs of frost, on which the plan depends."""
 
+
 @dataclass(frozen=True)
 class Figures(Sweep):
     """Draw figures of the paper: train and measure what is missing, then run each figure's notebook.
@@ -109,6 +112,7 @@ class Figures(Sweep):
 class Status(Grid):
     """Say for each figure what is done, missing and failed, and about how long the rest takes."""
 
+
 @dataclass(frozen=True)
 class Export(Selection):
     """Publish finished runs under results/PRESET/DATASET-FAMILY: as an archive without checkpoints, which `merge` reads, and as compressed CSV.
@@ -118,6 +122,7 @@ class Export(Selection):
 
     out: Path = Path("results")
     """Where the folder of the preset is."""
+
 
 @dataclass(frozen=True)
 class Claims(Study):
@@ -155,13 +160,16 @@ class Upkeep:
     runs: Path = Path("runs")
     """Where trained networks and records are kept."""
 
+
 @dataclass(frozen=True)
 class Failures(Upkeep):
     """Say which networks failed, why, and what their processes said last."""
 
+
 @dataclass(frozen=True)
 class Verify(Upkeep):
     """Check every file against the checksum that was written with it."""
+
 
 @dataclass(frozen=True)
 class Clean(Upkeep):
@@ -171,6 +179,7 @@ class Clean(Upkeep):
     """Do not ask."""
     outdated: bool = False
     """Also runs of an earlier version of the code or of other data, which this version never uses."""
+
 
 @dataclass(frozen=True)
 class Merge(Upkeep):
@@ -182,6 +191,7 @@ class Merge(Upkeep):
     other: Annotated[Path, tyro.conf.Positional] = Path()
     """The other runs folder, a runs.tar.xz, or a folder with some, such as results/laptop; it is only read."""
 
+
 @dataclass(frozen=True)
 class Trace(Upkeep):
     """List the runs behind a figure, with its preset, seeds, code and data."""
@@ -192,9 +202,11 @@ class Trace(Upkeep):
 # %% ../nbs/cli.ipynb #4fc82b26
 NARROWING = ("datasets", "families", "rules", "seeds", "epochs", "widths")
 
+
 def narrowed(command):
     """The preset that a `Study` command asks for."""
     return narrow(command.preset, **{name: getattr(command, name) for name in NARROWING})
+
 
 def chosen_figures(command):
     """The figures that a `Selection` command names; if it names none, those that show one of its families. Raises ValueError for an unknown one."""
@@ -202,11 +214,20 @@ def chosen_figures(command):
         accept("figure", figure, FIGURES)
     return command.figures or tuple(figure for figure in FIGURES if shown_families(figure, narrowed(command)))
 
+
 def notebook_parameters(command):
     """The parameters of a figure's notebook: flat scalars, in absolute paths."""
-    flat = {name: getattr(command, name) for name in ("preset", *NARROWING, "device", "finished", "engine", "workers") if hasattr(command, name)}
+    flat = {
+        name: getattr(command, name)
+        for name in ("preset", *NARROWING, "device", "finished", "engine", "workers")
+        if hasattr(command, name)
+    }
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
-    return {**flat, "runs": str(command.runs.absolute()), "data": str(command.data.absolute()) if command.data else None}
+    return {
+        **flat,
+        "runs": str(command.runs.absolute()),
+        "data": str(command.data.absolute()) if command.data else None,
+    }
 
 # %% ../nbs/cli.ipynb #8527a891
 def wanted_by(command, figures):
@@ -222,7 +243,14 @@ def duration(seconds):
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"
+    return (
+        f"{minutes} min"
+        if minutes < 90
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes < 48 * 60
+        else f"{minutes / 60 / 24:.0f} days"
+    )
+
 
 def print_jobs(jobs, store, device):
     """A line for each network that would be trained or measured, then all of them together."""
@@ -232,9 +260,13 @@ def print_jobs(jobs, store, device):
         total += seconds
         verb = "prune" if job.experiment.schedule == "magnitude" else "train"
         todo = [verb] * job.train + [evaluation.measure for evaluation in job.evaluations]
-        print(f"{experiment_hash(job.experiment)} {words(job.experiment)}, at most {job.experiment.recipe.epochs} epochs: {', '.join(todo)}; about {duration(seconds)}")
+        print(
+            f"{experiment_hash(job.experiment)} {words(job.experiment)}, at most {job.experiment.recipe.epochs} epochs: {', '.join(todo)}; about {duration(seconds)}"
+        )
     guess = "" if rates else ", a guess, since nothing was run yet"
-    print(f"{len(jobs)} network{'s' * (len(jobs) != 1)} to do, about {duration(total)} at most in one process on the {device.type}{guess}")
+    print(
+        f"{len(jobs)} network{'s' * (len(jobs) != 1)} to do, about {duration(total)} at most in one process on the {device.type}{guess}"
+    )
 
 # %% ../nbs/cli.ipynb #f5ca38f7
 def sweep_command(command, figures):
@@ -245,13 +277,23 @@ def sweep_command(command, figures):
         print_jobs(missing_jobs(wanted, wanted, store), store, device)
         return False
     summary = run(
-        wanted, wanted, store=store, engine=command.engine, workers=command.workers, scheduler=command.scheduler, device=command.device,
-        root=command.data, minutes=command.minutes, limit=command.limit,
+        wanted,
+        wanted,
+        store=store,
+        engine=command.engine,
+        workers=command.workers,
+        scheduler=command.scheduler,
+        device=command.device,
+        root=command.data,
+        minutes=command.minutes,
+        limit=command.limit,
     )
     print(summary, flush=True)
     if summary.failed:
         more = f" and {len(summary.failed) - 1} more" if len(summary.failed) > 1 else ""
-        raise RuntimeError(f"{': '.join(summary.failed[0])}{more}; all others are done; `sparse-nb failures` says more, and the same command tries again")
+        raise RuntimeError(
+            f"{': '.join(summary.failed[0])}{more}; all others are done; `sparse-nb failures` says more, and the same command tries again"
+        )
     return not summary.late
 
 # %% ../nbs/cli.ipynb #f1a15ed1
@@ -261,11 +303,17 @@ def finished_figures(command, figures):
     for figure in figures:
         points = plan(figure, narrowed(command), root=command.data)
         found = finished(points, store)
-        print(f"{figure}: {len(found)} of {len(points)} points are finished" + " in whole curves" * (0 < len(found) < len(points)))
+        print(
+            f"{figure}: {len(found)} of {len(points)} points are finished"
+            + " in whole curves" * (0 < len(found) < len(points))
+        )
         there += [figure] * bool(found)
     if not there:
-        raise RuntimeError(f"none of {', '.join(figures)} has a finished curve in {store.root}; `sparse-nb status` says what is there")
+        raise RuntimeError(
+            f"none of {', '.join(figures)} has a finished curve in {store.root}; `sparse-nb status` says what is there"
+        )
     return there
+
 
 def figures_command(command):
     """Carry out a `Figures` command, printing the files that are written."""
@@ -290,34 +338,53 @@ def progress_of(figures, command, store, rates, device, failed):
     """(networks wanted, there, failed; measurements wanted, there; seconds left) for `figures` together. failed: names of runs."""
     wanted = wanted_by(command, figures)
     jobs = missing_jobs(wanted, wanted, store)
-    measured = [store.has_records(experiment, evaluation) for experiment, evaluations in wanted.items() for evaluation in evaluations]
+    measured = [
+        store.has_records(experiment, evaluation)
+        for experiment, evaluations in wanted.items()
+        for evaluation in evaluations
+    ]
     return (
-        len(wanted), len(wanted) - sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs), sum(experiment_hash(e) in failed for e in wanted),
-        len(measured), sum(measured), sum(seconds_for(job, rates, device) for job in jobs),
+        len(wanted),
+        len(wanted) - sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs),
+        sum(experiment_hash(e) in failed for e in wanted),
+        len(measured),
+        sum(measured),
+        sum(seconds_for(job, rates, device) for job in jobs),
     )
+
 
 def status_command(command):
     """Carry out a `Status` command."""
     store, device, figures = Store(command.runs), resolve_device(command.device), chosen_figures(command)
     rates, failed = measured_rates(store, device), {failure["run"] for failure in load_failures(store)}
     print(f"{'':8}{'networks':>14}{'failed':>8}{'measurements':>16}   left, in one process on the {device.type}")
-    for name, which in [*((figure, (figure,)) for figure in figures), *([("all", figures)] if len(figures) > 1 else [])]:
+    for name, which in [
+        *((figure, (figure,)) for figure in figures),
+        *([("all", figures)] if len(figures) > 1 else []),
+    ]:
         nets, there, bad, wanted, measured, seconds = progress_of(which, command, store, rates, device, failed)
-        print(f"{name:8}{f'{there} of {nets}':>14}{bad or '–':>8}{f'{measured} of {wanted}':>16}   {f'about {duration(seconds)} at most' if seconds else 'done'}")
+        print(
+            f"{name:8}{f'{there} of {nets}':>14}{bad or '–':>8}{f'{measured} of {wanted}':>16}   {f'about {duration(seconds)} at most' if seconds else 'done'}"
+        )
 
 # %% ../nbs/cli.ipynb #5f9c4ab0
 def existing_store(command):
     """The `Store` of a command that only looks at it. Raises FileNotFoundError if it is not there: a mistyped folder is not an empty one."""
     if not command.runs.is_dir():
-        raise FileNotFoundError(f"there is no runs folder {command.runs.absolute()}; --runs says where it is, and a sweep makes it")
+        raise FileNotFoundError(
+            f"there is no runs folder {command.runs.absolute()}; --runs says where it is, and a sweep makes it"
+        )
     return Store(command.runs)
+
 
 def failures_command(command):
     """Carry out a `Failures` command."""
     store = existing_store(command)
     failures = load_failures(store)
     for failure in failures:
-        print(f"{failure['run']} {failure['network']}: {failure['reason']} ({failure['when']}, tries: {failure['tries']})")
+        print(
+            f"{failure['run']} {failure['network']}: {failure['reason']} ({failure['when']}, tries: {failure['tries']})"
+        )
         for line in failure["log"][-5:]:
             print(f"    {line}")
         print(f"    all of it: {store.root / '.attempts' / failure['run'] / 'failure.json'}")
@@ -328,6 +395,7 @@ def counted(number, thing):
     """As in "1 run", "2 runs"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
+
 def verify_command(command):
     """Carry out a `Verify` command. Raises RuntimeError if anything is damaged."""
     store = existing_store(command)
@@ -335,9 +403,12 @@ def verify_command(command):
         found = verify.verify(store, on_file=lambda folder: bar.update())
     print(*found.problems, sep="\n", end="\n" * bool(found.problems))
     bare = f", {found.without_checkpoint} without a checkpoint" if found.without_checkpoint else ""
-    print(f"{counted(found.runs, 'run')}{bare}, {counted(found.record_files, 'record file')} with {counted(found.records, 'record')} checked")
+    print(
+        f"{counted(found.runs, 'run')}{bare}, {counted(found.record_files, 'record file')} with {counted(found.records, 'record')} checked"
+    )
     if found.problems:
         raise RuntimeError(f"{counted(len(found.problems), 'problem')} in {store.root}, named above")
+
 
 def clean_command(command):
     """Carry out a `Clean` command."""
@@ -354,7 +425,11 @@ def clean_command(command):
 # %% ../nbs/cli.ipynb #eb1e33e8
 def merge_command(command):
     """Carry out a `Merge` command."""
-    with tqdm(total=len(verify.run_folders(command.other)) or None if command.other.is_dir() else None, unit=" runs", disable=None) as bar:
+    with tqdm(
+        total=len(verify.run_folders(command.other)) or None if command.other.is_dir() else None,
+        unit=" runs",
+        disable=None,
+    ) as bar:
         taken = exchange.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
     print(
@@ -362,18 +437,29 @@ def merge_command(command):
         f"{counted(taken.record_files, 'record file')} and {counted(taken.checkpoints, 'checkpoint')} with them"
     )
     if taken.problems:
-        raise RuntimeError(f"{counted(len(taken.problems), 'file')} of {command.other} not taken over, for the reasons above; all others are")
+        raise RuntimeError(
+            f"{counted(len(taken.problems), 'file')} of {command.other} not taken over, for the reasons above; all others are"
+        )
+
 
 def export_command(command):
     """Carry out an `Export` command. Raises RuntimeError if nothing of what is asked for is there."""
     store, wanted = Store(command.runs), wanted_by(command, chosen_figures(command))
     there = [experiment for experiment in wanted if store.has_run(experiment)]
-    parents = [parent for parent in {dense_parent(experiment) for experiment in wanted} - {None} if store.has_run(parent)]
+    parents = [
+        parent for parent in {dense_parent(experiment) for experiment in wanted} - {None} if store.has_run(parent)
+    ]
     folder = command.out / command.preset
     if not there:
-        remedy = f"merge {folder}` takes over what is published" if exchange.published_folders(folder) else f"sweep --preset {command.preset}` makes them"
+        remedy = (
+            f"merge {folder}` takes over what is published"
+            if exchange.published_folders(folder)
+            else f"sweep --preset {command.preset}` makes them"
+        )
         raise RuntimeError(f"none of the {len(wanted)} networks is in {store.root}; `sparse-nb {remedy}")
-    say = lambda gone: print(f"no longer published, since they are of earlier code or other data: {counted(len(gone), 'run')}")
+    say = lambda gone: print(
+        f"no longer published, since they are of earlier code or other data: {counted(len(gone), 'run')}"
+    )
     parts = {}
     for experiment in [*there, *parents]:
         parts.setdefault(f"{experiment.dataset}-{experiment.family}", []).append(experiment)
@@ -389,8 +475,12 @@ def claims_command(command):
     notebook_of("claims", command.notebooks)
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
-        published = f", `sparse-nb merge results/{command.preset}` takes over what is published" * bool(exchange.published_folders(Path("results", command.preset)))
-        raise RuntimeError(f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing{published}")
+        published = f", `sparse-nb merge results/{command.preset}` takes over what is published" * bool(
+            exchange.published_folders(Path("results", command.preset))
+        )
+        raise RuntimeError(
+            f"no claim can be judged by what is in {store.root}; `sparse-nb sweep --preset {command.preset}` makes what is missing{published}"
+        )
     check_drawing(command.out / command.preset)
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
@@ -409,9 +499,19 @@ def explore_command(command):
     if command.static:
         print(*page.store_page(Store(command.runs), narrowed(command), command.static, root=command.data), sep="\n")
     else:
-        if given := [f"--{name}" for name in ("preset", *NARROWING, "data") if getattr(command, name) != getattr(Explore(), name)]:
-            raise ValueError(f"{', '.join(given)} can only be given with --static; the explorer shows whatever is in {command.runs}")
-        serve(command.notebooks / "explore.ipynb", runs=command.runs, port=command.port, address=command.address, public=command.public)
+        if given := [
+            f"--{name}" for name in ("preset", *NARROWING, "data") if getattr(command, name) != getattr(Explore(), name)
+        ]:
+            raise ValueError(
+                f"{', '.join(given)} can only be given with --static; the explorer shows whatever is in {command.runs}"
+            )
+        serve(
+            command.notebooks / "explore.ipynb",
+            runs=command.runs,
+            port=command.port,
+            address=command.address,
+            public=command.public,
+        )
 
 # %% ../nbs/cli.ipynb #aea92132
 COMMANDS = {
@@ -428,10 +528,13 @@ COMMANDS = {
     "trace": (Trace, trace_command),
 }
 
+
 def main(args=None):
     """The command `sparse-nb`. args: list of str, default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {name: options for name, (options, _) in COMMANDS.items()}, args=args, prog="sparse-nb",
+        {name: options for name, (options, _) in COMMANDS.items()},
+        args=args,
+        prog="sparse-nb",
         description="Understanding the effect of sparsity on neural networks robustness: the paper, run.",
     )
     try:
@@ -440,5 +543,8 @@ def main(args=None):
         print(f"sparse-nb: {error}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt:
-        print("sparse-nb: interrupted; finished networks and measurements are kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            "sparse-nb: interrupted; finished networks and measurements are kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None

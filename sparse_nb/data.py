@@ -33,7 +33,8 @@ def checked_bytes(path, md5):
         raise ValueError(
             f"{path} is not the published file: its md5 should be {md5}, but is {found} (it has {len(content):,} bytes). "
             "It may be truncated or altered, and was not used. Delete it and call again to download it anew, or point "
-            "SPARSE_NB_DATA (or root=...) to a folder that holds the original.")
+            "SPARSE_NB_DATA (or root=...) to a folder that holds the original."
+        )
     return content
 
 # %% ../nbs/1_data/02_data.ipynb #6b51d431
@@ -43,12 +44,18 @@ def check_images(images, labels, classes):
     TypeError for a wrong dtype, ValueError for shapes, devices or labels that do not fit.
     """
     if images.dtype != torch.uint8 or labels.dtype != torch.int64:
-        raise TypeError(f"images are {images.dtype} and labels {labels.dtype}; they must be torch.uint8 and torch.int64")
+        raise TypeError(
+            f"images are {images.dtype} and labels {labels.dtype}; they must be torch.uint8 and torch.int64"
+        )
     if images.ndim != 4 or labels.shape != images.shape[:1] or images.device != labels.device:
-        raise ValueError(f"images {tuple(images.shape)} on {images.device} and labels {tuple(labels.shape)} on {labels.device} "
-                         "do not fit; they must be (N, C, H, W) and (N,), on one device")
+        raise ValueError(
+            f"images {tuple(images.shape)} on {images.device} and labels {tuple(labels.shape)} on {labels.device} "
+            "do not fit; they must be (N, C, H, W) and (N,), on one device"
+        )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(f"labels lie in {int(labels.min())} .. {int(labels.max())}; they must lie in 0 .. {classes - 1}")
+        raise ValueError(
+            f"labels lie in {int(labels.min())} .. {int(labels.max())}; they must lie in 0 .. {classes - 1}"
+        )
 
 # %% ../nbs/1_data/02_data.ipynb #e629fa65
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,6 +65,7 @@ class ImageSet:
     name and split say where they come from; class_names (may be empty) what the labels mean. index: int64 (N,), the place of each in its split, by default
     0 … N − 1: it stays with the image through samples and shuffles. root: the folder of the files, None for what has none. Raises as `check_images` does.
     """
+
     pixels: torch.Tensor
     labels: torch.Tensor
     classes: int
@@ -66,21 +74,27 @@ class ImageSet:
     class_names: tuple = ()
     index: torch.Tensor | None = None
     root: Path | None = None
+
     def __post_init__(self):
         check_images(self.pixels, self.labels, self.classes)
         if self.index is None:
             object.__setattr__(self, "index", torch.arange(len(self), device=self.labels.device))
+
     def __len__(self):
         return len(self.labels)
+
     def __repr__(self):
         return f"{self.name} {self.split}: {len(self):,} images {self.shape}, {self.classes} classes, on {self.pixels.device}"
+
     @property
     def shape(self):
         """(C, H, W) of one image."""
         return tuple(self.pixels.shape[1:])
+
     def to(self, device):
         """The same set on another device."""
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), index=self.index.to(device))
+
     def take(self, indices):
         """The images at `indices`, a slice, list or tensor of numbers or a tensor of booleans, with their labels."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], index=self.index[indices])
@@ -98,8 +112,11 @@ def as_float(images):
 # %% ../nbs/1_data/02_data.ipynb #6f4b6612
 def gallery(images, *, columns=10, scale=2):
     """uint8 images (N, 1 or 3, H, W) as one PIL picture: rows of `columns`, each image enlarged `scale` times."""
-    from torchvision.transforms.functional import to_pil_image  # torchvision takes a second to import, and figures need none of it
+    from torchvision.transforms.functional import (
+        to_pil_image,
+    )  # torchvision takes a second to import, and figures need none of it
     from torchvision.utils import make_grid
+
     grid = to_pil_image(make_grid(images.cpu(), nrow=columns, padding=1, pad_value=128))
     return grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
 
@@ -117,20 +134,26 @@ def enlarge(images):
 # %% ../nbs/1_data/02_data.ipynb #eb1e33e8
 DIGITS_SHA256 = "eaf8f003dea1218f1b399d379705c39cadbe0c47d20182c8ce7b1f2f4ac4b0e2"
 
+
 def read_digits(split):
     """scikit-learn's digits: uint8 images (N, 1, 28, 28) and int64 labels (N,); N is 1,437 for "train", 360 for "test".
 
     Raises ValueError if they are not those whose SHA-256 is `DIGITS_SHA256`.
     """
     from sklearn.datasets import load_digits  # takes a second to import, and nothing else needs it
+
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     images, labels = enlarge(pixels.reshape(-1, 8, 8))[:, None], labels.long()
     in_test = torch.zeros(len(labels), dtype=torch.bool)
     in_test[labels.argsort(stable=True)[::5]] = True
-    found = hashlib.sha256(b"".join(part.to(torch.uint8).numpy().tobytes() for part in (images, labels, in_test))).hexdigest()
+    found = hashlib.sha256(
+        b"".join(part.to(torch.uint8).numpy().tobytes() for part in (images, labels, in_test))
+    ).hexdigest()
     if found != DIGITS_SHA256:
-        raise ValueError(f"scikit-learn's digits are not the expected ones: their SHA-256 should be {DIGITS_SHA256}, but is {found}; "
-                         "install the version of scikit-learn that constraints.txt names")
+        raise ValueError(
+            f"scikit-learn's digits are not the expected ones: their SHA-256 should be {DIGITS_SHA256}, but is {found}; "
+            "install the version of scikit-learn that constraints.txt names"
+        )
     chosen = in_test if split == "test" else ~in_test
     return images[chosen], labels[chosen]
 
@@ -149,10 +172,13 @@ def data_root(root=None):
 DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 SPLITS = ("train", "test")
 
+
 def reader_of(dataset):
     """torchvision's class that reads "mnist", "cifar10" or "cifar100"."""
     from torchvision.datasets import CIFAR10, CIFAR100, MNIST
+
     return {"mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+
 
 def published(dataset):
     """The files of a set: a dict from path below the root to md5 sum, from torchvision's tables; empty for "digits".
@@ -170,11 +196,18 @@ def published(dataset):
     return {f"{reader.base_folder}/{name}": md5 for name, md5 in files}
 
 # %% ../nbs/1_data/02_data.ipynb #0b918943
-IMAGE_SHAPES = {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}  # (C, H, W)
+IMAGE_SHAPES = {
+    "digits": (1, 28, 28),
+    "mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+    "cifar100": (3, 32, 32),
+}  # (C, H, W)
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
 SIZES = {
-    "digits": {"train": 1437, "test": 360}, "mnist": {"train": 60_000, "test": 10_000},
-    "cifar10": {"train": 50_000, "test": 10_000}, "cifar100": {"train": 50_000, "test": 10_000},
+    "digits": {"train": 1437, "test": 360},
+    "mnist": {"train": 60_000, "test": 10_000},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
 }
 
 # %% ../nbs/1_data/02_data.ipynb #3d914f93
@@ -196,6 +229,7 @@ def download(path, md5, urls):
     Raises FileNotFoundError, saying what each address answered; no part of a file is left behind.
     """
     from torchvision.datasets.utils import download_url
+
     answers = []
     for url in urls:
         try:
@@ -208,7 +242,8 @@ def download(path, md5, urls):
             answers.append(f"{url} ({error})")
     raise FileNotFoundError(
         f"{path} is missing and could not be downloaded. Tried {'; '.join(answers)}. Check the network and call again, or put "
-        f"the file there yourself (md5 {md5}), or point SPARSE_NB_DATA (or root=...) to a folder that has it.")
+        f"the file there yourself (md5 {md5}), or point SPARSE_NB_DATA (or root=...) to a folder that has it."
+    )
 
 # %% ../nbs/1_data/02_data.ipynb #31489056
 def read_mnist(split, root):
@@ -217,8 +252,12 @@ def read_mnist(split, root):
     Downloads what is missing. Raises ValueError for a wrong file, FileNotFoundError for one that cannot be had.
     """
     from torchvision.datasets.mnist import read_image_file, read_label_file
+
     start, tensors, mnist = {"train": "train", "test": "t10k"}[split], [], reader_of("mnist")
-    for name, reader in ((f"{start}-images-idx3-ubyte.gz", read_image_file), (f"{start}-labels-idx1-ubyte.gz", read_label_file)):
+    for name, reader in (
+        (f"{start}-images-idx3-ubyte.gz", read_image_file),
+        (f"{start}-labels-idx1-ubyte.gz", read_label_file),
+    ):
         path, md5 = root / "MNIST" / "raw" / name, dict(mnist.resources)[name]
         if not path.exists():
             download(path, md5, [mirror + name for mirror in mnist.mirrors])
@@ -241,7 +280,10 @@ def unpack_cifar(reader, root, wanted):
         download(archive, reader.tgz_md5, [reader.url])
     content = checked_bytes(archive, reader.tgz_md5)
     (root / reader.base_folder).mkdir(exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar, tempfile.TemporaryDirectory(dir=root, prefix=".unpack-") as folder:
+    with (
+        tarfile.open(fileobj=io.BytesIO(content)) as tar,
+        tempfile.TemporaryDirectory(dir=root, prefix=".unpack-") as folder,
+    ):
         for path, md5 in wanted.items():
             unpacked = Path(folder) / "file"
             unpacked.write_bytes(tar.extractfile(path).read())
@@ -284,4 +326,6 @@ def load_images(dataset, split, *, root=None, device="cpu"):
         images, labels = read_mnist(split, data_root(root))
     else:
         images, labels, names = read_cifar(dataset, split, data_root(root))
-    return ImageSet(images, labels, len(names), dataset, split, names, root=None if dataset == "digits" else data_root(root)).to(device)
+    return ImageSet(
+        images, labels, len(names), dataset, split, names, root=None if dataset == "digits" else data_root(root)
+    ).to(device)

@@ -15,9 +15,9 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sparse_nb.study.studies import FIGURES, PRESETS
-from sparse_nb.results.reproducibility import published_runs, reproducibility_table
 from sparse_nb.claims.verdicts import as_markdown, claims_table, refuted_among_all
+from sparse_nb.results.reproducibility import published_runs, reproducibility_table
+from sparse_nb.study.studies import FIGURES, PRESETS
 
 try:
     import tomllib
@@ -25,8 +25,18 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(path for folder in ("nbs", "figures", "benchmarks") for path in (ROOT / folder).rglob("*.ipynb") if "rendered" not in path.parts)
-CONDA_NAMES = {"torch": "pytorch", "kaleido": "python-kaleido", "playwright": "playwright-python", "build": "python-build"}
+NOTEBOOKS = sorted(
+    path
+    for folder in ("nbs", "figures", "benchmarks")
+    for path in (ROOT / folder).rglob("*.ipynb")
+    if "rendered" not in path.parts
+)
+CONDA_NAMES = {
+    "torch": "pytorch",
+    "kaleido": "python-kaleido",
+    "playwright": "playwright-python",
+    "build": "python-build",
+}
 PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
 
 
@@ -76,12 +86,16 @@ def test_lock_pins_each_requirement_once_within_its_range(python):
             assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice for Python {python}"
             pins[canonicalize_name(pin.name)] = version.version
     for r in requirements():
-        assert r.specifier.contains(pins[canonicalize_name(r.name)]), f"{r} is locked at {pins[canonicalize_name(r.name)]}"
+        assert r.specifier.contains(pins[canonicalize_name(r.name)]), (
+            f"{r} is locked at {pins[canonicalize_name(r.name)]}"
+        )
 
 
 def test_what_pip_is_told():
     asked = ["--name", "--version", "--license"]
-    said = subprocess.run([sys.executable, "setup.py", "-q", *asked], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "setup.py", "-q", *asked], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert said.split() == ["sparse-nb", settings()["version"], "Apache-2.0"]
     assert "pkg_resources" not in (ROOT / "setup.py").read_text(encoding="utf-8")
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == settings()["version"]
@@ -107,7 +121,10 @@ def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
     cells = content["cells"]
     assert "widgets" not in content["metadata"]  # the state of widgets may be many megabytes
     kinds = {kind for cell in cells for output in cell.get("outputs", []) for kind in output.get("data", {})}
-    assert {kind for kind in kinds if not kind.startswith("text/")} <= {"image/png", "image/jpeg"}  # Pillow shows itself as both
+    assert {kind for kind in kinds if not kind.startswith("text/")} <= {
+        "image/png",
+        "image/jpeg",
+    }  # Pillow shows itself as both
     assert not any(output["output_type"] == "error" for cell in cells for output in cell.get("outputs", []))
     assert notebook.stat().st_size < 1_000_000
 
@@ -116,7 +133,11 @@ def test_links_inside_the_project_lead_somewhere():
     links = {}
     for file in (*NOTEBOOKS, ROOT / "README.md"):
         text = file.read_text(encoding="utf-8")
-        pages = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"] if file.suffix == ".ipynb" else [text]
+        pages = (
+            ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+            if file.suffix == ".ipynb"
+            else [text]
+        )
         for link in (a or b for page in pages for a, b in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', page)):
             if not re.match(r"[a-z]+:", link):
                 links[file, link] = file.parent / link.partition("#")[0]
@@ -126,7 +147,12 @@ def test_links_inside_the_project_lead_somewhere():
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)
 def test_cells_hold_no_control_characters(notebook):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    strange = [(cell["id"], character) for cell in cells for character in "".join(cell["source"]) if ord(character) < 32 and character not in "\n\t"]
+    strange = [
+        (cell["id"], character)
+        for cell in cells
+        for character in "".join(cell["source"])
+        if ord(character) < 32 and character not in "\n\t"
+    ]
     assert not strange, "a backslash that an editor took for itself, as in \\bar"
 
 
@@ -145,8 +171,12 @@ def test_front_page_shows_what_is_published():
     published = published_runs(ROOT / "results/laptop")
     for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
         assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
-    assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, "run nbs/index.ipynb, then make prepare"
+    assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, (
+        "run nbs/index.ipynb, then make prepare"
+    )
     assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
     for figure in FIGURES:
-        preset = next(preset for preset in ("paper", "laptop") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists())
+        preset = next(
+            preset for preset in ("paper", "laptop") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists()
+        )
         assert f'src="figures/rendered/{preset}/{figure}.svg"' in page, "run nbs/index.ipynb, then make prepare"

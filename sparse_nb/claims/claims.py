@@ -16,10 +16,10 @@ from functools import partial
 
 import numpy as np
 
-from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS
-from ..data import IMAGE_SHAPES
 from .evidence import MARGIN, Evidence, above, all_of, best_among, earlier, falls, matches, rises
 from .scores import CURVE, NETWORK, in_words, panels, percent, scores
+from ..data import IMAGE_SHAPES
+from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS
 
 # %% ../../nbs/8_claims/03_claims.ipynb #e7f6c011
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Finding:
     @property
     def curve(self):
         return self.dataset, self.rule, self.family, self.growth
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -56,10 +57,12 @@ class Claim:
 
     def panels(self, plans):
         """{curve: curves compared} of every panel of which it says something. plans: {figure: table with the columns `CURVE`}."""
-        curves = [list(plans[figure][CURVE].drop_duplicates().itertuples(index=False, name=None)) if figure in plans else [] for figure in self.figures]
+        curves = [
+            list(plans[figure][CURVE].drop_duplicates().itertuples(index=False, name=None)) if figure in plans else []
+            for figure in self.figures
+        ]
         there = [curve for curve in curves[0] if all(curve in others for others in curves)]
         return {curve: compared for curve in there if (compared := self.compares(curve, there))}
-
 
 # %% ../../nbs/8_claims/03_claims.ipynb #897a857f
 def by_panel(needs, test, tables):
@@ -75,33 +78,61 @@ def by_panel(needs, test, tables):
             seeds = sorted(set.intersection(*(set(panel.index) for panel in of_curve.values())))
             places = [place for place in first if all(place in panel for panel in of_curve.values())]
             if seeds and len(places) > 1 and places[0][0] == 1:
-                findings.append(Finding(*curve, len(seeds), *test(**{name: panel.loc[seeds, places] for name, panel in of_curve.items()})))
+                findings.append(
+                    Finding(
+                        *curve,
+                        len(seeds),
+                        *test(**{name: panel.loc[seeds, places] for name, panel in of_curve.items()}),
+                    )
+                )
     return findings
 
 # %% ../../nbs/8_claims/03_claims.ipynb #2c624232
 EXTREME = 1 / 64  # of the weights, a little more for widths in whole numbers
+
 
 def falls_at_the_extreme(panel):
     """`Evidence` for "it falls at extreme sparsity"; nothing against it from a curve that does not reach that. panel: of `scores.panels`."""
     evidence = falls(panel)
     return evidence if panel.columns[-1][0] <= 1.1 * EXTREME else Evidence(evidence.p_for, np.nan)
 
+
 def rise_and_fall(**measured):
     """`Evidence` that every panel first rises, then falls, and all of them in words."""
-    words = "; ".join(f"{name}: {in_words(panel)}" if len(measured) > 1 else in_words(panel) for name, panel in measured.items())
+    words = "; ".join(
+        f"{name}: {in_words(panel)}" if len(measured) > 1 else in_words(panel) for name, panel in measured.items()
+    )
     if any(panel.shape[1] < 3 for panel in measured.values()):
         return Evidence(np.nan, np.nan), words + "; fewer than three places"
     return all_of(evidence(panel) for panel in measured.values() for evidence in (rises, falls_at_the_extreme)), words
 
+
 UNDER_ATTACK = {name: ("fig03", "attack", name) for name in PAPER_ATTACKS}
 CLAIMS = [
-    Claim("1", "As we move towards higher sparsity levels, the performance under weight noise first increases, then decreases in extreme sparsity levels.", "figure 1",
-          "Some sparse network has a higher mean accuracy over all noise strengths than the base, and the sparsest a lower one than some denser network. That there is no fall counts only on curves that go down to 1/64 of the weights.",
-          ("fig01",), partial(by_panel, {"noise": ("fig01", "noise", None)}, rise_and_fall)),
-    Claim("2", "On corrupted images, the performance first increases, then decreases in extreme sparsity levels.", "figure 2",
-          "The same for the mean accuracy over all corruptions and severities.", ("fig02",), partial(by_panel, {"corruption": ("fig02", "corruption", None)}, rise_and_fall)),
-    Claim("3", "Robustness to all adversarial attacks is improved as we have less remaining weights, and decreases for extreme sparsity levels.", "figure 3",
-          "The same for the mean accuracy over all radii above zero, under each attack.", ("fig03",), partial(by_panel, UNDER_ATTACK, rise_and_fall)),
+    Claim(
+        "1",
+        "As we move towards higher sparsity levels, the performance under weight noise first increases, then decreases in extreme sparsity levels.",
+        "figure 1",
+        "Some sparse network has a higher mean accuracy over all noise strengths than the base, and the sparsest a lower one than some denser network. That there is no fall counts only on curves that go down to 1/64 of the weights.",
+        ("fig01",),
+        partial(by_panel, {"noise": ("fig01", "noise", None)}, rise_and_fall),
+    ),
+    Claim(
+        "2",
+        "On corrupted images, the performance first increases, then decreases in extreme sparsity levels.",
+        "figure 2",
+        "The same for the mean accuracy over all corruptions and severities.",
+        ("fig02",),
+        partial(by_panel, {"corruption": ("fig02", "corruption", None)}, rise_and_fall),
+    ),
+    Claim(
+        "3",
+        "Robustness to all adversarial attacks is improved as we have less remaining weights, and decreases for extreme sparsity levels.",
+        "figure 3",
+        "The same for the mean accuracy over all radii above zero, under each attack.",
+        ("fig03",),
+        partial(by_panel, UNDER_ATTACK, rise_and_fall),
+    ),
 ]
 
 # %% ../../nbs/8_claims/03_claims.ipynb #3fdba35f
@@ -110,14 +141,19 @@ def earlier_rise(easy, hard):
     rising, sooner = all_of([rises(easy), rises(hard)]), earlier(easy, hard)
     return Evidence(max(rising.p_for, sooner.p_for), sooner.p_against if rising.verdict() == "supported" else np.nan)
 
+
 def beside_mnist(curve, there):
     """The curve of MNIST and `curve`, if that is of a CIFAR set and both are `there`."""
     mnist = ("mnist", *curve[1:])
     return [mnist, curve] if curve[0] in ("cifar10", "cifar100") and {mnist, curve} <= set(there) else []
 
+
 def earlier_on_mnist(tables):
     """The `Finding`s of claim 4: for each rule and family, MNIST beside each CIFAR that is there."""
-    found, findings = {what: panels(scores(tables[figure], what)) for figure, what in (("fig01", "noise"), ("fig02", "corruption"))}, []
+    found, findings = (
+        {what: panels(scores(tables[figure], what)) for figure, what in (("fig01", "noise"), ("fig02", "corruption"))},
+        [],
+    )
     there = [curve for curve in found["noise"] if curve in found["corruption"]]
     for curve in found["noise"]:
         curves = beside_mnist(curve, there)
@@ -126,19 +162,41 @@ def earlier_on_mnist(tables):
         pairs = {what: [of[curve] for curve in curves] for what, of in found.items()}
         if any([place[1:] for place in easy] != [place[1:] for place in hard] for easy, hard in pairs.values()):
             continue
-        best = {what: [percent(panel.columns[panel.mean().argmax()][0]) for panel in pair] for what, pair in pairs.items()}
+        best = {
+            what: [percent(panel.columns[panel.mean().argmax()][0]) for panel in pair] for what, pair in pairs.items()
+        }
         words = "; ".join(f"{what}: best at {easy} on MNIST, at {hard} here" for what, (easy, hard) in best.items())
-        findings.append(Finding(*curve, min(len(panel) for pair in pairs.values() for panel in pair), all_of(earlier_rise(*pair) for pair in pairs.values()), words))
+        findings.append(
+            Finding(
+                *curve,
+                min(len(panel) for pair in pairs.values() for panel in pair),
+                all_of(earlier_rise(*pair) for pair in pairs.values()),
+                words,
+            )
+        )
     return findings
 
-CLAIMS.append(Claim(
-    "4", "Such increase is happening earlier for simpler tasks like MNIST.", "figures 1 and 2",
-    "Accuracy rises on both sets, and its best density on MNIST is higher than on the CIFAR set, under noise and on corrupted images.", ("fig01", "fig02"), earlier_on_mnist,
-    beside_mnist,
-))
+
+CLAIMS.append(
+    Claim(
+        "4",
+        "Such increase is happening earlier for simpler tasks like MNIST.",
+        "figures 1 and 2",
+        "Accuracy rises on both sets, and its best density on MNIST is higher than on the CIFAR set, under noise and on corrupted images.",
+        ("fig01", "fig02"),
+        earlier_on_mnist,
+        beside_mnist,
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #b17ef6d1
-EVERYTHING = {"clean": ("fig01", "clean", None), "noise": ("fig01", "noise", None), "corruption": ("fig02", "corruption", None), "attacks": ("fig03", "attack", None)}
+EVERYTHING = {
+    "clean": ("fig01", "clean", None),
+    "noise": ("fig01", "noise", None),
+    "corruption": ("fig02", "corruption", None),
+    "attacks": ("fig03", "attack", None),
+}
+
 
 def match_or_beat(**measured):
     """`Evidence` that the first sparse place matches the base in every panel; how far the match goes, in words."""
@@ -148,11 +206,17 @@ def match_or_beat(**measured):
         words.append(f"{name} to {percent(measured[name].columns[shown][0])}" if shown else f"{name} nowhere")
     return all_of(evidence[0] for evidence in found.values()), "matches within 1 point: " + ", ".join(words)
 
-CLAIMS.append(Claim(
-    "5", "Up to a certain sparsity, sparsified networks consistently match and often outperform their initially dense versions.", "abstract",
-    "By width, the first sparse network is worse than the base by less than one point: clean, under noise, corruptions and attacks. That networks often outperform their base, and growth in depth, are not tested.",
-    ("fig01", "fig02", "fig03"), partial(by_panel, EVERYTHING, match_or_beat),
-))
+
+CLAIMS.append(
+    Claim(
+        "5",
+        "Up to a certain sparsity, sparsified networks consistently match and often outperform their initially dense versions.",
+        "abstract",
+        "By width, the first sparse network is worse than the base by less than one point: clean, under noise, corruptions and attacks. That networks often outperform their base, and growth in depth, are not tested.",
+        ("fig01", "fig02", "fig03"),
+        partial(by_panel, EVERYTHING, match_or_beat),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #9400f1b2
 def onset(panel, margin=MARGIN):
@@ -160,17 +224,27 @@ def onset(panel, margin=MARGIN):
     means = panel.mean().to_numpy()
     return len(means) - int(np.argmax((means >= means.max() - margin)[::-1]))
 
+
 def fall_together(**measured):
     """`Evidence` that every panel falls at the extreme, and where each begins to, in words."""
     begins = {name: onset(panel) for name, panel in measured.items()}
-    words = [f"{name} from {percent(panel.columns[begins[name]][0])}" if begins[name] < panel.shape[1] else f"{name} nowhere" for name, panel in measured.items()]
+    words = [
+        f"{name} from {percent(panel.columns[begins[name]][0])}" if begins[name] < panel.shape[1] else f"{name} nowhere"
+        for name, panel in measured.items()
+    ]
     return all_of(map(falls_at_the_extreme, measured.values())), "falls by more than 1 point: " + ", ".join(words)
 
-CLAIMS.append(Claim(
-    "6", "Robustness and accuracy decline simultaneously for very high sparsity.", "abstract",
-    "Clean accuracy and accuracy under noise, corruptions and attacks are all lower for the sparsest networks than for some denser ones; that they are not counts only on curves that go down to 1/64 of the weights. That they begin to fall at the same density is not tested.",
-    ("fig01", "fig02", "fig03"), partial(by_panel, EVERYTHING, fall_together),
-))
+
+CLAIMS.append(
+    Claim(
+        "6",
+        "Robustness and accuracy decline simultaneously for very high sparsity.",
+        "abstract",
+        "Clean accuracy and accuracy under noise, corruptions and attacks are all lower for the sparsest networks than for some denser ones; that they are not counts only on curves that go down to 1/64 of the weights. That they begin to fall at the same density is not tested.",
+        ("fig01", "fig02", "fig03"),
+        partial(by_panel, EVERYTHING, fall_together),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #785f3ec7
 def sooner_by_magnitude(**measured):
@@ -178,20 +252,32 @@ def sooner_by_magnitude(**measured):
     parts, words = [], []
     for what in ("noise", "corruption"):
         static, pruned = measured[f"static_{what}"], measured[f"pruned_{what}"]
-        height = (static.sub(static.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)) - (pruned.sub(pruned.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1))
+        height = (static.sub(static.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)) - (
+            pruned.sub(pruned.iloc[:, 0], axis=0).iloc[:, 1:].mean(axis=1)
+        )
         parts.append(above(height))
-        words.append(f"{what}: pruned networks lose {abs(100 * height.mean()):.1f} points {'more' if height.mean() >= 0 else 'less'} than static ones")
+        words.append(
+            f"{what}: pruned networks lose {abs(100 * height.mean()):.1f} points {'more' if height.mean() >= 0 else 'less'} than static ones"
+        )
     return all_of(parts), "; ".join(words) + f"; down to {percent(static.columns[-1][0])}"
 
+
 BOTH_SCHEDULES = {
-    "static_noise": ("fig01", "noise", None), "pruned_noise": ("fig04", "noise", None),
-    "static_corruption": ("fig02", "corruption", None), "pruned_corruption": ("fig05", "corruption", None),
+    "static_noise": ("fig01", "noise", None),
+    "pruned_noise": ("fig04", "noise", None),
+    "static_corruption": ("fig02", "corruption", None),
+    "pruned_corruption": ("fig05", "corruption", None),
 }
-CLAIMS.append(Claim(
-    "7", "For networks pruned by magnitude after training, the performance deteriorates sooner than with static sparsity.", "section 3 of VGG, figure 5 of both",
-    "From the base on, static masks keep more accuracy on the mean over all sparse places that both have, under noise and on corrupted images.",
-    ("fig01", "fig02", "fig04", "fig05"), partial(by_panel, BOTH_SCHEDULES, sooner_by_magnitude),
-))
+CLAIMS.append(
+    Claim(
+        "7",
+        "For networks pruned by magnitude after training, the performance deteriorates sooner than with static sparsity.",
+        "section 3 of VGG, figure 5 of both",
+        "From the base on, static masks keep more accuracy on the mean over all sparse places that both have, under noise and on corrupted images.",
+        ("fig01", "fig02", "fig04", "fig05"),
+        partial(by_panel, BOTH_SCHEDULES, sooner_by_magnitude),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #b7a56873
 def small_depth(**measured):
@@ -203,16 +289,23 @@ def small_depth(**measured):
         words.append(f"{name}: best at depth {best[2]}{f'×{best[3]}' if best[3] > 1 else ''}, {percent(best[0])}")
     return all_of(parts), "; ".join(words)
 
-CLAIMS.append(Claim(
-    "8a", "By depth, the maximum accuracy and robustness are achieved for smaller depth values in all experiments.", "section 3, figure 6",
-    "Some depth in the first half of the depths, the middle one included, is better than every depth in the second half, clean and under noise.",
-    ("fig06",), partial(by_panel, {"clean": ("fig06", "clean", None), "noise": ("fig06", "noise", None)}, small_depth),
-))
+
+CLAIMS.append(
+    Claim(
+        "8a",
+        "By depth, the maximum accuracy and robustness are achieved for smaller depth values in all experiments.",
+        "section 3, figure 6",
+        "Some depth in the first half of the depths, the middle one included, is better than every depth in the second half, clean and under noise.",
+        ("fig06",),
+        partial(by_panel, {"clean": ("fig06", "clean", None), "noise": ("fig06", "noise", None)}, small_depth),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #59e19706
 def only_vgg(curve, there):
     """`curve` alone, if it is of VGG."""
     return [curve] if curve[2] == "vgg" else []
+
 
 def stops_converging(tables, below=0.15):
     """The `Finding`s of claim 8b: do VGGs at most `below` dense reach the stopping loss less often than denser ones?"""
@@ -223,27 +316,48 @@ def stops_converging(tables, below=0.15):
         excess = missed[sparse].groupby(of_curve.seed).mean() - missed[~sparse].groupby(of_curve.seed).mean()
         told = f"did not reach the stopping loss: {missed[sparse].sum()} of {sparse.sum()} with at most {percent(below)} remaining, {missed[~sparse].sum()} of {(~sparse).sum()} with more"
         if not dense.any() or missed[dense].any() or excess.isna().any() or not sparse.any():
-            evidence, told = Evidence(np.nan, np.nan), told + "; not all that this needs: dense ones that all reached it, and sparse ones of every seed"
+            evidence, told = (
+                Evidence(np.nan, np.nan),
+                told + "; not all that this needs: dense ones that all reached it, and sparse ones of every seed",
+            )
         else:
-            evidence = Evidence(0.5 ** len(excess) if (excess > 0).all() else 1.0, 0.5 ** len(excess) if (excess <= 0).all() else 1.0)
+            evidence = Evidence(
+                0.5 ** len(excess) if (excess > 0).all() else 1.0, 0.5 ** len(excess) if (excess <= 0).all() else 1.0
+            )
         findings.append(Finding(*curve, of_curve.seed.nunique(), evidence, told))
     return findings
 
-CLAIMS.append(Claim(
-    "8b", "VGG experiences convergence issues when sparsifying by increasing depth as the remaining weights approach 10 %.", "section 3, appendix B.1",
-    "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.", ("fig06",), stops_converging, only_vgg,
-))
+
+CLAIMS.append(
+    Claim(
+        "8b",
+        "VGG experiences convergence issues when sparsifying by increasing depth as the remaining weights approach 10 %.",
+        "section 3, appendix B.1",
+        "For every seed, VGGs with at most 15 % of their weights reach the stopping loss less often than those with more.",
+        ("fig06",),
+        stops_converging,
+        only_vgg,
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #eb1e33e8
 def does_not_fall(**measured):
     """`Evidence` that every sparse place of every panel matches its base."""
-    return all_of(part for panel in measured.values() for part in matches(panel)), "; ".join(map(in_words, measured.values()))
+    return all_of(part for panel in measured.values() for part in matches(panel)), "; ".join(
+        map(in_words, measured.values())
+    )
 
-CLAIMS.append(Claim(
-    "9", "As the networks get wider (or deeper) and sparser, the minimum recall does not decrease.", "section 3, figure 8",
-    "At every sparse place the lowest recall of a class is lower than that of the base by less than one point.",
-    ("fig08",), partial(by_panel, {"lowest_recall": ("fig08", "lowest recall", None)}, does_not_fall),
-))
+
+CLAIMS.append(
+    Claim(
+        "9",
+        "As the networks get wider (or deeper) and sparser, the minimum recall does not decrease.",
+        "section 3, figure 8",
+        "At every sparse place the lowest recall of a class is lower than that of the base by less than one point.",
+        ("fig08",),
+        partial(by_panel, {"lowest_recall": ("fig08", "lowest recall", None)}, does_not_fall),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #86e50149
 def flatter(loss, clean):
@@ -251,16 +365,24 @@ def flatter(loss, clean):
     good = [place for place in list(loss)[1:] if clean[place].mean() > clean.iloc[:, 0].mean() - MARGIN]
     chosen = loss[[loss.columns[0], *good]]
     if not good or (chosen <= 0).any(axis=None) or not np.isfinite(chosen).all(axis=None):
-        return Evidence(np.nan, np.nan), "no sparse network is as good as the base, or a loss does not increase: there is no ratio"
+        return Evidence(
+            np.nan, np.nan
+        ), "no sparse network is as good as the base, or a loss does not increase: there is no ratio"
     ratios = np.log(chosen).rsub(np.log(chosen).iloc[:, 0], axis=0).iloc[:, 1:]
     words = f"the base's loss increases {np.exp(ratios.mean(axis=1).mean()):.2f} times as much as that of sparse networks as good as it, down to {percent(good[-1][0])}"
     return above(ratios.mean(axis=1)), words
 
-CLAIMS.append(Claim(
-    "10", "Sparse configurations are in flatter regions of weight space, as the loss increases more slowly with the noise.", "section 3",
-    "The increase of the loss under noise, over all strengths, is smaller for sparse networks than for the base, as a mean ratio over the sparse places whose mean clean accuracy is less than one point below the base's.",
-    ("fig01",), partial(by_panel, {"loss": ("fig01", "loss", None), "clean": ("fig01", "clean", None)}, flatter),
-))
+
+CLAIMS.append(
+    Claim(
+        "10",
+        "Sparse configurations are in flatter regions of weight space, as the loss increases more slowly with the noise.",
+        "section 3",
+        "The increase of the loss under noise, over all strengths, is smaller for sparse networks than for the base, as a mean ratio over the sparse places whose mean clean accuracy is less than one point below the base's.",
+        ("fig01",),
+        partial(by_panel, {"loss": ("fig01", "loss", None), "clean": ("fig01", "clean", None)}, flatter),
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #7a61b537
 def at_radius(table, attack):
@@ -269,11 +391,13 @@ def at_radius(table, attack):
     there = table[(table.name.isin([attack]) & np.isclose(table.strength, radius)) | table.value.isna()]
     return panels(scores(there, "attack", attack))
 
+
 def vgg_beside_others(curve, there):
     """The curves of VGG, the MLP and ResNet, if `curve` is that of VGG on MNIST, or digits in its place, and all are `there`."""
     dataset, rule, family, growth = curve
     three = [(dataset, rule, name, growth) for name in ("vgg", "mlp", "resnet")]
     return three if family == "vgg" and dataset in ("mnist", "digits") and set(three) <= set(there) else []
+
 
 def vgg_declines_most(tables):
     """The `Finding`s of claim 11, for each rule."""
@@ -287,16 +411,31 @@ def vgg_declines_most(tables):
         parts, words = [], []
         for attack, under in found.items():
             decline = {name: (clean[one] - under[one]).iloc[:, 0].loc[seeds] for name, one in three.items()}
-            parts += [above(decline["vgg"] - decline["mlp"]), above(decline["vgg"] - decline["resnet"]), rises(under[curve])]
-            words.append(f"{attack}: dense declines by " + ", ".join(f"{name} {100 * of.mean():.1f}" for name, of in decline.items()) + f"; VGG under attack: {in_words(under[curve])}")
+            parts += [
+                above(decline["vgg"] - decline["mlp"]),
+                above(decline["vgg"] - decline["resnet"]),
+                rises(under[curve]),
+            ]
+            words.append(
+                f"{attack}: dense declines by "
+                + ", ".join(f"{name} {100 * of.mean():.1f}" for name, of in decline.items())
+                + f"; VGG under attack: {in_words(under[curve])}"
+            )
         findings.append(Finding(*curve, len(seeds), all_of(parts), "; ".join(words)))
     return findings
 
-CLAIMS.append(Claim(
-    "11", "Dense VGG networks trained on MNIST show the highest accuracy decline in the presence of all attacks, while sparsification helps.", "section 3, figure 3",
-    "At the radius of our figure 3 (the paper names none) dense VGGs decline more than dense MLPs and ResNets under each attack, and some sparse VGG is more accurate under it than the dense one. Families are compared on MNIST; MNIST is not compared with other sets.", ("fig03",), vgg_declines_most,
-    vgg_beside_others,
-))
+
+CLAIMS.append(
+    Claim(
+        "11",
+        "Dense VGG networks trained on MNIST show the highest accuracy decline in the presence of all attacks, while sparsification helps.",
+        "section 3, figure 3",
+        "At the radius of our figure 3 (the paper names none) dense VGGs decline more than dense MLPs and ResNets under each attack, and some sparse VGG is more accurate under it than the dense one. Families are compared on MNIST; MNIST is not compared with other sets.",
+        ("fig03",),
+        vgg_declines_most,
+        vgg_beside_others,
+    )
+)
 
 # %% ../../nbs/8_claims/03_claims.ipynb #d59eced1
 def control_panels(values, budgets):
@@ -307,8 +446,16 @@ def control_panels(values, budgets):
     frame, arms = values.reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
     for curve, of_curve in frame.groupby(["dataset", "rule", "family"], sort=False):
         largest = of_curve.budget.max()
-        arm = [of_curve[of_curve.density == 1].assign(factor=lambda f: np.log2(largest / f.budget)), of_curve[of_curve.budget == largest].assign(factor=lambda f: -np.log2(f.density))]
-        fewer, sparser = (part.assign(factor=part.factor.round().astype(int)).pivot_table(index="seed", columns="factor", values="value") for part in arm)
+        arm = [
+            of_curve[of_curve.density == 1].assign(factor=lambda f: np.log2(largest / f.budget)),
+            of_curve[of_curve.budget == largest].assign(factor=lambda f: -np.log2(f.density)),
+        ]
+        fewer, sparser = (
+            part.assign(factor=part.factor.round().astype(int)).pivot_table(
+                index="seed", columns="factor", values="value"
+            )
+            for part in arm
+        )
         common = sorted(set(fewer) & set(sparser))
         fewer, sparser = fewer[common].dropna(), sparser[common].dropna()
         seeds = fewer.index.intersection(sparser.index)
@@ -316,18 +463,26 @@ def control_panels(values, budgets):
             arms[curve] = fewer.loc[seeds], sparser.loc[seeds]
     return arms
 
+
 def capacity_not_sparsity(tables):
     """The `Finding`s of claim 12: what fewer weights cost under noise, and what the same factor costs as density, on the mean over the factors."""
     table, findings = tables["fig12"], []
     budgets = table.drop_duplicates(NETWORK + ["budget"]).set_index(NETWORK).budget
     for curve, (fewer, sparser) in control_panels(scores(table, "noise"), budgets).items():
         fewer_costs, sparser_costs = (arm.iloc[:, 0] - arm.iloc[:, 1:].mean(axis=1) for arm in (fewer, sparser))
-        words = f"from 1/2 to 1/{2**fewer.columns[-1]}: fewer weights cost {100 * fewer_costs.mean():.1f} points, the same factor in density {100 * sparser_costs.mean():.1f}"
+        words = f"from 1/2 to 1/{2 ** fewer.columns[-1]}: fewer weights cost {100 * fewer_costs.mean():.1f} points, the same factor in density {100 * sparser_costs.mean():.1f}"
         evidence = all_of([above(fewer_costs), above(fewer_costs - sparser_costs), above(-sparser_costs, -MARGIN)])
         findings.append(Finding(*curve, "control", len(fewer), evidence, words))
     return findings
 
-CLAIMS.append(Claim(
-    "12", "A rapid robustness drop caused by network compression is due to a reduced network capacity rather than sparsity.", "abstract, introduction",
-    "Under noise, on the mean over factors: dense networks with fewer weights lose accuracy, networks that are sparser by the same factor lose less, and less than one point.", ("fig12",), capacity_not_sparsity,
-))
+
+CLAIMS.append(
+    Claim(
+        "12",
+        "A rapid robustness drop caused by network compression is due to a reduced network capacity rather than sparsity.",
+        "abstract, introduction",
+        "Under noise, on the mean over factors: dense networks with fewer weights lose accuracy, networks that are sparser by the same factor lose less, and less than one point.",
+        ("fig12",),
+        capacity_not_sparsity,
+    )
+)

@@ -30,13 +30,14 @@ class Evidence:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0…1")
 
     def verdict(self, alpha=0.05):
-        """"supported", "refuted" or "undecided", each of the first two wrong in at most a share `alpha` of cases."""
+        """ "supported", "refuted" or "undecided", each of the first two wrong in at most a share `alpha` of cases."""
         if self.p_for <= alpha < self.p_against or (self.p_for <= alpha and math.isnan(self.p_against)):
             return "supported"
         return "refuted" if self.p_against <= alpha and not self.p_for <= alpha else "undecided"
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #6b51d431
 MARGIN = 0.01  # of accuracy: what is called a match
+
 
 def above(differences, margin=0.0):
     """`Evidence` for "the mean difference is above `margin`": Student's t-test in both directions.
@@ -55,15 +56,18 @@ def above(differences, margin=0.0):
 def _largest(p_values):
     return math.nan if any(map(math.isnan, p_values)) else max(p_values)
 
+
 def _smallest(p_values):
     there = [p for p in p_values if not math.isnan(p)]
     return min(1.0, len(p_values) * min(there)) if there else math.nan
+
 
 def all_of(parts):
     """`Evidence` for "every one of these is true". parts: `Evidence`s, at least one. Berger 1982, Bonferroni."""
     if not (parts := list(parts)):
         raise ValueError("there are no parts; at least one is needed")
     return Evidence(_largest([part.p_for for part in parts]), _smallest([part.p_against for part in parts]))
+
 
 def any_of(parts):
     """`Evidence` for "at least one of these is true". parts: `Evidence`s, at least one."""
@@ -77,10 +81,12 @@ def rises(panel):
     panel = np.asarray(panel)
     return any_of(above(panel[:, place] - panel[:, 0]) for place in range(1, panel.shape[1]))
 
+
 def falls(panel):
     """`Evidence` for "the sparsest network is worse than some denser one". panel: (seeds, places), the sparsest last; at least two places."""
     panel = np.asarray(panel)
     return any_of(above(panel[:, place] - panel[:, -1]) for place in range(panel.shape[1] - 1))
+
 
 def matches(panel, margin=MARGIN):
     """`Evidence` for each sparse place of a panel in turn: "its networks are worse than the base by less than `margin`"."""
@@ -94,6 +100,7 @@ def best_places(panel, *, resamples=5000, seed=0):
     rows = np.random.default_rng(seed).integers(len(panel), size=(resamples, len(panel)))
     return panel[rows].mean(axis=1).argmax(axis=1)
 
+
 def best_interval(panel):
     """(best, first, last): the place with the highest mean, and the central 95 % of `best_places`."""
     found = np.sort(best_places(panel))
@@ -106,7 +113,9 @@ def best_among(panel, chosen):
     panel, chosen = np.asarray(panel), set(chosen)
     if not chosen <= set(range(panel.shape[1])):
         raise ValueError(f"chosen is {sorted(chosen)}; the places are 0 to {panel.shape[1] - 1}")
-    inside, outside = ([place for place in range(panel.shape[1]) if (place in chosen) == wanted] for wanted in (True, False))
+    inside, outside = (
+        [place for place in range(panel.shape[1]) if (place in chosen) == wanted] for wanted in (True, False)
+    )
     if not inside or not outside:
         return Evidence(0.0, 1.0) if inside else Evidence(1.0, 0.0)
 
@@ -121,8 +130,12 @@ def earlier(panel, other):
     places = np.shape(panel)[1]
     if places != np.shape(other)[1]:
         raise ValueError(f"the panels have {places} and {np.shape(other)[1]} places; they must be the same places")
-    before = any_of(all_of([best_among(panel, range(k)), best_among(other, range(k, places))]) for k in range(1, places))
-    not_before = any_of(all_of([best_among(panel, range(k, places)), best_among(other, range(k + 1))]) for k in range(places))
+    before = any_of(
+        all_of([best_among(panel, range(k)), best_among(other, range(k, places))]) for k in range(1, places)
+    )
+    not_before = any_of(
+        all_of([best_among(panel, range(k, places)), best_among(other, range(k + 1))]) for k in range(places)
+    )
     return Evidence(before.p_for, not_before.p_for)
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #aea92132
@@ -142,11 +155,16 @@ def detectable(seeds, *, comparisons=1, alpha=0.05, power=0.8):
             high = middle
     return high
 
+
 def what_seeds_show(seeds, comparisons=1):
     """Sentences on what tests over so many seeds can and cannot show, alone and as one of so many `comparisons`."""
     if seeds < 2:
         return "One seed shows nothing: there is no spread to compare a difference with."
-    among = f", and {detectable(seeds, comparisons=comparisons):.1f} times if it is one of {comparisons} comparisons" if comparisons > 1 else ""
+    among = (
+        f", and {detectable(seeds, comparisons=comparisons):.1f} times if it is one of {comparisons} comparisons"
+        if comparisons > 1
+        else ""
+    )
     return (
         f"With {seeds} seeds a single test finds a difference in four cases out of five if it is {detectable(seeds):.1f} times as large as its spread from seed to seed{among}; smaller "
         f"ones are missed more often. The tests take differences to be roughly normal, which {seeds} numbers cannot confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."

@@ -12,26 +12,30 @@ import itertools
 import numpy as np
 import pandas as pd
 
-from ..robustness.attacks import PAPER_ATTACKS
-from ..data import CLASSES
 from .evidence import best_interval
+from ..data import CLASSES
 from ..results.stats import mean_interval
+from ..robustness.attacks import PAPER_ATTACKS
 
 # %% ../../nbs/8_claims/02_scores.ipynb #ef2d127d
 NETWORK = ["dataset", "rule", "family", "growth", "width", "depth", "repeat", "density", "seed"]
 
+
 def of_diverged(dataset, what):
     """The `what` score of a network that diverged: chance, and the worst there is under attack, of recalls and of losses."""
     return {"attack": 0.0, "lowest recall": 0.0, "loss": np.inf}.get(what, 1 / CLASSES[dataset])
+
 
 def rows_of(table, what, attack=None):
     """The records that the score `what` is a mean of. table: of `plots.collect`, for a figure that measured it. attack: only this one."""
     disturbed = (table.quantity == "accuracy") & (table.strength > 0)
     rows = {
         "clean": (table.quantity == "accuracy") & (table.strength == 0) & table.name.isin(["", PAPER_ATTACKS[0]]),
-        "noise": disturbed, "attack": disturbed & table.name.isin([attack] if attack else PAPER_ATTACKS),
+        "noise": disturbed,
+        "attack": disturbed & table.name.isin([attack] if attack else PAPER_ATTACKS),
         "corruption": (table.quantity == "accuracy") & table.name.ne("") & table.name.notna(),
-        "loss": (table.quantity == "loss_increase") & (table.strength > 0), "lowest recall": table.quantity == "lowest_recall",
+        "loss": (table.quantity == "loss_increase") & (table.strength > 0),
+        "lowest recall": table.quantity == "lowest_recall",
     }
     if what not in rows:
         raise ValueError(f"the score is {what!r}; accepted: {', '.join(rows)}")
@@ -43,22 +47,51 @@ def scores(table, what, attack=None):
 
     table: of `plots.collect`; networks that diverged, which have no records, score as `of_diverged`. Raises ValueError for other networks without records of this kind.
     """
-    by_name = rows_of(table, what, attack).groupby([*NETWORK, "name", "strength"], sort=False, dropna=False).value.mean()
+    by_name = (
+        rows_of(table, what, attack).groupby([*NETWORK, "name", "strength"], sort=False, dropna=False).value.mean()
+    )
     found = by_name.groupby([*NETWORK, "name"], sort=False, dropna=False).mean().groupby(NETWORK, sort=False).mean()
     every = table.drop_duplicates(NETWORK).set_index(NETWORK)
     lacking = every[~every.index.isin(found.dropna().index)]
     if (lacking.status != "diverged").any():
-        raise ValueError(f"{len(lacking)} networks have no {what!r} score{f' under {attack}' if attack else ''}; they were not measured so")
-    given = pd.Series([of_diverged(dataset, what) for dataset in lacking.index.get_level_values("dataset")], lacking.index, dtype=float)
+        raise ValueError(
+            f"{len(lacking)} networks have no {what!r} score{f' under {attack}' if attack else ''}; they were not measured so"
+        )
+    given = pd.Series(
+        [of_diverged(dataset, what) for dataset in lacking.index.get_level_values("dataset")],
+        lacking.index,
+        dtype=float,
+    )
     return pd.concat([found.dropna(), given]).reindex(every.index).rename("value")
 
 # %% ../../nbs/8_claims/02_scores.ipynb #2c624232
-RISE_AND_FALL, FALL, RISE, LEVEL = [0.80, 0.83, 0.85, 0.80, 0.60], [0.80, 0.76, 0.70, 0.60, 0.40], [0.70, 0.73, 0.76, 0.79, 0.82], [0.80] * 5
+RISE_AND_FALL, FALL, RISE, LEVEL = (
+    [0.80, 0.83, 0.85, 0.80, 0.60],
+    [0.80, 0.76, 0.70, 0.60, 0.40],
+    [0.70, 0.73, 0.76, 0.79, 0.82],
+    [0.80] * 5,
+)
 STREAMS = itertools.count()  # every made-up study has luck of its own
-STRENGTHS = {"weight_noise": [("", 0.0), ("", 0.25), ("", 0.5)], "corruption": [("", 0.0), ("fog", 2.0), ("fog", 4.0), ("blur", 2.0)],
-             "attack": [(name, strength) for name in PAPER_ATTACKS for strength in (0.0, 0.1)], "class_recall": [("", 0.0)]}
+STRENGTHS = {
+    "weight_noise": [("", 0.0), ("", 0.25), ("", 0.5)],
+    "corruption": [("", 0.0), ("fog", 2.0), ("fog", 4.0), ("blur", 2.0)],
+    "attack": [(name, strength) for name in PAPER_ATTACKS for strength in (0.0, 0.1)],
+    "class_recall": [("", 0.0)],
+}
 
-def made_up(accuracy, measure="weight_noise", *, datasets=("mnist",), families=("mlp",), rules=("water_filling",), growth="width", seeds=5, spread=0.002, loss=None):
+
+def made_up(
+    accuracy,
+    measure="weight_noise",
+    *,
+    datasets=("mnist",),
+    families=("mlp",),
+    rules=("water_filling",),
+    growth="width",
+    seeds=5,
+    spread=0.002,
+    loss=None,
+):
     """A table like that of `plots.collect`, of invented networks. accuracy: a list over places, or a function of (dataset, family, place, name, strength); loss: a list over places.
 
     spread: standard deviation of a value from seed to seed.
@@ -66,18 +99,49 @@ def made_up(accuracy, measure="weight_noise", *, datasets=("mnist",), families=(
     rng, rows = np.random.default_rng(next(STREAMS)), []
     value = accuracy if callable(accuracy) else lambda dataset, family, place, name, strength: accuracy[place]
     for dataset, family, rule, seed, place in itertools.product(datasets, families, rules, range(seeds), range(5)):
-        network = dict(dataset=dataset, rule=rule, family=family, growth=growth, width=128 * 2**place if growth == "width" else 512,
-                       depth=1 if growth == "width" else 2**place, repeat=1, density=0.25**place, budget=100, seed=seed, experiment=f"{dataset} {rule} {family} {growth} {place} {seed}",
-                       status="converged", measure=measure)
+        network = dict(
+            dataset=dataset,
+            rule=rule,
+            family=family,
+            growth=growth,
+            width=128 * 2**place if growth == "width" else 512,
+            depth=1 if growth == "width" else 2**place,
+            repeat=1,
+            density=0.25**place,
+            budget=100,
+            seed=seed,
+            experiment=f"{dataset} {rule} {family} {growth} {place} {seed}",
+            status="converged",
+            measure=measure,
+        )
         for name, strength in STRENGTHS[measure]:
             quantity = "lowest_recall" if measure == "class_recall" else "accuracy"
-            rows.append(network | dict(quantity=quantity, name=name, strength=strength, draw=0, value=value(dataset, family, place, name, strength) + rng.normal(0, spread)))
+            rows.append(
+                network
+                | dict(
+                    quantity=quantity,
+                    name=name,
+                    strength=strength,
+                    draw=0,
+                    value=value(dataset, family, place, name, strength) + rng.normal(0, spread),
+                )
+            )
             if loss and strength > 0:
-                rows.append(network | dict(quantity="loss_increase", name=name, strength=strength, draw=0, value=loss[place] + rng.normal(0, spread)))
+                rows.append(
+                    network
+                    | dict(
+                        quantity="loss_increase",
+                        name=name,
+                        strength=strength,
+                        draw=0,
+                        value=loss[place] + rng.normal(0, spread),
+                    )
+                )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_claims/02_scores.ipynb #8527a891
 CURVE, PLACES = ["dataset", "rule", "family", "growth"], ["density", "width", "depth", "repeat"]
+
 
 def panels(values):
     """{(dataset, rule, family, growth): DataFrame of seeds × places, the base first} of a Series of `scores`.
@@ -97,6 +161,7 @@ def panels(values):
 def percent(density):
     """As in "50 %", "1.56 %"."""
     return f"{100 * density:.3g} %"
+
 
 def in_words(panel, unit=100):
     """What a panel shows: the base, the best place with its interval and its difference from the base, the sparsest. unit: 100 for shares, told in points."""

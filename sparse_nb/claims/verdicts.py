@@ -16,36 +16,64 @@ import plotly.graph_objects as go
 
 from .claims import CLAIMS
 from .evidence import Evidence
-from ..results.plots import collect, finish, finished, places_of
-from ..study.studies import plan, shown_families
 from .scores import CURVE
-from ..results.stats import holm
 from ..results.captions import WORDS
+from ..results.plots import collect, finish, finished, places_of
+from ..results.stats import holm
+from ..study.studies import plan, shown_families
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #ef2d127d
-MARKS = {"supported": ("✓", "#0072b2"), "refuted": ("✗", "#d55e00"), "undecided": ("?", "#8a8a8a"), "unfinished": ("…", "#d0d0d0")}  # Okabe and Ito's blue and vermilion
+MARKS = {
+    "supported": ("✓", "#0072b2"),
+    "refuted": ("✗", "#d55e00"),
+    "undecided": ("?", "#8a8a8a"),
+    "unfinished": ("…", "#d0d0d0"),
+}  # Okabe and Ito's blue and vermilion
+
 
 def claim_plans(preset, *, root=None):
     """{figure: points} that a `Preset` plans of the figures that the claims need. root: folder of the datasets."""
     figures = sorted({figure for claim in CLAIMS for figure in claim.figures})
     return {figure: plan(figure, preset, root=root) for figure in figures if shown_families(figure, preset)}
 
+
 def claim_tables(plans, store):
     """({figure: table of `plots.collect`}, their points): what is measured of `claim_plans`, without figures of which nothing is."""
     there = {figure: points for figure, planned in plans.items() if (points := finished(planned, store))}
-    return {figure: collect(store, points) for figure, points in there.items()}, [point for points in there.values() for point in points]
+    return {figure: collect(store, points) for figure, points in there.items()}, [
+        point for points in there.values() for point in points
+    ]
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #2c624232
 NOTHING = Evidence(math.nan, math.nan)  # of a panel that is not whole, or in which there is nothing to compare
-COLUMNS = ["claim", "dataset", "rule", "family", "growth", "seeds", "p_for", "p_against", "raised_for", "raised_against", "verdict", "numbers"]
+COLUMNS = [
+    "claim",
+    "dataset",
+    "rule",
+    "family",
+    "growth",
+    "seeds",
+    "p_for",
+    "p_against",
+    "raised_for",
+    "raised_against",
+    "verdict",
+    "numbers",
+]
+
 
 def networks_of(table, curves):
     """Hashes of the networks in a table that stand on one of the `curves`, in its order."""
     return list(dict.fromkeys(table.experiment[pd.MultiIndex.from_frame(table[CURVE]).isin(curves)]))
 
+
 def is_whole(claim, compared, tables, planned):
     """Whether all planned networks of the curves `compared` are in the tables of every figure of a `Claim`."""
-    return all(figure in tables and set(networks_of(planned[figure], compared)) <= set(tables[figure].experiment) for figure in claim.figures)
+    return all(
+        figure in tables and set(networks_of(planned[figure], compared)) <= set(tables[figure].experiment)
+        for figure in claim.figures
+    )
+
 
 def judge(tables, planned, claims=CLAIMS):
     """A row for each claim and planned panel: `COLUMNS`. p_for and p_against are those of the panel alone, NaN until it is whole; raised_for and
@@ -58,14 +86,21 @@ def judge(tables, planned, claims=CLAIMS):
         findings = claim.judge(tables) if all(figure in tables for figure in claim.figures) else []
         found, panels = {finding.curve: finding for finding in findings}, claim.panels(planned)
         wholes = [is_whole(claim, compared, tables, planned) for compared in panels.values()]
-        evidence = [found[curve].evidence if whole and curve in found else NOTHING for curve, whole in zip(panels, wholes)]
+        evidence = [
+            found[curve].evidence if whole and curve in found else NOTHING for curve, whole in zip(panels, wholes)
+        ]
         p = {side: [getattr(of_panel, side) for of_panel in evidence] for side in ("p_for", "p_against")}
         for curve, whole, p_for, p_against, *raised in zip(panels, wholes, *p.values(), *map(holm, p.values())):
             raised = list(map(float, raised))
             verdict = Evidence(*raised).verdict() if whole else "unfinished"
-            seeds, numbers = (found[curve].seeds, found[curve].numbers) if curve in found else (0, "nothing to compare" if whole else "")
+            seeds, numbers = (
+                (found[curve].seeds, found[curve].numbers)
+                if curve in found
+                else (0, "nothing to compare" if whole else "")
+            )
             rows.append([claim.number, *curve, seeds, p_for, p_against, *raised, verdict, numbers])
     return pd.DataFrame(rows, columns=COLUMNS)
+
 
 def judge_store(preset, store, *, root=None):
     """(`judge`, tables, points) of what a `Preset` plans and what of it is in a `Store`. root: folder of the datasets."""
@@ -88,13 +123,17 @@ def together(panels, alpha=0.05):
         return "supported" if len(whole) == len(panels) else "unfinished"
     return "undecided"
 
+
 def overall(judged, claims=CLAIMS):
     """A row for each claim: claim, sentence, the verdict `together`, and how many panels are supported, refuted, undecided, unfinished."""
     rows = []
     for claim in claims:
         panels = judged[judged.claim == claim.number]
         counts = panels.verdict.value_counts()
-        rows.append({"claim": claim.number, "sentence": claim.sentence, "verdict": together(panels)} | {verdict: int(counts.get(verdict, 0)) for verdict in MARKS})
+        rows.append(
+            {"claim": claim.number, "sentence": claim.sentence, "verdict": together(panels)}
+            | {verdict: int(counts.get(verdict, 0)) for verdict in MARKS}
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #b17ef6d1
@@ -103,33 +142,72 @@ def row_labels(judged):
     several = judged.groupby("claim").growth.transform("nunique") > 1
     return judged.claim + (", by " + judged.growth).where(several, "")
 
+
 def draw_verdicts(judged, *, title, footer):
     """Claims × panels, with a mark for each verdict. judged: of `judge`, with at least one panel that has numbers. footer: lines of text underneath. Returns a plotly `Figure`."""
     if not judged.numbers.any():
         raise ValueError("nothing was judged: no claim has a panel of which anything is measured")
     sentences = {claim.number: claim.sentence for claim in CLAIMS}
-    shown = judged.assign(row=row_labels(judged), column=[f"{WORDS[f]}<br>{WORDS[d]}<br>{WORDS[r]}" for f, d, r in zip(judged.family, judged.dataset, judged.rule)])
-    cells = [(row, "all", together(panels), sentences[panels.claim.iloc[0]]) for row, panels in shown.groupby("row", sort=False)]
-    rows, columns = list(dict.fromkeys(shown.row)), ["all", *dict.fromkeys(shown.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index)).column)]
+    shown = judged.assign(
+        row=row_labels(judged),
+        column=[
+            f"{WORDS[f]}<br>{WORDS[d]}<br>{WORDS[r]}" for f, d, r in zip(judged.family, judged.dataset, judged.rule)
+        ],
+    )
+    cells = [
+        (row, "all", together(panels), sentences[panels.claim.iloc[0]])
+        for row, panels in shown.groupby("row", sort=False)
+    ]
+    rows, columns = (
+        list(dict.fromkeys(shown.row)),
+        [
+            "all",
+            *dict.fromkeys(
+                shown.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index)).column
+            ),
+        ],
+    )
     shown = shown.replace({"numbers": {"": "still to be run"}})
     cells += list(shown[["row", "column", "verdict", "numbers"]].itertuples(index=False, name=None))
     figure = go.Figure()
     for verdict, (mark, colour) in MARKS.items():
         of = [cell for cell in cells if cell[2] == verdict]
         figure.add_scatter(
-            x=[columns.index(cell[1]) for cell in of], y=[rows.index(cell[0]) for cell in of], mode="markers+text", name=f"{mark} {verdict}", text=[mark] * len(of),
-            textfont=dict(color="white" if verdict != "unfinished" else "#444444", size=14), marker=dict(symbol="square", size=26, color=colour), hovertext=["<br>".join(textwrap.wrap(cell[3], 80)) for cell in of], hoverinfo="text",
+            x=[columns.index(cell[1]) for cell in of],
+            y=[rows.index(cell[0]) for cell in of],
+            mode="markers+text",
+            name=f"{mark} {verdict}",
+            text=[mark] * len(of),
+            textfont=dict(color="white" if verdict != "unfinished" else "#444444", size=14),
+            marker=dict(symbol="square", size=26, color=colour),
+            hovertext=["<br>".join(textwrap.wrap(cell[3], 80)) for cell in of],
+            hoverinfo="text",
         )
-    words = ["<br>".join(textwrap.wrap(f"{row}  {sentences[claim]}", 86)) for row, claim in shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False)]
+    words = [
+        "<br>".join(textwrap.wrap(f"{row}  {sentences[claim]}", 86))
+        for row, claim in shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False)
+    ]
     finish(figure, title, "", footer, 1, max(1, len(columns) // 3))
     underneath = 15 * len(figure.layout.annotations[-1].text.split("<br>"))
     figure.update_layout(
-        width=590 + 78 * len(columns), height=190 + 42 * len(rows) + underneath, margin=dict(l=530, r=20, t=140, b=40 + underneath), showlegend=True,
+        width=590 + 78 * len(columns),
+        height=190 + 42 * len(rows) + underneath,
+        margin=dict(l=530, r=20, t=140, b=40 + underneath),
+        showlegend=True,
         legend=dict(orientation="h", x=1, xanchor="right", y=1, yanchor="top", yref="container"),
     )
     figure.layout.annotations[-1].update(xshift=-515, yshift=-25)
-    figure.update_xaxes(side="top", tickvals=list(range(len(columns))), ticktext=columns, range=[-0.6, len(columns) - 0.4], showgrid=False, zeroline=False)
-    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=words, range=[len(rows) - 0.4, -0.6], showgrid=False, zeroline=False)
+    figure.update_xaxes(
+        side="top",
+        tickvals=list(range(len(columns))),
+        ticktext=columns,
+        range=[-0.6, len(columns) - 0.4],
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_yaxes(
+        tickvals=list(range(len(rows))), ticktext=words, range=[len(rows) - 0.4, -0.6], showgrid=False, zeroline=False
+    )
     return figure
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #f5ca38f7
@@ -143,18 +221,29 @@ def refuted_in(panels):
             words.append(f"{WORDS[family]} on {WORDS[dataset]}" + f" by {growth}" * several + which)
     return "; ".join(words)
 
+
 def refuted_among_all(judged, alpha=0.05):
     """Numbers of the claims that are refuted also if p-values are raised over the planned panels of all claims together. judged: of `judge`. Returns a list of str."""
     return list(dict.fromkeys(judged.claim[holm(judged.p_against) <= alpha]))
 
+
 def claims_table(judged):
     """A row for each claim: its number and sentence, the verdict over all panels, in how many panels it holds, and which refute it. judged: of `judge`. Returns a DataFrame of text."""
     found = overall(judged)
-    counts = [", ".join(f"{row[verdict]} {verdict}" for verdict in MARKS if row[verdict]) or "–" for row in found.to_dict("records")]
-    return pd.DataFrame({
-        "claim": found.claim, "the paper says": found.sentence, "in every panel": [f"{MARKS.get(v, ('', ''))[0]} {v}".strip() for v in found.verdict],
-        "panels": counts, "refuted in": [refuted_in(judged[judged.claim == number]) for number in found.claim],
-    })
+    counts = [
+        ", ".join(f"{row[verdict]} {verdict}" for verdict in MARKS if row[verdict]) or "–"
+        for row in found.to_dict("records")
+    ]
+    return pd.DataFrame(
+        {
+            "claim": found.claim,
+            "the paper says": found.sentence,
+            "in every panel": [f"{MARKS.get(v, ('', ''))[0]} {v}".strip() for v in found.verdict],
+            "panels": counts,
+            "refuted in": [refuted_in(judged[judged.claim == number]) for number in found.claim],
+        }
+    )
+
 
 def as_markdown(table):
     """A DataFrame of text as a Markdown table."""
@@ -168,5 +257,11 @@ def with_runs(judged, tables):
     figures, rows = {claim.number: claim.figures for claim in CLAIMS}, []
     for row in judged.itertuples():
         curves = compared[row.claim].get((row.dataset, row.rule, row.family, row.growth), [])
-        rows.append(" ".join(dict.fromkeys(run for figure in figures[row.claim] if curves for run in networks_of(tables[figure], curves))))
+        rows.append(
+            " ".join(
+                dict.fromkeys(
+                    run for figure in figures[row.claim] if curves for run in networks_of(tables[figure], curves)
+                )
+            )
+        )
     return judged.assign(runs=rows)

@@ -13,9 +13,9 @@ import io
 import torch
 from PIL import Image
 
+from ..data import as_float
 from ..robustness.attacks import perturb
 from ..robustness.class_recall import class_labels
-from ..data import as_float
 
 # %% ../../nbs/9_explorer/02_gallery.ipynb #e7f6c011
 def picture(image, size=56):
@@ -34,10 +34,21 @@ def predictions(model, images, labels, names):
         for guess, label in zip(found, labels.tolist())
     ]
 
+
 def rows(title, pictures, networks, cells):
     """HTML rows: a line of pictures with its title, then a line for each network with its cells. pictures: HTML elements, or None for none."""
-    top = [f"<tr><th style='text-align:left;padding-top:10px'>{html.escape(title)}</th>" + "".join(f"<td style='padding-top:10px'>{p}</td>" for p in pictures or ()) + "</tr>"]
-    return "".join(top + [f"<tr><td style='padding-right:1.5em'>{html.escape(label)}</td>{''.join(line)}</tr>" for (label, _), line in zip(networks, cells)])
+    top = [
+        f"<tr><th style='text-align:left;padding-top:10px'>{html.escape(title)}</th>"
+        + "".join(f"<td style='padding-top:10px'>{p}</td>" for p in pictures or ())
+        + "</tr>"
+    ]
+    return "".join(
+        top
+        + [
+            f"<tr><td style='padding-right:1.5em'>{html.escape(label)}</td>{''.join(line)}</tr>"
+            for (label, _), line in zip(networks, cells)
+        ]
+    )
 
 # %% ../../nbs/9_explorer/02_gallery.ipynb #4fc82b26
 def gallery(networks, images, corrupted, *, corruption, attack, epsilon, attacked):
@@ -49,7 +60,14 @@ def gallery(networks, images, corrupted, *, corruption, attack, epsilon, attacke
     parts = []
     for title, shown in (("clean", images), (corruption, corrupted)):
         floats = as_float(shown.pixels)
-        parts.append(rows(title, map(picture, shown.pixels), networks, [predictions(model, floats, labels, names) for _, model in networks]))
+        parts.append(
+            rows(
+                title,
+                map(picture, shown.pixels),
+                networks,
+                [predictions(model, floats, labels, names) for _, model in networks],
+            )
+        )
     parts.append(rows(attacked, None, (), ()))
     for label, model in networks:
         found = perturb(model, as_float(images.pixels), labels, attack=attack, epsilon=epsilon, classes=images.classes)

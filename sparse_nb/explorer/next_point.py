@@ -8,29 +8,47 @@ __all__ = ['FIRST', 'planned', 'preset_of', 'next_jobs', 'make_point']
 # %% ../../nbs/9_explorer/03_next_point.ipynb #d4735e3a
 import itertools
 
-from ..study import versions
 from ..runs.attempts import read_progress, save_failure
-from ..sweep.engines import judge, local_processes
-from ..study.experiments import dense_parent, experiment_hash
-from ..sweep.jobs import KEEP_EVERY, job_work, missing_jobs, resolve_device, run_elsewhere, words
-from ..study.studies import FIGURES, PRESETS, narrow, plan, shown_rules
 from ..runs.store import run_status
+from ..study import versions
+from ..study.experiments import dense_parent, experiment_hash
+from ..study.studies import FIGURES, PRESETS, narrow, plan, shown_rules
+from ..sweep.engines import judge, local_processes
+from ..sweep.jobs import KEEP_EVERY, job_work, missing_jobs, resolve_device, run_elsewhere, words
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #ef2d127d
-FIRST = {"dataset": "digits", "family": "mlp", "growth": "width", "schedule": "static", "rule": "water_filling", "measure": "weight_noise"}
+FIRST = {
+    "dataset": "digits",
+    "family": "mlp",
+    "growth": "width",
+    "schedule": "static",
+    "rule": "water_filling",
+    "measure": "weight_noise",
+}
+
 
 def planned(preset, chosen, *, root=None, more_seeds=0):
     """{experiment: (evaluation,)} of the curve `chosen` (as of `tables.choose`) in the plan of a preset, by name; empty if the preset has no such curve."""
     full, c = PRESETS[preset], chosen
     rules = full.rules if c["rule"] == "none" else (c["rule"],)
     figures = [
-        f for f, spec in FIGURES.items() if (spec.measure, spec.schedule) == (c["measure"], c["schedule"])
-        and c["growth"] in spec.growths and c["family"] in spec.families and set(rules) <= set(shown_rules(f, full))
+        f
+        for f, spec in FIGURES.items()
+        if (spec.measure, spec.schedule) == (c["measure"], c["schedule"])
+        and c["growth"] in spec.growths
+        and c["family"] in spec.families
+        and set(rules) <= set(shown_rules(f, full))
     ]
     if c["dataset"] not in full.datasets:
         return {}
     narrowed = narrow(preset, datasets=c["dataset"], families=c["family"], rules=rules, seeds=full.seeds + more_seeds)
-    return {p.experiment: (p.evaluation,) for figure in figures[:1] for p in plan(figure, narrowed, root=root) if p.growth == c["growth"]}
+    return {
+        p.experiment: (p.evaluation,)
+        for figure in figures[:1]
+        for p in plan(figure, narrowed, root=root)
+        if p.growth == c["growth"]
+    }
+
 
 def preset_of(chosen, runs, *, root=None):
     """The preset that has most of the `runs` (hashes) on its curve `chosen`; "smoke" if none has any."""
@@ -61,7 +79,18 @@ def make_point(store, jobs, *, report, stopped, root=None, device="auto"):
     place_of_work = resolve_device(device).type
     with local_processes(1) as place:
         for number, job in enumerate(jobs):
-            future = place.submit(run_elsewhere, job, str(store.root.absolute()), root, place_of_work, None, None, KEEP_EVERY, True, versions.fingerprint())
+            future = place.submit(
+                run_elsewhere,
+                job,
+                str(store.root.absolute()),
+                root,
+                place_of_work,
+                None,
+                None,
+                KEEP_EVERY,
+                True,
+                versions.fingerprint(),
+            )
             while not future.done():
                 if stopped.wait(0.2):
                     return "stopped; what was finished is kept"

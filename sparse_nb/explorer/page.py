@@ -19,18 +19,26 @@ from pathlib import Path
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
-from ..results.axes import AXIS_TITLES, place_points
-from ..results.tables import curve_members
 from ..data import IMAGE_SHAPES
-from ..study.experiments import experiment_hash
-from ..study.versions import canonical
-from ..results.measure_plots import corruption_means
-from ..results.plots import BACKGROUND, DARK_BACKGROUND, collect, density_colour, footer_lines, summarise_curves, template
-from ..study.studies import FIGURES, plan, shown_families
-from ..results.provenance import of_points
-from ..runs.store import run_status, write_whole
+from ..results.axes import AXIS_TITLES, place_points
 from ..results.captions import WORDS, radius_text
+from ..results.measure_plots import corruption_means
+from sparse_nb.results.plots import (
+    BACKGROUND,
+    DARK_BACKGROUND,
+    collect,
+    density_colour,
+    footer_lines,
+    summarise_curves,
+    template,
+)
+from ..results.provenance import of_points
+from ..results.tables import curve_members
+from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
+from ..runs.store import run_status, write_whole
+from ..study.experiments import experiment_hash
+from ..study.studies import FIGURES, plan, shown_families
+from ..study.versions import canonical
 
 # %% ../../nbs/9_explorer/06_page.ipynb #19581e27
 def finished_points(store, preset, *, root=None):
@@ -43,22 +51,37 @@ def finished_points(store, preset, *, root=None):
         if set(figure.growths) <= set(AXIS_TITLES) and shown_families(name, preset):
             plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=root)))
     for (schedule, measure), points in plans.items():
-        there = [p for p in points if store.has_records(p.experiment, p.evaluation) or run_status(store, p.experiment) == "diverged"]
+        there = [
+            p
+            for p in points
+            if store.has_records(p.experiment, p.evaluation) or run_status(store, p.experiment) == "diverged"
+        ]
         members = set(curves_of(there, schedule).itertuples(index=False, name=None))
         shown = tuple(p for p in there if (experiment_hash(p.experiment), p.growth, p.rule) in members)
         if shown:
             finished[schedule, measure] = shown
     return finished
 
+
 def curves_of(points, schedule):
     """Which networks of `points` are on which curves of a `schedule`, by `tables.curve_members`: the columns experiment, growth and rule."""
     described = [
-        {**dataclasses.asdict(e), "experiment": experiment_hash(e), "density": e.density, "description": canonical(e), "code": "", "data": ""} for e in dict.fromkeys(p.experiment for p in points)
+        {
+            **dataclasses.asdict(e),
+            "experiment": experiment_hash(e),
+            "density": e.density,
+            "description": canonical(e),
+            "code": "",
+            "data": "",
+        }
+        for e in dict.fromkeys(p.experiment for p in points)
     ]
     if not described:
         return pd.DataFrame(columns=["experiment", "growth", "rule"])
     members = curve_members(pd.DataFrame(described))
-    return members[(members.schedule == schedule) & (members.rule != "none")][["experiment", "growth", "rule"]].drop_duplicates()
+    return members[(members.schedule == schedule) & (members.rule != "none")][
+        ["experiment", "growth", "rule"]
+    ].drop_duplicates()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #5be81d21
 def page_table(store, finished):
@@ -66,11 +89,19 @@ def page_table(store, finished):
     tables = []
     for (schedule, measure), points in finished.items():
         records = collect(store, points).drop(columns=["growth", "rule"]).drop_duplicates()
-        tables.append(records.merge(curves_of(points, schedule), on="experiment").assign(schedule=schedule, measure=measure))
+        tables.append(
+            records.merge(curves_of(points, schedule), on="experiment").assign(schedule=schedule, measure=measure)
+        )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #6b51d431
-QUANTITIES = {"weight_noise": ["accuracy"], "corruption": ["mean_accuracy", "accuracy"], "attack": ["accuracy"], "class_recall": ["lowest_recall", "recall"]}
+QUANTITIES = {
+    "weight_noise": ["accuracy"],
+    "corruption": ["mean_accuracy", "accuracy"],
+    "attack": ["accuracy"],
+    "class_recall": ["lowest_recall", "recall"],
+}
+
 
 def page_curves(rows, measure):
     """`plots.summarise_curves` of the rows of a `page_table` with one schedule and `measure`, with the quantities that the page shows."""
@@ -78,14 +109,18 @@ def page_curves(rows, measure):
         grey = rows.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1)
         each = rows[(rows.quantity == "accuracy") & (rows.name != "")]
         means = corruption_means(rows)
-        rows = pd.concat([means[means.quantity != "type_accuracy"], each.assign(strength=each.strength.mask(grey, 0.0))])
+        rows = pd.concat(
+            [means[means.quantity != "type_accuracy"], each.assign(strength=each.strength.mask(grey, 0.0))]
+        )
     return summarise_curves(rows[rows.value.isna() | rows.quantity.isin([*QUANTITIES[measure], "accuracy"])])
+
 
 def question_text(quantity, name):
     """What a question is called among those of its measure."""
     if quantity in ("mean_accuracy", "lowest_recall"):
         return {"mean_accuracy": "mean of all", "lowest_recall": "lowest of all"}[quantity]
     return WORDS.get(name) or (f"class {name}" if quantity == "recall" and name.isdecimal() else name.replace("_", " "))
+
 
 def stop_text(measure, quantity, strength):
     """What a strength is called on the slider."""
@@ -98,20 +133,29 @@ def stop_text(measure, quantity, strength):
 # %% ../../nbs/9_explorer/06_page.ipynb #e629fa65
 NOTHING = (math.nan, math.nan)
 
+
 def hundredths(values):
     """`values` in [0, 1] as whole hundredths of a percent, None where there is none."""
     return [None if math.isnan(value) else round(10_000 * value) for value in values]
 
+
 def numbers_of(points):
     """{(quantity, name): {strength: {place: (mean, half of the interval)}}} of the rows of one curve, places as (width, depth, repeat)."""
     found, columns = {}, ["quantity", "name", "strength", "width", "depth", "repeat", "mean", "low", "high"]
-    for quantity, name, strength, *place, mean, low, high in points.dropna(subset="quantity")[columns].itertuples(index=False):
+    for quantity, name, strength, *place, mean, low, high in points.dropna(subset="quantity")[columns].itertuples(
+        index=False
+    ):
         found.setdefault((quantity, name), {}).setdefault(strength, {})[tuple(place)] = mean, (high - low) / 2
     return found
 
+
 def clean_of(numbers):
     """{place: (mean, half)} without any disturbance, from `numbers_of` a curve: under any attack with ε = 0, else without a name."""
-    return next(by_strength[0] for (quantity, name), by_strength in numbers.items() if quantity == "accuracy" and 0 in by_strength and (name == "" or name in ATTACKS))
+    return next(
+        by_strength[0]
+        for (quantity, name), by_strength in numbers.items()
+        if quantity == "accuracy" and 0 in by_strength and (name == "" or name in ATTACKS)
+    )
 
 # %% ../../nbs/9_explorer/06_page.ipynb #4523540f
 def questions_of(numbers, places, dataset, measure):
@@ -120,15 +164,36 @@ def questions_of(numbers, places, dataset, measure):
     numbers: of `numbers_of`.
     """
     questions, figure_radius = [], FIGURE_EPSILON[IMAGE_SHAPES[dataset][0]]
-    asked = [pair for pair in numbers if pair[0] in QUANTITIES[measure] and not (measure == "corruption" and pair == ("accuracy", ""))]
+    asked = [
+        pair
+        for pair in numbers
+        if pair[0] in QUANTITIES[measure] and not (measure == "corruption" and pair == ("accuracy", ""))
+    ]
     position = list(WORDS).index
-    for quantity, name in sorted(asked, key=lambda pair: (QUANTITIES[measure].index(pair[0]), position(pair[1]) if pair[1] in WORDS else -1)):
+    for quantity, name in sorted(
+        asked, key=lambda pair: (QUANTITIES[measure].index(pair[0]), position(pair[1]) if pair[1] in WORDS else -1)
+    ):
         stops = [(quantity, strength, means) for strength, means in sorted(numbers[quantity, name].items())]
         if measure == "corruption":
             stops.insert(0, ("clean", 0, clean_of(numbers)))
-        start = next((i for i, (_, strength, _) in enumerate(stops) if measure == "attack" and strength == figure_radius), len(stops) - 1)
-        means, halves = ([hundredths(of_place.get(place, NOTHING)[i] for place in places) for _, _, of_place in stops] for i in (0, 1))
-        questions.append([quantity, question_text(quantity, name), start, [stop_text(measure, q, s) for q, s, _ in stops], means, halves])
+        start = next(
+            (i for i, (_, strength, _) in enumerate(stops) if measure == "attack" and strength == figure_radius),
+            len(stops) - 1,
+        )
+        means, halves = (
+            [hundredths(of_place.get(place, NOTHING)[i] for place in places) for _, _, of_place in stops]
+            for i in (0, 1)
+        )
+        questions.append(
+            [
+                quantity,
+                question_text(quantity, name),
+                start,
+                [stop_text(measure, q, s) for q, s, _ in stops],
+                means,
+                halves,
+            ]
+        )
     return questions
 
 # %% ../../nbs/9_explorer/06_page.ipynb #f5ca38f7
@@ -138,7 +203,15 @@ CONTROLS = {
     "growth": ("Sparser by growing in", {"width": "width", "depth": "depth"}),
     "schedule": ("Weights removed", {"static": "before training", "magnitude": "after training"}),
     "rule": ("Shared out over layers by", WORDS),
-    "measure": ("Disturbance", {"weight_noise": "weight noise", "corruption": "corrupted images", "attack": "adversarial attacks", "class_recall": "none (class recall)"}),
+    "measure": (
+        "Disturbance",
+        {
+            "weight_noise": "weight noise",
+            "corruption": "corrupted images",
+            "attack": "adversarial attacks",
+            "class_recall": "none (class recall)",
+        },
+    ),
 }
 MEASURE_WORDS = {  # label of the question, label of the slider; in the title: what is shown, how a strength begins
     "weight_noise": ("", "Noise σ", "accuracy under weight noise", "σ = "),
@@ -150,6 +223,7 @@ METHOD_WORDS = {
     "static": "Random weights were removed before training",
     "magnitude": "The smallest weights were removed after training",
 }
+
 
 class Numbered(dict):
     """{text: number}, numbers given in the order of asking."""
@@ -168,8 +242,16 @@ def of_controls(dataset, family, growth, schedule, rule, measure):
 def place_row(point, texts, runs):
     """One place as plain data. point: a row of `summarise_curves`; texts, runs: `Numbered`."""
     return (
-        int(point.width), int(point.depth), int(point.repeat), float(f"{point.density:.6g}"), texts[density_colour(point.density)], texts[point.ended.replace("epochs", "not converged")],
-        int(point.networks), int(point.converged), int(point.diverged), tuple(runs[run] for run in point.runs.split()),
+        int(point.width),
+        int(point.depth),
+        int(point.repeat),
+        float(f"{point.density:.6g}"),
+        texts[density_colour(point.density)],
+        texts[point.ended.replace("epochs", "not converged")],
+        int(point.networks),
+        int(point.converged),
+        int(point.diverged),
+        tuple(runs[run] for run in point.runs.split()),
     )
 
 # %% ../../nbs/9_explorer/06_page.ipynb #535fa30d
@@ -190,7 +272,14 @@ def curve_data(points, where, texts, runs, places, axes):
         "seeds": [int(count) for count in points.groupby(shape).seeds.max().reindex(keys).fillna(0)],
         "clean": hundredths(clean.get(key, NOTHING)[0] for key in keys),
         "questions": [
-            [texts["recall" if "recall" in quantity else "accuracy"], texts[words], start, [texts[stop] for stop in stops], means, halves]
+            [
+                texts["recall" if "recall" in quantity else "accuracy"],
+                texts[words],
+                start,
+                [texts[stop] for stop in stops],
+                means,
+                halves,
+            ]
             for quantity, words, start, stops, means, halves in questions_of(numbers, keys, where[0], measure)
         ],
     }
@@ -200,11 +289,19 @@ def page_data(table):
     """All curves of a `page_table` as plain data, which `SCRIPT` reads: {"texts", "runs", "places", "axes", "curves"}."""
     texts, runs, places, axes, curves = Numbered(), Numbered(), Numbered(), Numbered(), []
     for (schedule, measure), rows in table.groupby(["schedule", "measure"], sort=False) if len(table) else ():
-        for (dataset, family, growth, rule), points in page_curves(rows, measure).groupby(["dataset", "family", "growth", "rule"], sort=False):
+        for (dataset, family, growth, rule), points in page_curves(rows, measure).groupby(
+            ["dataset", "family", "growth", "rule"], sort=False
+        ):
             where = (dataset, family, growth, schedule, rule, measure)
             if points.quantity.notna().any():
                 curves.append(curve_data(points, where, texts, runs, places, axes))
-    return {"texts": list(texts), "runs": list(runs), "places": list(places), "axes": [json.loads(axis) for axis in axes], "curves": curves}
+    return {
+        "texts": list(texts),
+        "runs": list(runs),
+        "places": list(places),
+        "axes": [json.loads(axis) for axis in axes],
+        "curves": curves,
+    }
 
 # %% ../../nbs/9_explorer/06_page.ipynb #5f9c4ab0
 def compact(made):
@@ -446,6 +543,7 @@ def control_html(name, label, kind="where"):
     """A `select` with its label."""
     return f'<div><label for="{name}" id="{name}-label">{html.escape(label)}</label><select id="{name}" class="{kind}" autocomplete="off"></select></div>'
 
+
 KEYS = [
     ('<circle cx="11" cy="8" r="5" fill="currentColor"/>', "all networks reached the stopping loss"),
     ('<circle cx="11" cy="8" r="5"/>', "at least one did not"),
@@ -454,10 +552,13 @@ KEYS = [
     ('<path d="M7 4l8 8M15 4l-8 8" stroke-width="3"/>', "networks that diverged, in no mean"),
 ]
 
+
 def chart_html():
     """The part of the page that shows curves: controls, picture, key and table."""
     selects = "\n".join(control_html(name, label) for name, (label, _) in CONTROLS.items())
-    keys = "".join(f'<li><svg viewBox="0 0 22 16" aria-hidden="true">{drawing}</svg>{words}</li>' for drawing, words in KEYS)
+    keys = "".join(
+        f'<li><svg viewBox="0 0 22 16" aria-hidden="true">{drawing}</svg>{words}</li>' for drawing, words in KEYS
+    )
     heads = ["remaining weights", "width", "depth", "mean", "95 % interval", "undisturbed", "seeds", "networks", "runs"]
     return f"""<form id="controls">
 {selects}
@@ -478,8 +579,24 @@ def chart_html():
 def page_themes():
     """The part of each `plots.template` that the page uses, and inks beside it: {"light": {"template", "ink"}, "dark": …}."""
     inks = [
-        {"ink": "#1b2330", "soft": "#7c8797", "line": "#97a1b0", "band": "rgba(86,96,111,0.14)", "alarm": "#b2182b", "ground": BACKGROUND, "veil": "rgba(255,255,255,0.75)"},
-        {"ink": "#eef1f6", "soft": "#8d98a9", "line": "#76818f", "band": "rgba(169,179,194,0.16)", "alarm": "#ff8a80", "ground": DARK_BACKGROUND, "veil": "rgba(20,24,31,0.75)"},
+        {
+            "ink": "#1b2330",
+            "soft": "#7c8797",
+            "line": "#97a1b0",
+            "band": "rgba(86,96,111,0.14)",
+            "alarm": "#b2182b",
+            "ground": BACKGROUND,
+            "veil": "rgba(255,255,255,0.75)",
+        },
+        {
+            "ink": "#eef1f6",
+            "soft": "#8d98a9",
+            "line": "#76818f",
+            "band": "rgba(169,179,194,0.16)",
+            "alarm": "#ff8a80",
+            "ground": DARK_BACKGROUND,
+            "veil": "rgba(20,24,31,0.75)",
+        },
     ]
     templates = [{"layout": template(dark).layout.to_plotly_json()} for dark in (False, True)]
     return {name: {"template": made, "ink": ink} for name, made, ink in zip(("light", "dark"), templates, inks)}
@@ -491,6 +608,7 @@ INTRODUCTION = (
     "Does that make it more fragile?"
 )
 POLICY = "default-src 'none'; script-src 'unsafe-inline' file: 'self'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+
 
 def page_html(made, library, provenance, fill):
     """The page as text. made: of `page_data`; library: the script element of plotly.js; provenance: lines of the footer; fill: the command that fills an empty store."""
@@ -529,7 +647,9 @@ def write_page(table, path, *, provenance=(), fill="sparse-nb sweep", include_pl
     if include_plotlyjs not in (True, "directory"):
         raise ValueError(f"include_plotlyjs is {include_plotlyjs!r}; accepted: True, 'directory'")
     path, beside = Path(path), include_plotlyjs == "directory"
-    library = '<script src="plotly.min.js" charset="utf-8"></script>' if beside else f"<script>{get_plotlyjs()}</script>"
+    library = (
+        '<script src="plotly.min.js" charset="utf-8"></script>' if beside else f"<script>{get_plotlyjs()}</script>"
+    )
     text = page_html(page_data(table), library, provenance, fill)
     path.parent.mkdir(parents=True, exist_ok=True)
     if beside:
@@ -542,8 +662,13 @@ def store_page(store, preset, path, *, root=None, include_plotlyjs=True):
     """`write_page` of everything that a store has of a `Preset`'s figures; returns the paths written. root: of the datasets. Raises as `write_page` and `studies.plan`."""
     finished = finished_points(store, preset, root=root)
     points = [point for of_measure in finished.values() for point in of_measure]
-    footer = [*footer_lines(preset, points), of_points(preset, points, store).line] if points else [f"Preset {preset.name}."]
+    footer = (
+        [*footer_lines(preset, points), of_points(preset, points, store).line] if points else [f"Preset {preset.name}."]
+    )
     return write_page(
-        page_table(store, finished), path, provenance=footer,
-        fill=f"sparse-nb sweep --preset {preset.name}", include_plotlyjs=include_plotlyjs,
+        page_table(store, finished),
+        path,
+        provenance=footer,
+        fill=f"sparse-nb sweep --preset {preset.name}",
+        include_plotlyjs=include_plotlyjs,
     )

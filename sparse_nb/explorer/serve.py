@@ -20,6 +20,7 @@ OPEN_TO_OTHERS = (
     "code cannot be typed or read, but do this only in a network of people whom you trust"
 )
 
+
 def check_address(address, public=False, port=8866):
     """Raise ValueError unless `address`, a name or an IP address, is of this machine's loopback, or `public` is true, and `port` is one."""
     if not 1 <= port <= 65535:
@@ -29,7 +30,9 @@ def check_address(address, public=False, port=8866):
     except OSError as error:
         raise ValueError(f"address is {address!r}, which is not known: {error}") from error
     if not public and not all(each.is_loopback for each in found):
-        raise ValueError(f"address is {address!r}, which others can reach; {OPEN_TO_OTHERS}; --public says that you want it")
+        raise ValueError(
+            f"address is {address!r}, which others can reach; {OPEN_TO_OTHERS}; --public says that you want it"
+        )
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #2c624232
 TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
@@ -42,6 +45,7 @@ TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- endblock notebook_css -%}
 """
 
+
 def write_template(folder):
     """Write the page's template below `folder`, where Voilà finds it if the folder is in JUPYTER_PATH."""
     place = Path(folder) / "voila" / "templates" / "sparse"
@@ -53,10 +57,26 @@ def write_template(folder):
 def voila_command(notebook, *, port, address, public=False):
     """The command line that serves `notebook`, as a list."""
     return [
-        sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", f"--Voila.ip={address}", "--Voila.port_retries=0", "--Voila.token=", f"--Voila.tornado_settings=allow_remote_access={'yes' if public else ''}",
-        "--VoilaConfiguration.strip_sources=True", "--VoilaConfiguration.template=sparse", "--VoilaConfiguration.file_allowlist=favicon.ico", "--VoilaConfiguration.show_tracebacks=False", "--VoilaConfiguration.theme=light",
-        "--MappingKernelManager.cull_idle_timeout=600", "--MappingKernelManager.cull_interval=60", "--MappingKernelManager.cull_connected=False",
+        sys.executable,
+        "-m",
+        "voila",
+        str(notebook),
+        "--no-browser",
+        f"--port={port}",
+        f"--Voila.ip={address}",
+        "--Voila.port_retries=0",
+        "--Voila.token=",
+        f"--Voila.tornado_settings=allow_remote_access={'yes' if public else ''}",
+        "--VoilaConfiguration.strip_sources=True",
+        "--VoilaConfiguration.template=sparse",
+        "--VoilaConfiguration.file_allowlist=favicon.ico",
+        "--VoilaConfiguration.show_tracebacks=False",
+        "--VoilaConfiguration.theme=light",
+        "--MappingKernelManager.cull_idle_timeout=600",
+        "--MappingKernelManager.cull_interval=60",
+        "--MappingKernelManager.cull_connected=False",
     ]
+
 
 def start_server(notebook, folder, *, runs, port=8866, address="127.0.0.1", public=False):
     """Begin to serve `notebook` with the runs folder `runs`; returns the `subprocess.Popen`. folder: empty, for what the server needs.
@@ -65,18 +85,31 @@ def start_server(notebook, folder, *, runs, port=8866, address="127.0.0.1", publ
     """
     check_address(address, public, port)
     if not Path(notebook).is_file():
-        raise FileNotFoundError(f"the page {Path(notebook).absolute()} is not there; it is nbs/explore.ipynb of the project's folder")
+        raise FileNotFoundError(
+            f"the page {Path(notebook).absolute()} is not there; it is nbs/explore.ipynb of the project's folder"
+        )
     write_template(folder)
     others = [os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else []
-    environment = os.environ | {"SPARSE_NB_RUNS": str(Path(runs).absolute()), "JUPYTER_PATH": os.pathsep.join([str(folder), *others])}
-    return subprocess.Popen(voila_command(Path(notebook).absolute(), port=port, address=address, public=public), env=environment, cwd=folder)
+    environment = os.environ | {
+        "SPARSE_NB_RUNS": str(Path(runs).absolute()),
+        "JUPYTER_PATH": os.pathsep.join([str(folder), *others]),
+    }
+    return subprocess.Popen(
+        voila_command(Path(notebook).absolute(), port=port, address=address, public=public), env=environment, cwd=folder
+    )
+
 
 def serve(notebook, *, runs="runs", port=8866, address="127.0.0.1", public=False):
     """Serve `notebook` until Ctrl-C. Arguments and errors as in `start_server`; RuntimeError if the server ends by itself."""
     with tempfile.TemporaryDirectory() as folder:
         process = start_server(notebook, folder, runs=runs, port=port, address=address, public=public)
         host = f"[{address}]" if ":" in address else address
-        print(f"the explorer of {Path(runs).absolute()}: http://{host}:{port}/ (Ctrl-C ends it)", *([OPEN_TO_OTHERS] if public else []), sep="\n", flush=True)
+        print(
+            f"the explorer of {Path(runs).absolute()}: http://{host}:{port}/ (Ctrl-C ends it)",
+            *([OPEN_TO_OTHERS] if public else []),
+            sep="\n",
+            flush=True,
+        )
         try:
             status = process.wait()
         finally:

@@ -8,7 +8,16 @@ __all__ = ['GRID', 'WHITE', 'VIEWS', 'strength_text', 'hover_text', 'line', 'gho
            'draw_multiples', 'draw_recall', 'draw_connectivity', 'views_of']
 
 # %% ../../nbs/9_explorer/01_views.ipynb #d4735e3a
-from ..results.axes import AXIS_TITLES, CORRUPTION_GROUPS, DISTINCT_COLOURS, NEUTRAL_COLOUR, accuracy_range, group_colour, ordered_colours, place_points
+from sparse_nb.results.axes import (
+    AXIS_TITLES,
+    CORRUPTION_GROUPS,
+    DISTINCT_COLOURS,
+    NEUTRAL_COLOUR,
+    accuracy_range,
+    group_colour,
+    ordered_colours,
+    place_points,
+)
 from ..results.captions import WORDS, radius_text
 
 # %% ../../nbs/9_explorer/01_views.ipynb #e7f6c011
@@ -20,13 +29,18 @@ def strength_text(measure, strength):
         return f"severity {strength:g}" if strength else "the one severity of MNIST-C"
     return f"ε = {radius_text(strength)}" if measure == "attack" else ""
 
+
 def hover_text(points, label):
     """What each of `points` says of itself, as HTML."""
     texts = []
     for p in points.itertuples():
         interval = f" ({100 * p.low:.1f} to {100 * p.high:.1f})" if p.seeds > 1 else ""
-        ended = f"{p.networks} network{'s' * (p.networks != 1)}, {p.converged} converged" + (f", {p.diverged} diverged" if p.diverged else "")
-        runs = "<br>".join(" ".join(p.runs[i : i + 3]) for i in range(0, min(len(p.runs), 9), 3)) + ("<br>…" if len(p.runs) > 9 else "")
+        ended = f"{p.networks} network{'s' * (p.networks != 1)}, {p.converged} converged" + (
+            f", {p.diverged} diverged" if p.diverged else ""
+        )
+        runs = "<br>".join(" ".join(p.runs[i : i + 3]) for i in range(0, min(len(p.runs), 9), 3)) + (
+            "<br>…" if len(p.runs) > 9 else ""
+        )
         texts.append(
             f"<b>{label}: {100 * p.mean:.1f} %</b>{interval}, {p.seeds:.0f} seed{'s' * (p.seeds != 1)}<br>remaining weights {100 * p.density:.3g} %, "
             f"width {p.width}, depth {p.depth}{f' × {p.repeat}' if p.repeat > 1 else ''}<br>{ended}<br>{runs}"
@@ -37,16 +51,41 @@ def hover_text(points, label):
 def line(points, label, colour, *, axes="", **more):
     """A trace of `points` (with a column x) with intervals. axes: "" for the first panel, "2" for the second …; more: settings of the trace."""
     return {
-        "type": "scatter", "mode": "lines+markers", "name": label, "x": points.x.tolist(), "y": (100 * points["mean"]).tolist(), "xaxis": f"x{axes}", "yaxis": f"y{axes}",
-        "customdata": [" ".join(runs) for runs in points.runs], "error_y": {"type": "data", "array": (50 * (points.high - points.low)).fillna(0).tolist(), "color": colour, "thickness": 1.2, "width": 3},
-        "line": {"color": colour, "width": 2.5}, "hoverinfo": "text", "hovertext": hover_text(points, label),
-        "marker": {"color": colour, "size": 8, "line": {"width": 2, "color": colour}, "symbol": ["circle" if done else "circle-open" for done in points.converged == points.networks]},
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": label,
+        "x": points.x.tolist(),
+        "y": (100 * points["mean"]).tolist(),
+        "xaxis": f"x{axes}",
+        "yaxis": f"y{axes}",
+        "customdata": [" ".join(runs) for runs in points.runs],
+        "error_y": {
+            "type": "data",
+            "array": (50 * (points.high - points.low)).fillna(0).tolist(),
+            "color": colour,
+            "thickness": 1.2,
+            "width": 3,
+        },
+        "line": {"color": colour, "width": 2.5},
+        "hoverinfo": "text",
+        "hovertext": hover_text(points, label),
+        "marker": {
+            "color": colour,
+            "size": 8,
+            "line": {"width": 2, "color": colour},
+            "symbol": ["circle" if done else "circle-open" for done in points.converged == points.networks],
+        },
     } | more
+
 
 def ghost(points, **more):
     """A trace of undisturbed `points`, faint."""
     trace = line(points, "clean", "#b0b0b0", **more)
-    return trace | {"error_y": trace["error_y"] | {"thickness": 0.8}, "line": {"color": "#b0b0b0", "width": 1.5, "dash": "dot"}, "marker": trace["marker"] | {"size": 5}}
+    return trace | {
+        "error_y": trace["error_y"] | {"thickness": 0.8},
+        "line": {"color": "#b0b0b0", "width": 1.5, "dash": "dot"},
+        "marker": trace["marker"] | {"size": 5},
+    }
 
 # %% ../../nbs/9_explorer/01_views.ipynb #4fc82b26
 def best_of(points):
@@ -54,54 +93,115 @@ def best_of(points):
     measured = points.dropna(subset="mean")
     return measured.loc[measured["mean"].idxmax()] if len(measured) else None
 
+
 def marks(points, places, height):
     """Four traces that point out the base, the best density, and where networks diverged or failed, at `height` (low, high). points: of the line; places: all of the curve, with x."""
     best, base, bad = best_of(points), points[points.density == 1], places[places.diverged > 0].drop_duplicates("x")
     common = {"type": "scatter", "hoverinfo": "skip", "cliponaxis": False}
     top = [] if best is None else [best]
     return [
-        common | {"mode": "markers", "name": "dense base", "x": base.x.tolist(), "y": (100 * base["mean"]).tolist(),
-                  "marker": {"symbol": "square-open", "size": 17, "color": "#444444", "line": {"width": 1.5}}},
-        common | {"mode": "markers+text", "name": "best density", "x": [p.x for p in top], "y": [100 * p["mean"] for p in top], "textposition": "top left" if top and best.density == places.density.min() < 1 else "top right",
-                  "text": [f"best: {100 * p.density:.3g} %" for p in top], "textfont": {"color": "#b35900"},
-                  "marker": {"symbol": "circle-open", "size": 19, "color": "#e69f00", "line": {"width": 3}}},
-        common | {"mode": "markers+text", "name": "diverged", "x": bad.x.tolist(), "y": height[:1] * len(bad), "text": [f"{d} of {n} diverged" for d, n in zip(bad.diverged, bad.networks)],
-                  "textposition": "top center", "textfont": {"color": "#b2182b"}, "marker": {"symbol": "x", "size": 10, "color": "#b2182b"}, "showlegend": bool(len(bad))},
+        common
+        | {
+            "mode": "markers",
+            "name": "dense base",
+            "x": base.x.tolist(),
+            "y": (100 * base["mean"]).tolist(),
+            "marker": {"symbol": "square-open", "size": 17, "color": "#444444", "line": {"width": 1.5}},
+        },
+        common
+        | {
+            "mode": "markers+text",
+            "name": "best density",
+            "x": [p.x for p in top],
+            "y": [100 * p["mean"] for p in top],
+            "textposition": "top left" if top and best.density == places.density.min() < 1 else "top right",
+            "text": [f"best: {100 * p.density:.3g} %" for p in top],
+            "textfont": {"color": "#b35900"},
+            "marker": {"symbol": "circle-open", "size": 19, "color": "#e69f00", "line": {"width": 3}},
+        },
+        common
+        | {
+            "mode": "markers+text",
+            "name": "diverged",
+            "x": bad.x.tolist(),
+            "y": height[:1] * len(bad),
+            "text": [f"{d} of {n} diverged" for d, n in zip(bad.diverged, bad.networks)],
+            "textposition": "top center",
+            "textfont": {"color": "#b2182b"},
+            "marker": {"symbol": "x", "size": 10, "color": "#b2182b"},
+            "showlegend": bool(len(bad)),
+        },
         crosses(places[places.failed > 0].drop_duplicates("x"), set(bad.x), *height),
     ]
+
 
 def crosses(places, taken, low, high):
     """A trace that marks where networks failed, at `low`, or above it where x is `taken` by another mark."""
     return {
-        "type": "scatter", "mode": "markers+text", "name": "failed", "x": places.x.tolist(), "y": [high if x in taken else low for x in places.x], "cliponaxis": False, "showlegend": bool(len(places)),
-        "text": [f"{n} failed" for n in places.failed], "textposition": "top center", "textfont": {"color": "#8a4b00"}, "hoverinfo": "text",
-        "hovertext": [f"<b>{n} network{'s' * (n > 1)} failed</b>, remaining weights {100 * d:.3g} %<br>{why}" for n, d, why in zip(places.failed, places.density, places.reasons)],
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": "failed",
+        "x": places.x.tolist(),
+        "y": [high if x in taken else low for x in places.x],
+        "cliponaxis": False,
+        "showlegend": bool(len(places)),
+        "text": [f"{n} failed" for n in places.failed],
+        "textposition": "top center",
+        "textfont": {"color": "#8a4b00"},
+        "hoverinfo": "text",
+        "hovertext": [
+            f"<b>{n} network{'s' * (n > 1)} failed</b>, remaining weights {100 * d:.3g} %<br>{why}"
+            for n, d, why in zip(places.failed, places.density, places.reasons)
+        ],
         "marker": {"symbol": "x-open", "size": 11, "color": "#8a4b00", "line": {"width": 2}},
     }
 
 # %% ../../nbs/9_explorer/01_views.ipynb #6b51d431
-GRID = {"gridcolor": "#ebf0f8", "zerolinecolor": "#ebf0f8", "zerolinewidth": 2, "ticks": "", "automargin": True, "title": {"standoff": 15}}
+GRID = {
+    "gridcolor": "#ebf0f8",
+    "zerolinecolor": "#ebf0f8",
+    "zerolinewidth": 2,
+    "ticks": "",
+    "automargin": True,
+    "title": {"standoff": 15},
+}
 WHITE = {
-    "layout": {"font": {"color": "#2a3f5f"}, "plot_bgcolor": "white", "hovermode": "closest", "xaxis": GRID, "yaxis": GRID},
+    "layout": {
+        "font": {"color": "#2a3f5f"},
+        "plot_bgcolor": "white",
+        "hovermode": "closest",
+        "xaxis": GRID,
+        "yaxis": GRID,
+    },
     "data": {"heatmap": [{"colorbar": {"outlinewidth": 0}}]},
 }  # what the views need of the template "plotly_white", which plotly reads, checks and copies as a whole, in a sixteenth of the time until the first picture
+
 
 def layout(title, **more):
     """Settings that all views share."""
     return {
-        "template": WHITE, "width": 830, "height": 460, "margin": {"l": 70, "r": 25, "t": 95, "b": 65}, "font": {"size": 13, "family": "Arial, sans-serif"}, "uirevision": title,
-        "title": {"text": title, "x": 0.01, "y": 0.97, "yanchor": "top", "font": {"size": 16}}, "hoverlabel": {"align": "left"},
+        "template": WHITE,
+        "width": 830,
+        "height": 460,
+        "margin": {"l": 70, "r": 25, "t": 95, "b": 65},
+        "font": {"size": 13, "family": "Arial, sans-serif"},
+        "uirevision": title,
+        "title": {"text": title, "x": 0.01, "y": 0.97, "yanchor": "top", "font": {"size": 16}},
+        "hoverlabel": {"align": "left"},
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
     } | more
+
 
 def strengths_of(points, name):
     """The strengths at which `name` was measured, rising."""
     return sorted(points.strength[points.name == name].unique().tolist())
 
+
 def colour_of(points, name, strength):
     """The colour of a strength among all of its `name`, as in the figures: the stronger the lighter."""
     strengths = strengths_of(points, name)
     return ordered_colours(len(strengths) + 1)[strengths.index(strength)] if strength in strengths else NEUTRAL_COLOUR
+
 
 def words(name):
     """A corruption, an attack or a class, for people."""
@@ -116,8 +216,19 @@ def draw_curve(points, *, measure, growth, name, strength, title):
     label = ", ".join(part for part in (words(name), strength_text(measure, strength)) if part)
     colour = colour_of(points, name, strength)
     return {
-        "data": [ghost(clean), line(shown, label, colour), *marks(shown, points, [bounds[0] + share * (bounds[1] - bounds[0]) for share in (0.04, 0.15)])],
-        "layout": layout(title, xaxis=axis | {"title": {"text": AXIS_TITLES[growth]}}, yaxis={"range": bounds, "title": {"text": "accuracy (%)" if measure != "class_recall" else "accuracy, recall (%)"}}),
+        "data": [
+            ghost(clean),
+            line(shown, label, colour),
+            *marks(shown, points, [bounds[0] + share * (bounds[1] - bounds[0]) for share in (0.04, 0.15)]),
+        ],
+        "layout": layout(
+            title,
+            xaxis=axis | {"title": {"text": AXIS_TITLES[growth]}},
+            yaxis={
+                "range": bounds,
+                "title": {"text": "accuracy (%)" if measure != "class_recall" else "accuracy, recall (%)"},
+            },
+        ),
     }
 
 # %% ../../nbs/9_explorer/01_views.ipynb #4ec9599f
@@ -125,20 +236,54 @@ def percent_labels(points):
     """A text for each place of `points`, in their order."""
     places = points[["density", "depth", "repeat"]].drop_duplicates()
     by_depth = places.depth.nunique() > 1 or places.repeat.nunique() > 1
-    return {tuple(p): (f"depth {p.depth:.0f}{f' × {p.repeat:.0f}' if p.repeat > 1 else ''}, " if by_depth else "") + f"{100 * p.density:.3g}" for p in places.itertuples(index=False)}
+    return {
+        tuple(p): (f"depth {p.depth:.0f}{f' × {p.repeat:.0f}' if p.repeat > 1 else ''}, " if by_depth else "")
+        + f"{100 * p.density:.3g}"
+        for p in places.itertuples(index=False)
+    }
+
 
 def draw_heat(points, *, measure, growth, name, strength, title):
     """Accuracy of each density at each strength of `name`. Arguments and result as in `draw_curve`."""
     labels, rows = percent_labels(points), strengths_of(points, name)
-    shown = points[points.name == name].assign(place=lambda t: [labels[key] for key in t[["density", "depth", "repeat"]].itertuples(index=False, name=None)])
-    grid = 100 * shown.pivot(index="strength", columns="place", values="mean").reindex(index=rows, columns=list(labels.values()))
+    shown = points[points.name == name].assign(
+        place=lambda t: [labels[key] for key in t[["density", "depth", "repeat"]].itertuples(index=False, name=None)]
+    )
+    grid = 100 * shown.pivot(index="strength", columns="place", values="mean").reindex(
+        index=rows, columns=list(labels.values())
+    )
     at = rows.index(strength)
-    frame = {"type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": at - 0.5, "y1": at + 0.5, "line": {"color": "#d55e00", "width": 3}}
-    heat = {
-        "type": "heatmap", "z": [[None if v != v else v for v in row] for row in grid.to_numpy().tolist()], "x": list(labels.values()), "y": [strength_text(measure, s) for s in rows],
-        "colorscale": "Viridis", "texttemplate": "%{z:.1f}", "xgap": 1, "ygap": 1, "colorbar": {"title": {"text": "accuracy (%)"}}, "hovertemplate": "%{x} %, %{y}: %{z:.1f} %<extra></extra>",
+    frame = {
+        "type": "rect",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": at - 0.5,
+        "y1": at + 0.5,
+        "line": {"color": "#d55e00", "width": 3},
     }
-    axes = {"xaxis": {"type": "category", "title": {"text": AXIS_TITLES[growth]}}, "yaxis": {"type": "category", "automargin": True, "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}}
+    heat = {
+        "type": "heatmap",
+        "z": [[None if v != v else v for v in row] for row in grid.to_numpy().tolist()],
+        "x": list(labels.values()),
+        "y": [strength_text(measure, s) for s in rows],
+        "colorscale": "Viridis",
+        "texttemplate": "%{z:.1f}",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {"title": {"text": "accuracy (%)"}},
+        "hovertemplate": "%{x} %, %{y}: %{z:.1f} %<extra></extra>",
+    }
+    axes = {
+        "xaxis": {"type": "category", "title": {"text": AXIS_TITLES[growth]}},
+        "yaxis": {
+            "type": "category",
+            "automargin": True,
+            "ticks": "outside",
+            "ticklen": 6,
+            "tickcolor": "rgba(0,0,0,0)",
+        },
+    }
     return {"data": [heat], "layout": layout(title, shapes=[frame], **axes)}
 
 # %% ../../nbs/9_explorer/01_views.ipynb #6f4b6612
@@ -149,16 +294,38 @@ def kinds_of(points):
     found = sorted((n for n in names if n != "clean"), key=lambda n: order.index(n) if n in order else len(order))
     return found or list(names)
 
+
 def panel_axes(number, columns, count, axis, bounds):
     """The axes of panel `number` (from 0) of `count` in so many columns, and its place for a title: (settings, x, y)."""
     rows, (row, column) = -(-count // columns), divmod(number, columns)
     width, height = 1 / columns, 1 / rows
     x, y = [column * width, (column + 0.86) * width], [1 - (row + 0.74) * height, 1 - row * height]
     suffix, last = "" if number == 0 else str(number + 1), number + columns >= count
-    shared = axis | {"domain": x, "anchor": f"y{suffix}", "showticklabels": last, "tickfont": {"size": 9}, "tickangle": 0}
+    shared = axis | {
+        "domain": x,
+        "anchor": f"y{suffix}",
+        "showticklabels": last,
+        "tickfont": {"size": 9},
+        "tickangle": 0,
+    }
     few = {"tickvals": axis["tickvals"][::2], "ticktext": axis["ticktext"][::2]}
     apart = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}  # from the markers
-    return {f"xaxis{suffix}": shared | few, f"yaxis{suffix}": apart | {"domain": y, "anchor": f"x{suffix}", "range": bounds, "showticklabels": column == 0, "tickfont": {"size": 10}}}, x[0], y[1]
+    return (
+        {
+            f"xaxis{suffix}": shared | few,
+            f"yaxis{suffix}": apart
+            | {
+                "domain": y,
+                "anchor": f"x{suffix}",
+                "range": bounds,
+                "showticklabels": column == 0,
+                "tickfont": {"size": 10},
+            },
+        },
+        x[0],
+        y[1],
+    )
+
 
 def draw_multiples(points, *, measure, growth, name, strength, title):
     """A panel for each corruption or attack at `strength`; the one called `name` is dark. Arguments and result as in `draw_curve`."""
@@ -173,27 +340,72 @@ def draw_multiples(points, *, measure, growth, name, strength, title):
         how = dict(axes=suffix, showlegend=False, cliponaxis=False)
         data += [ghost(points[points.name == "clean"], **how), line(shown, words(each), colour, **how)]
         settings |= axes
-        titles.append({"text": words(each), "xref": "paper", "yref": "paper", "x": x, "y": y, "xanchor": "left", "yanchor": "bottom", "showarrow": False, "font": {"size": 12, "color": colour}})
-    below = {"text": AXIS_TITLES[growth] + " across, accuracy (%) up; dotted: clean", "xref": "paper", "yref": "paper", "x": 0, "y": 0, "yshift": -45, "showarrow": False, "font": {"color": "#666666"}}
-    return {"data": data, "layout": layout(title, height=150 + 150 * -(-len(names) // 5), annotations=[*titles, below], **settings)}
+        titles.append(
+            {
+                "text": words(each),
+                "xref": "paper",
+                "yref": "paper",
+                "x": x,
+                "y": y,
+                "xanchor": "left",
+                "yanchor": "bottom",
+                "showarrow": False,
+                "font": {"size": 12, "color": colour},
+            }
+        )
+    below = {
+        "text": AXIS_TITLES[growth] + " across, accuracy (%) up; dotted: clean",
+        "xref": "paper",
+        "yref": "paper",
+        "x": 0,
+        "y": 0,
+        "yshift": -45,
+        "showarrow": False,
+        "font": {"color": "#666666"},
+    }
+    return {
+        "data": data,
+        "layout": layout(title, height=150 + 150 * -(-len(names) // 5), annotations=[*titles, below], **settings),
+    }
 
 # %% ../../nbs/9_explorer/01_views.ipynb #c2356069
 def draw_recall(points, *, measure, growth, name, strength, title):
     """The recall of each class; a `name` other than "lowest of all" is drawn broad. Arguments and result as in `draw_curve`."""
     points, axis = place_points(points.assign(growth=growth))
     classes = [n for n in kinds_of(points) if n != "lowest of all"]
-    recall = points[points.name.isin(classes)].pivot(index=["density", "depth", "repeat"], columns="name", values="mean").sort_index(ascending=[False, True, True])
+    recall = (
+        points[points.name.isin(classes)]
+        .pivot(index=["density", "depth", "repeat"], columns="name", values="mean")
+        .sort_index(ascending=[False, True, True])
+    )
     lost = (recall.iloc[-1] - recall.iloc[0]).sort_values()
     colours = dict(zip(lost.index[lost < 0], DISTINCT_COLOURS[:3]))
     data = [ghost(points[points.name == "clean"], name="accuracy over all")]
     for each in sorted(classes, key=lambda n: n in colours):
         colour = colours.get(each, "#c8c8c8")
-        trace = line(points[points.name == each], f"{words(each)}: {100 * lost[each]:+.1f} points", colour, showlegend=each in colours)
+        trace = line(
+            points[points.name == each],
+            f"{words(each)}: {100 * lost[each]:+.1f} points",
+            colour,
+            showlegend=each in colours,
+        )
         thick = 4 if each == name else 2 if each in colours else 1
-        data.append(trace | {"line": {"color": colour, "width": thick}} | {"error_y": {"visible": False}} | ({} if each in colours or each == name else {"mode": "lines"}))
+        data.append(
+            trace
+            | {"line": {"color": colour, "width": thick}}
+            | {"error_y": {"visible": False}}
+            | ({} if each in colours or each == name else {"mode": "lines"})
+        )
     data.append(line(points[points.name == "lowest of all"], "lowest of all", "#440154"))
     bounds = accuracy_range(points["mean"])
-    return {"data": data, "layout": layout(title, xaxis=axis | {"title": {"text": AXIS_TITLES[growth]}}, yaxis={"range": bounds, "title": {"text": "recall (%)"}})}
+    return {
+        "data": data,
+        "layout": layout(
+            title,
+            xaxis=axis | {"title": {"text": AXIS_TITLES[growth]}},
+            yaxis={"range": bounds, "title": {"text": "recall (%)"}},
+        ),
+    }
 
 # %% ../../nbs/9_explorer/01_views.ipynb #670671cd
 def draw_connectivity(points, *, measure, growth, name, strength, title):
@@ -203,21 +415,47 @@ def draw_connectivity(points, *, measure, growth, name, strength, title):
     placed = placed[placed.networks > 0]
     share = 100 * placed.effective_density / placed.density
     below = {
-        "type": "scatter", "mode": "lines+markers", "name": "connected", "x": placed.x.tolist(), "y": share.tolist(), "xaxis": "x2", "yaxis": "y2", "line": {"color": "#0072b2"},
-        "showlegend": False, "hovertemplate": "%{y:.2f} % of the kept weights are connected<extra></extra>",
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "connected",
+        "x": placed.x.tolist(),
+        "y": share.tolist(),
+        "xaxis": "x2",
+        "yaxis": "y2",
+        "line": {"color": "#0072b2"},
+        "showlegend": False,
+        "hovertemplate": "%{y:.2f} % of the kept weights are connected<extra></extra>",
     }
     both = picture["layout"] | {
-        "height": 560, "xaxis": axis | {"showticklabels": False}, "yaxis": picture["layout"]["yaxis"] | {"domain": [0.38, 1]},
+        "height": 560,
+        "xaxis": axis | {"showticklabels": False},
+        "yaxis": picture["layout"]["yaxis"] | {"domain": [0.38, 1]},
         "xaxis2": axis | {"anchor": "y2", "title": {"text": AXIS_TITLES[growth]}},
-        "yaxis2": {"domain": [0, 0.3], "anchor": "x2", "title": {"text": "connected (%<br>of kept weights)"}, "range": [min(share.min() - 1, 95), 100.5]},
+        "yaxis2": {
+            "domain": [0, 0.3],
+            "anchor": "x2",
+            "title": {"text": "connected (%<br>of kept weights)"},
+            "range": [min(share.min() - 1, 95), 100.5],
+        },
     }
     return {"data": [*picture["data"], below], "layout": both}
 
 # %% ../../nbs/9_explorer/01_views.ipynb #624b60c5
-VIEWS = {"curves": draw_curve, "heat map": draw_heat, "small multiples": draw_multiples, "classes": draw_recall, "connectivity": draw_connectivity}
+VIEWS = {
+    "curves": draw_curve,
+    "heat map": draw_heat,
+    "small multiples": draw_multiples,
+    "classes": draw_recall,
+    "connectivity": draw_connectivity,
+}
+
 
 def views_of(points, measure):
     """The names in `VIEWS` that fit these points."""
     kinds = kinds_of(points)
-    fits = {"heat map": max(len(strengths_of(points, kind)) for kind in kinds) > 1, "small multiples": measure in ("corruption", "attack") and len(kinds) > 1, "classes": measure == "class_recall"}
+    fits = {
+        "heat map": max(len(strengths_of(points, kind)) for kind in kinds) > 1,
+        "small multiples": measure in ("corruption", "attack") and len(kinds) > 1,
+        "classes": measure == "class_recall",
+    }
     return [view for view in VIEWS if fits.get(view, True)]

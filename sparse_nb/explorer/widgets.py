@@ -21,19 +21,35 @@ from pathlib import Path
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from ..runs.attempts import load_failures
-from ..results.axes import few
-from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
-from ..runs.store import Store, load_run
 from .views import VIEWS, kinds_of, percent_labels, strength_text, strengths_of, views_of, words
+from ..results.axes import few
 from ..results.captions import WORDS
+from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
+from ..runs.attempts import load_failures
+from ..runs.store import Store, load_run
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #e7f6c011
-TITLES = {"dataset": "data", "family": "family", "growth": "grown by", "schedule": "schedule", "rule": "rule", "measure": "measure", "study": "study", "evaluation": "measured as"}
-SAID = WORDS | {
-    "static": "static, from the start", "magnitude": "magnitude, after training", "none": "no rule", "weight_noise": "weight noise", "corruption": "corrupted images",
-    "attack": "adversarial attacks", "class_recall": "recall of each class", "clean": "undisturbed",
+TITLES = {
+    "dataset": "data",
+    "family": "family",
+    "growth": "grown by",
+    "schedule": "schedule",
+    "rule": "rule",
+    "measure": "measure",
+    "study": "study",
+    "evaluation": "measured as",
 }
+SAID = WORDS | {
+    "static": "static, from the start",
+    "magnitude": "magnitude, after training",
+    "none": "no rule",
+    "weight_noise": "weight noise",
+    "corruption": "corrupted images",
+    "attack": "adversarial attacks",
+    "class_recall": "recall of each class",
+    "clean": "undisturbed",
+}
+
 
 def said(choice, value):
     """The `value` of a choice (of `tables.CHOICES`), for people."""
@@ -47,12 +63,13 @@ def said(choice, value):
 # %% ../../nbs/9_explorer/04_widgets.ipynb #19581e27
 def experiment_of(run):
     """The `Experiment` of `run`, a row of `Store.runs`; None if this version of the code and data would name it otherwise."""
-    from sparse_nb.study.experiments import Experiment, experiment_hash
     from sparse_nb.networks.training import Recipe
+    from sparse_nb.study.experiments import Experiment, experiment_hash
 
     described = json.loads(run.description)
     experiment = Experiment(**described | {"recipe": Recipe(**described["recipe"])})
     return experiment if experiment_hash(experiment) == run.experiment else None
+
 
 def loading_code(root, run):
     """Python that loads the network of `run`, a row of `Store.runs`, from the store at `root`, as text; a comment where this version of the code cannot."""
@@ -61,18 +78,30 @@ def loading_code(root, run):
         return f"# {run.experiment} was made by another version of the code or from other data, which this version never loads"
     return f"model = load_run(Store({str(Path(root).absolute())!r}), {experiment!r})"
 
+
 IMPORTS = "from sparse_nb.study.experiments import Experiment\nfrom sparse_nb.runs.store import Store, load_run\nfrom sparse_nb.networks.training import Recipe"
+
 
 def list_runs(root, members, records, place):
     """An HTML list of the networks at a `place` (density, depth, repeat) of a curve, with the code to load them. members: of `load_curve`; records: of one line."""
-    here = members[(members[["density", "depth", "repeat"]] == list(place)).all(axis=1)].drop_duplicates("experiment").sort_values("seed")
+    here = (
+        members[(members[["density", "depth", "repeat"]] == list(place)).all(axis=1)]
+        .drop_duplicates("experiment")
+        .sort_values("seed")
+    )
     value = records.groupby("experiment").value.mean()
     rows = [
         f"<tr><td style='padding-right:2em'><code>{run.experiment}</code></td><td>{run.seed}</td><td>{html.escape(run.status)}</td><td>{run.epochs}</td>"
-        f"<td>{f'{100 * value[run.experiment]:.1f} %' if run.experiment in value else '–'}</td></tr>" for run in here.itertuples()
+        f"<td>{f'{100 * value[run.experiment]:.1f} %' if run.experiment in value else '–'}</td></tr>"
+        for run in here.itertuples()
     ]
-    head = "".join(f"<th style='text-align:left;padding-right:2em'>{title}</th>" for title in ("run", "seed", "ended by", "epochs", "value"))
-    code = html.escape("\n".join([IMPORTS, *(f"{loading_code(root, run)}  # seed {run.seed}" for run in here.itertuples())]))
+    head = "".join(
+        f"<th style='text-align:left;padding-right:2em'>{title}</th>"
+        for title in ("run", "seed", "ended by", "epochs", "value")
+    )
+    code = html.escape(
+        "\n".join([IMPORTS, *(f"{loading_code(root, run)}  # seed {run.seed}" for run in here.itertuples())])
+    )
     return f"<table><tr>{head}</tr>{''.join(rows)}</table><pre style='white-space:pre-wrap;font:12px monospace;background:#f6f6f6;padding:8px;line-height:1.35'>{code}</pre>"
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #6b51d431
@@ -87,6 +116,7 @@ class LazyFinder(PathFinder):
             spec.loader = LazyLoader(spec.loader)
         return spec
 
+
 def widget_class():
     """plotly's `FigureWidget`, imported with the help of `LazyFinder`."""
     sys.meta_path.insert(0, LazyFinder)
@@ -100,9 +130,12 @@ def differences(new, old):
     """The entries of the dict `new` that are not equal in `old`."""
     return {key: value for key, value in new.items() if key not in old or old[key] != value}
 
+
 def redraw(figure, new, old):
     """Change the plotly widget `figure` from the picture `old` to `new` (of a view) in place; returns whether they are alike enough for that."""
-    if [trace["type"] for trace in new["data"]] != [trace["type"] for trace in old["data"]] or new["layout"].keys() != old["layout"].keys():
+    if [trace["type"] for trace in new["data"]] != [trace["type"] for trace in old["data"]] or new[
+        "layout"
+    ].keys() != old["layout"].keys():
         return False
     with figure.batch_update():
         for trace, now, before in zip(figure.data, new["data"], old["data"]):
@@ -116,29 +149,46 @@ def network(store, experiment):
     """`store.load_run`, remembered."""
     return load_run(store, experiment)
 
+
 def networks_of(store, members):
     """[(label, network)] of at most four densities of a curve, the base and the sparsest among them. members: of `load_curve`. Raises ValueError if none can be loaded."""
-    loadable = [run for run in members.drop_duplicates("experiment").sort_values("seed").itertuples() if run.status != "diverged" and experiment_of(run)]
+    loadable = [
+        run
+        for run in members.drop_duplicates("experiment").sort_values("seed").itertuples()
+        if run.status != "diverged" and experiment_of(run)
+    ]
     first = {run.density: run for run in reversed(loadable)}
     if not first:
-        raise ValueError("no network of this curve can be loaded: they were made by another version of the code, or from other data")
-    return [(f"{100 * density:.3g} %", network(store, experiment_of(first[density]))) for density in few(sorted(first, reverse=True))]
+        raise ValueError(
+            "no network of this curve can be loaded: they were made by another version of the code, or from other data"
+        )
+    return [
+        (f"{100 * density:.3g} %", network(store, experiment_of(first[density])))
+        for density in few(sorted(first, reverse=True))
+    ]
+
 
 def gallery_of(store, members, *, dataset, measure, name, strength, count=8):
     """The gallery of a curve, as HTML. name, strength: of what the handles show, used where they are a corruption or an attack."""
+    from sparse_nb.data import load_images
+    from sparse_nb.explorer.gallery import gallery
     from sparse_nb.robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS
     from sparse_nb.robustness.corruptions.corruptions import corrupt, default_severities, names
-    from sparse_nb.data import load_images
     from sparse_nb.robustness.evaluation import sample
-    from sparse_nb.explorer.gallery import gallery
 
     images = sample(load_images(dataset, "test"), count)
     corruption = name if name in names(dataset) else names(dataset)[0]
-    severity = int(strength) if measure == "corruption" and strength else default_severities(images.shape, corruption)[-1]
+    severity = (
+        int(strength) if measure == "corruption" and strength else default_severities(images.shape, corruption)[-1]
+    )
     attack = name if name in PAPER_ATTACKS else PAPER_ATTACKS[0]
     epsilon = strength if measure == "attack" else FIGURE_EPSILON[images.shape[0]]
     corrupted = corrupt(images, corruption, severity)
-    described = dict(corruption=f"{words(corruption)}, severity {severity}", attack=attack, attacked=f"{words(attack)}, {strength_text('attack', epsilon)}")
+    described = dict(
+        corruption=f"{words(corruption)}, severity {severity}",
+        attack=attack,
+        attacked=f"{words(attack)}, {strength_text('attack', epsilon)}",
+    )
     return gallery(networks_of(store, members), images, corrupted, epsilon=epsilon, **described)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9400f1b2
@@ -151,13 +201,23 @@ def fill(control, options, value=None):
         control.value = value if value in values else values[0]
     control.layout.display = "" if len(options) > 1 else "none"
 
+
 def controls():
     """The handles of an explorer, by name."""
     titles = TITLES | {"name": "which", "point": "a point"}
-    return {name: widgets.Dropdown(description=titles[name], layout=widgets.Layout(width="300px")) for name in titles} | {
+    return {
+        name: widgets.Dropdown(description=titles[name], layout=widgets.Layout(width="300px")) for name in titles
+    } | {
         "view": widgets.ToggleButtons(style={"button_width": "auto"}),
-        "strength": widgets.SelectionSlider(options=[("–", 0.0)], description="strength", continuous_update=True, layout=widgets.Layout(width="620px"), style={"handle_color": "#d55e00"}),
+        "strength": widgets.SelectionSlider(
+            options=[("–", 0.0)],
+            description="strength",
+            continuous_update=True,
+            layout=widgets.Layout(width="620px"),
+            style={"handle_color": "#d55e00"},
+        ),
     }
+
 
 NOTHING_YET = """<p><b>There is no measured network in <code>{root}</code> yet.</b></p><p>In the project's folder, <code>sparse-nb merge results/laptop --runs {root}</code> takes
 over in seconds what is published; <code>sparse-nb sweep --preset smoke --families mlp --runs {root}</code> takes minutes and downloads nothing. Then press “look again”. Or train the first point here.</p>"""
@@ -169,14 +229,18 @@ def fill_choices(handles, catalogue):
     for name in CHOICES:
         found = options.get(name, ())
         fill(handles[name], [(said(name, value), value) for value in found], chosen.get(name))
-        handles[name].layout.display = "none" if not options or (name in ("study", "evaluation") and len(found) < 2) else ""
+        handles[name].layout.display = (
+            "none" if not options or (name in ("study", "evaluation") and len(found) < 2) else ""
+        )
     return chosen
+
 
 def fill_strengths(handles, points, measure):
     """Give the slider the strengths that `points` have of the disturbance that is shown, unless it has just these."""
     strengths = strengths_of(points, handles["name"].value)
     if strengths != [value for _, value in handles["strength"].options]:
         fill(handles["strength"], [(strength_text(measure, strength) or "–", strength) for strength in strengths])
+
 
 def fill_curve(handles, points, measure):
     """Fill the handles for what a curve's `points` hold: disturbances, views, places, strengths. points: None for no curve."""
@@ -186,7 +250,9 @@ def fill_curve(handles, points, measure):
         return
     fill(handles["name"], [(words(name), name) for name in kinds_of(points)])
     fill(handles["view"], [(view, view) for view in [*views_of(points, measure), "gallery"]])
-    places = [("choose one to list its networks", "")] + [(f"{label} % remaining", place) for place, label in percent_labels(points).items()]
+    places = [("choose one to list its networks", "")] + [
+        (f"{label} % remaining", place) for place, label in percent_labels(points).items()
+    ]
     fill(handles["point"], places)
     fill_strengths(handles, points, measure)
 
@@ -214,7 +280,9 @@ class Selection:
         try:
             if to_another_curve:
                 self.chosen = fill_choices(self.handles, self.catalogue)
-                self.members, self.records = load_curve(self.store, self.catalogue, self.chosen) if self.chosen else (None, None)
+                self.members, self.records = (
+                    load_curve(self.store, self.catalogue, self.chosen) if self.chosen else (None, None)
+                )
                 self.failed = failures_on(self.failures, self.members, self.chosen) if self.chosen else []
                 self.points = add_failures(points_of(self.members, self.records), self.failed) if self.chosen else None
                 fill_curve(self.handles, self.points, self.chosen.get("measure"))
@@ -235,6 +303,7 @@ def title_of(chosen):
     small = f"{c['schedule']}; {c['rule']}; bars: 95 % intervals over seeds"
     return f"{c['family']} on {c['dataset']}, grown by {c['growth']}; {c['measure']}<br><span style='font-size:12px;color:#666'>{small}</span>"
 
+
 class Canvas:
     """Where the picture of a `Selection` is. holder: the widget; clicked: called as plotly does with a trace and a point of it."""
 
@@ -245,9 +314,17 @@ class Canvas:
         """Draw the chosen view, in place where that is possible."""
         view, chosen = selection.value("view"), selection.chosen
         if selection.points is None or view == "gallery":
-            self.figure, self.holder.children = None, () if selection.points is None else (widgets.HTML(self.gallery(selection)),)
+            self.figure, self.holder.children = (
+                None,
+                () if selection.points is None else (widgets.HTML(self.gallery(selection)),),
+            )
             return
-        how = dict(measure=chosen["measure"], growth=chosen["growth"], name=selection.value("name"), strength=selection.value("strength"))
+        how = dict(
+            measure=chosen["measure"],
+            growth=chosen["growth"],
+            name=selection.value("name"),
+            strength=selection.value("strength"),
+        )
         picture = VIEWS[view](selection.points, **how, title=title_of(chosen))
         if self.figure is None or self.drawn != (view, chosen) or not redraw(self.figure, picture, self.picture):
             self.figure = widget_class()(picture)
@@ -260,7 +337,13 @@ class Canvas:
         """The gallery of the chosen curve, as HTML, or why there is none."""
         shown = {name: selection.value(name) for name in ("name", "strength")}
         try:
-            return gallery_of(selection.store, selection.members, dataset=selection.chosen["dataset"], measure=selection.chosen["measure"], **shown)
+            return gallery_of(
+                selection.store,
+                selection.members,
+                dataset=selection.chosen["dataset"],
+                measure=selection.chosen["measure"],
+                **shown,
+            )
         except (ValueError, OSError) as error:
             return f"<p>There is no gallery: {html.escape(str(error))}</p>"
 
@@ -270,11 +353,17 @@ def notices(store, members, failures, failed=()):
     lines = [NOTHING_YET.format(root=html.escape(str(store.root.resolve())))] if members is None else []
     if members is not None:
         status = members.drop_duplicates("experiment").status
-        for ended, words in (("epochs", "did not reach the stopping loss (open markers)"), ("diverged", "diverged (crosses)")):
+        for ended, words in (
+            ("epochs", "did not reach the stopping loss (open markers)"),
+            ("diverged", "diverged (crosses)"),
+        ):
             if (status == ended).any():
                 lines.append(f"{words}: {(status == ended).sum()} of {len(status)} networks of this curve")
     told = [*failed, *(failure for failure in failures if failure not in failed)]
-    lines += [f"failed{' (open cross)' if f in failed else ', on another curve'}: {html.escape(f['network'])}: {html.escape(f['reason'])}" for f in told[:3]]
+    lines += [
+        f"failed{' (open cross)' if f in failed else ', on another curve'}: {html.escape(f['network'])}: {html.escape(f['reason'])}"
+        for f in told[:3]
+    ]
     lines += [f"… and {len(failures) - 3} more; <code>sparse-nb failures</code> lists them"] * (len(failures) > 3)
     return "".join(f"<div style='color:#8a4b00;line-height:1.4'>{line}</div>" for line in lines)
 
@@ -284,9 +373,14 @@ class Training:
 
     def __init__(self, store, wanted, done):
         self.store, self.wanted, self.done, self.stopped = store, wanted, done, threading.Event()
-        self.train = widgets.Button(description="train one more point", icon="plus", layout=widgets.Layout(width="190px"))
+        self.train = widgets.Button(
+            description="train one more point", icon="plus", layout=widgets.Layout(width="190px")
+        )
         self.stop = widgets.Button(description="stop", icon="stop", disabled=True)
-        self.bar, self.told = widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="200px", visibility="hidden")), widgets.Label()
+        self.bar, self.told = (
+            widgets.FloatProgress(max=1.0, layout=widgets.Layout(width="200px", visibility="hidden")),
+            widgets.Label(),
+        )
         self.train.on_click(lambda _: self.begin())
         self.stop.on_click(lambda _: self.stopped.set())
         self.row = widgets.HBox([self.train, self.stop, self.bar, self.told])
@@ -294,7 +388,10 @@ class Training:
     def begin(self):
         """Train, if it is known what."""
         self.stopped.clear()
-        self.train.disabled, self.told.value = True, "looking for what is missing …"  # the first time, torch has to be imported
+        self.train.disabled, self.told.value = (
+            True,
+            "looking for what is missing …",
+        )  # the first time, torch has to be imported
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self):
@@ -341,14 +438,30 @@ class Explorer:
         self.store, self.notice, self.details = store, widgets.HTML(), widgets.HTML()
         self.selection, self.canvas = Selection(store, self.show), Canvas(self.clicked)
         self.training = Training(store, self.wanted, self.selection.load)
-        again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again", layout=widgets.Layout(width="120px"))
+        again = widgets.Button(
+            description="look again",
+            icon="refresh",
+            tooltip="Read the runs folder again",
+            layout=widgets.Layout(width="120px"),
+        )
         again.on_click(lambda _: self.selection.load())
         self.selection.load()
         handles = self.selection.handles
-        choices = widgets.HBox([handles[name] for name in (*CHOICES, "name")], layout=widgets.Layout(flex_flow="row wrap"))
-        self.page = widgets.VBox([
-            choices, handles["view"], handles["strength"], self.notice, self.canvas.holder, widgets.HBox([handles["point"], again]), self.training.row, self.details
-        ])
+        choices = widgets.HBox(
+            [handles[name] for name in (*CHOICES, "name")], layout=widgets.Layout(flex_flow="row wrap")
+        )
+        self.page = widgets.VBox(
+            [
+                choices,
+                handles["view"],
+                handles["strength"],
+                self.notice,
+                self.canvas.holder,
+                widgets.HBox([handles["point"], again]),
+                self.training.row,
+                self.details,
+            ]
+        )
 
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
@@ -363,7 +476,9 @@ class Explorer:
         self.notice.value = notices(self.store, s.members, s.failures, s.failed)
         self.canvas.show(s)
         if place := s.value("point"):
-            self.details.value = self.details.value or "<p>looking for its networks …</p>"  # the first time, torch has to be imported
+            self.details.value = (
+                self.details.value or "<p>looking for its networks …</p>"
+            )  # the first time, torch has to be imported
             shown = s.records[(s.records.name == s.value("name")) & (s.records.strength == s.value("strength"))]
             self.details.value = list_runs(self.store.root, s.members, shown, place)
         else:

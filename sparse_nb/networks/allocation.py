@@ -23,6 +23,7 @@ def exact_shares(scores, sizes, budget):
     scores, sizes: positive ints, one per layer. budget: int, len(sizes) ≤ budget ≤ sum(sizes).
     Returns a list of Fractions. O(L log L) in the number of layers, whatever their sizes.
     """
+
     def shares(s):
         return [min(max(s * score, Fraction(1)), Fraction(size)) for score, size in zip(scores, sizes)]
 
@@ -39,7 +40,7 @@ def round_shares(shares):
     """Whole numbers with the sum of `shares` (Fractions summing to an int), each less than 1 away from its share."""
     kept = [math.floor(share) for share in shares]
     by_loss = sorted(range(len(kept)), key=lambda i: kept[i] - shares[i])  # a stable sort: ties stay in layer order
-    for i in by_loss[:int(sum(shares)) - sum(kept)]:
+    for i in by_loss[: int(sum(shares)) - sum(kept)]:
         kept[i] += 1
     return tuple(kept)
 
@@ -67,6 +68,8 @@ def allocate(sizes, budget, rule="water_filling"):
     shapes = [tuple(map(int, shape)) for shape in shapes]
     counts, total = [math.prod(shape) for shape in shapes], sum(map(math.prod, shapes))
     if not len(counts) <= budget <= total:
-        raise ValueError(f"budget is {budget:,}; {len(counts)} layers can keep from {len(counts):,} weights, one each, "
-                         f"to {total:,}, all of them")
+        raise ValueError(
+            f"budget is {budget:,}; {len(counts)} layers can keep from {len(counts):,} weights, one each, "
+            f"to {total:,}, all of them"
+        )
     return round_shares(exact_shares([SCORES[rule](shape) for shape in shapes], counts, int(budget)))

@@ -26,7 +26,9 @@ def captured(model, example):
             layer.heard_outputs = layer.heard_outputs.to(example.device)
     before, plain = {name: value.clone() for name, value in model.state_dict().items()}, model.forward
     torch.cuda.make_graphed_callables(model.train(), (example,))
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # it was born while recording, on another stream; PyTorch waits for it
+    warnings.filterwarnings(
+        "ignore", "The AccumulateGrad node's stream"
+    )  # it was born while recording, on another stream; PyTorch waits for it
     replayed = model.forward
     model.forward = lambda inputs: (replayed if inputs.shape == example.shape else plain)(inputs)
     model.load_state_dict(before)

@@ -98,13 +98,21 @@ def kept_positions(model, masks):
         return {name: masks[name].flatten().nonzero().squeeze(1) for name in check_masks(model, masks)}
     for name, weight in counted_weights(model).items():
         if name not in masks or len(masks) > len(counted_weights(model)):
-            raise ValueError(f"the positions belong to another network: they are of {list(masks)}, its weights are {list(counted_weights(model))}")
-        if masks[name].dim() != 1 or (masks[name].diff() <= 0).any() or len(masks[name]) and not 0 <= masks[name][0] <= masks[name][-1] < weight.numel():
+            raise ValueError(
+                f"the positions belong to another network: they are of {list(masks)}, its weights are {list(counted_weights(model))}"
+            )
+        if (
+            masks[name].dim() != 1
+            or (masks[name].diff() <= 0).any()
+            or len(masks[name])
+            and not 0 <= masks[name][0] <= masks[name][-1] < weight.numel()
+        ):
             raise ValueError(f"the positions of {name!r} must ascend from 0 or more to at most {weight.numel() - 1}")
     return {name: masks[name] for name in counted_weights(model)}
 
 # %% ../../nbs/2_networks/03_masks.ipynb #35135aaa
 SCALES = ("sparse", "dense")
+
 
 def initialise(model, masks, *, seed, scale="sparse"):
     """Draw the initial weights of `model` at the kept positions, zero elsewhere; everything in place.
@@ -155,13 +163,19 @@ def apply_masks(model, masks):
     for name, weight in check_masks(model, masks).items():
         weight.mul_(masks[name])
 
+
 def gradient_masks(model, masks):
     """(weight, 0 or 1 for each of its entries) for every counted weight that loses some; what `mask_gradients` needs at each step.
 
     The factors have the weight's dtype and memory layout. Raises ValueError for masks of another network.
     """
     weights = check_masks(model, masks).items()
-    return [(weight, torch.empty_like(weight, requires_grad=False).copy_(masks[name])) for name, weight in weights if not masks[name].all()]
+    return [
+        (weight, torch.empty_like(weight, requires_grad=False).copy_(masks[name]))
+        for name, weight in weights
+        if not masks[name].all()
+    ]
+
 
 @torch.no_grad()
 def mask_gradients(held):
@@ -186,6 +200,7 @@ def largest(magnitudes, kept):
 
 # %% ../../nbs/2_networks/03_masks.ipynb #25fc0e70
 SCOPES = ("layer", "global")
+
 
 def magnitude_masks(model, budget, *, scope="layer", rule="water_filling"):
     """Masks that keep exactly `budget` weights of `model`, those largest in magnitude; of equal ones the first.
@@ -216,6 +231,7 @@ class Wires:
     What `connectivity` finds: reached, bool (in,), input units with a path from the image; heard, bool (out,), output units with a
     path to the network's output; live, bool (out,), output units with both, once `connectivity` is done.
     """
+
     name: str
     outputs: torch.Tensor
     inputs: torch.Tensor
@@ -223,6 +239,7 @@ class Wires:
     reached: torch.Tensor
     heard: torch.Tensor
     live: torch.Tensor
+
 
 def wires_of(name, shape, positions, groups=1):
     """The wires of a layer's kept positions, int64, ascending, in a weight of `shape` (out, in / groups, …); nothing reached or heard yet."""
@@ -233,24 +250,32 @@ def wires_of(name, shape, positions, groups=1):
     def none(units):
         return torch.zeros(units, dtype=torch.bool, device=positions.device)
 
-    return Wires(name, outputs, inputs + group * shape[1], weights, none(shape[1] * groups), none(shape[0]), none(shape[0]))
+    return Wires(
+        name, outputs, inputs + group * shape[1], weights, none(shape[1] * groups), none(shape[0]), none(shape[0])
+    )
 
 # %% ../../nbs/2_networks/03_masks.ipynb #3e1e967e
 def shining(light):
     """bool (units,): True where light, (units, ...), is positive at any place."""
     return (light > 0).reshape(len(light), -1).any(1)
 
+
 class Relay(torch.autograd.Function):
     """A counted layer that passes on light along its `wires`, and notes there what is reached and heard.
 
     light: (3, in, ...): a bright image's, light everywhere, a black image's. shape: of the layer's output, (3, out, ...).
     """
+
     @staticmethod
     def forward(ctx, light, shape, wires):
         if light.dim() not in (2, 4) or light.shape[1] != len(wires.reached):
-            raise ValueError(f"{wires.name} receives {tuple(light.shape)}; connectivity follows (N, units) and (N, channels, H, W)")
+            raise ValueError(
+                f"{wires.name} receives {tuple(light.shape)}; connectivity follows (N, units) and (N, channels, H, W)"
+            )
         if shining(light[2]).any():
-            raise ValueError(f"{wires.name} receives something from a black image; connectivity needs activations with f(0) = 0, as ReLU")
+            raise ValueError(
+                f"{wires.name} receives something from a black image; connectivity needs activations with f(0) = 0, as ReLU"
+            )
         ctx.shape, ctx.wires, arrives, leaves = light.shape, wires, shining(light[0]), light.new_zeros(shape)
         wires.reached |= arrives
         leaves[0, wires.outputs[arrives[wires.inputs]].unique()] = 1
@@ -267,6 +292,7 @@ class Relay(torch.autograd.Function):
 # %% ../../nbs/2_networks/03_masks.ipynb #d029fa3a
 RELAYED = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase)
 
+
 def install_relays(model, positions):
     """Hooks that make the forward pass of `model` carry light. Returns ({name: Wires}, the hooks' handles, to be removed).
 
@@ -274,8 +300,10 @@ def install_relays(model, positions):
     """
     for path, module in model.named_modules():
         if not isinstance(module, RELAYED) and next(module.parameters(recurse=False), None) is not None:
-            raise TypeError(f"{path or 'the network'} is a {type(module).__name__} with parameters of its own; "
-                            "connectivity knows Conv2d, Linear and batch norm")
+            raise TypeError(
+                f"{path or 'the network'} is a {type(module).__name__} with parameters of its own; "
+                "connectivity knows Conv2d, Linear and batch norm"
+            )
     names, wires, handles, arrived = {id(w): name for name, w in counted_weights(model).items()}, {}, [], {}
 
     def receive(module, args):
@@ -285,10 +313,17 @@ def install_relays(model, positions):
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             name = names[id(module.weight)]
-            wires[name] = wires.get(name) or wires_of(name, module.weight.shape, positions[name], getattr(module, "groups", 1))
+            wires[name] = wires.get(name) or wires_of(
+                name, module.weight.shape, positions[name], getattr(module, "groups", 1)
+            )
             handles.append(module.register_forward_pre_hook(receive))
-            handles.append(module.register_forward_hook(
-                lambda module, args, output, wired=wires[name]: Relay.apply(arrived.pop(module), output.shape, wired)))
+            handles.append(
+                module.register_forward_hook(
+                    lambda module, args, output, wired=wires[name]: Relay.apply(
+                        arrived.pop(module), output.shape, wired
+                    )
+                )
+            )
         elif isinstance(module, RELAYED):
             handles.append(module.register_forward_pre_hook(receive))
             handles.append(module.register_forward_hook(lambda module, args, output: arrived.pop(module).clone()))
@@ -321,8 +356,20 @@ class Connectivity:
         """One row per layer: its output units and how many are live, its kept weights by kind. A pandas DataFrame."""
         dead = {name: int(w.weights[~w.heard[w.outputs]].sum()) for name, w in self.wires.items()}
         kept, live = {name: int(w.weights.sum()) for name, w in self.wires.items()}, self.live_weights
-        return pd.DataFrame([{"layer": name.removesuffix(".weight"), "units": len(w.live), "live units": self.live_units[name], "kept": kept[name],
-                              "live": live[name], "constant": kept[name] - live[name] - dead[name], "dead": dead[name]} for name, w in self.wires.items()])
+        return pd.DataFrame(
+            [
+                {
+                    "layer": name.removesuffix(".weight"),
+                    "units": len(w.live),
+                    "live units": self.live_units[name],
+                    "kept": kept[name],
+                    "live": live[name],
+                    "constant": kept[name] - live[name] - dead[name],
+                    "dead": dead[name],
+                }
+                for name, w in self.wires.items()
+            ]
+        )
 
 # %% ../../nbs/2_networks/03_masks.ipynb #a68b412c
 def connectivity(model, masks, *, image_shape=None):
@@ -338,10 +385,23 @@ def connectivity(model, masks, *, image_shape=None):
     image_shape = image_shape or getattr(getattr(model, "input", None), "image_shape", None)
     if image_shape is None:
         raise ValueError("image_shape is None and the network does not know it; give (channels, height, width)")
-    own = {id(t) for m in model.modules() if isinstance(m, RELAYED) for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-    shapes = {name: torch.empty_like(t, device="meta") for name, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in own}
+    own = {
+        id(t)
+        for m in model.modules()
+        if isinstance(m, RELAYED)
+        for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    }
+    shapes = {
+        name: torch.empty_like(t, device="meta")
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if id(t) in own
+    }
     first = next(iter(positions))
-    light = torch.tensor([1e3, 1e3, 0.0], dtype=weights[first].dtype, device=positions[first].device).view(3, 1, 1, 1).expand(3, *image_shape)
+    light = (
+        torch.tensor([1e3, 1e3, 0.0], dtype=weights[first].dtype, device=positions[first].device)
+        .view(3, 1, 1, 1)
+        .expand(3, *image_shape)
+    )
     training = [module for module in model.modules() if module.training]
     wires, handles = install_relays(model, positions)
     try:

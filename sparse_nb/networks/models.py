@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 # %% ../../nbs/2_networks/01_models.ipynb #4fc82b26
 # Training-set mean and standard deviation per channel: MNIST's for grey images, CIFAR-10's for colour.
-USUAL_STATISTICS = {1: ((0.1307,), (0.3081,)),
-                    3: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
+USUAL_STATISTICS = {1: ((0.1307,), (0.3081,)), 3: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
+
 
 class Normalise(nn.Module):
     """Raw images to network input: zero-pad to `least_side`, then `(x - mean) / std` for each channel.
@@ -30,6 +30,7 @@ class Normalise(nn.Module):
     forward: float (N, C, H, W) -> float (N, C, max(H, least_side), max(W, least_side)), image in the middle.
     Raises TypeError for images that are not floating point, ValueError for any other shape.
     """
+
     def __init__(self, image_shape, mean, std, least_side=1):
         super().__init__()
         self.image_shape, (_, height, width) = tuple(image_shape), image_shape
@@ -42,8 +43,10 @@ class Normalise(nn.Module):
         if not images.is_floating_point():
             raise TypeError(f"images are {images.dtype}; give floats in [0, 1], as in images.float() / 255")
         if images.dim() != 4 or images.shape[1:] != self.image_shape:
-            raise ValueError(f"images have shape {tuple(images.shape)}; this network takes (N, C, H, W) "
-                             f"with (C, H, W) = {self.image_shape}")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; this network takes (N, C, H, W) "
+                f"with (C, H, W) = {self.image_shape}"
+            )
         return (F.pad(images, self.frame) - self.mean) / self.std
 
     def extra_repr(self):
@@ -64,7 +67,9 @@ def counted_weights(model):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             name = f"{layer}.weight" if layer else "weight"
             if not isinstance(module.weight, nn.Parameter):
-                raise TypeError(f"{name} is computed from other tensors, not a Parameter; undo its parametrisation first")
+                raise TypeError(
+                    f"{name} is computed from other tensors, not a Parameter; undo its parametrisation first"
+                )
             if all(module.weight is not known for known in found.values()):
                 found[name] = module.weight
     if not found:
@@ -79,8 +84,17 @@ def layer_table(model):
     """
     weights = counted_weights(model)
     total = sum(w.numel() for w in weights.values())
-    return pd.DataFrame([{"layer": name.removesuffix(".weight"), "shape": tuple(w.shape), "weights": w.numel(),
-                          "share %": round(100 * w.numel() / total, 2)} for name, w in weights.items()])
+    return pd.DataFrame(
+        [
+            {
+                "layer": name.removesuffix(".weight"),
+                "shape": tuple(w.shape),
+                "weights": w.numel(),
+                "share %": round(100 * w.numel() / total, 2),
+            }
+            for name, w in weights.items()
+        ]
+    )
 
 # %% ../../nbs/2_networks/01_models.ipynb #785f3ec7
 def copies(repeat):
@@ -103,6 +117,7 @@ def mlp_layers(image_shape, classes, width, depth, repeat=1):
 VGG_CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # per stage
 VGG_RATIOS = (1, 2, 4, 8, 8)  # channels of the stages, in widths
 
+
 def vgg_layers(image_shape, classes, width, depth, repeat=1, batch_norm=True):
     """VGG in CIFAR form: convolutions, average pool to 1 × 1, one linear layer. Dict of name -> layer, in order.
 
@@ -117,7 +132,11 @@ def vgg_layers(image_shape, classes, width, depth, repeat=1, batch_norm=True):
             layers[f"relu{place}"] = nn.ReLU()
             channels = ratio * width
         layers[f"pool{stage}"] = nn.MaxPool2d(2)
-    return layers | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, classes)}
+    return layers | {
+        "average": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "classifier": nn.Linear(channels, classes),
+    }
 
 # %% ../../nbs/2_networks/01_models.ipynb #c6f3ac57
 class ResidualBlock(nn.Module):
@@ -126,10 +145,15 @@ class ResidualBlock(nn.Module):
     channels: incoming. width: of the 3 × 3 convolutions. stride: 1, or 2 to halve the image. A bottleneck leaves
     4 × width channels, a basic block width; the attribute `channels` says which. (N, channels, H, W) in.
     """
+
     def __init__(self, channels, width, stride=1, bottleneck=False):
         super().__init__()
-        plan = ([(1, width, 1), (3, width, stride), (1, 4 * width, 1)] if bottleneck else  # kernel, channels, stride
-                [(3, width, stride), (3, width, 1)])
+        plan = (
+            [(1, width, 1), (3, width, stride), (1, 4 * width, 1)]
+            if bottleneck
+            # kernel, channels, stride
+            else [(3, width, stride), (3, width, 1)]
+        )
         self.channels, body, inputs = plan[-1][1], {}, channels
         for i, (kernel, outputs, step) in enumerate(plan, start=1):
             if i > 1:
@@ -140,8 +164,11 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(OrderedDict(body))
         self.shortcut = nn.Identity()
         if stride != 1 or channels != self.channels:
-            self.shortcut = nn.Sequential(OrderedDict(
-                conv=nn.Conv2d(channels, self.channels, 1, stride, bias=False), norm=nn.BatchNorm2d(self.channels)))
+            self.shortcut = nn.Sequential(
+                OrderedDict(
+                    conv=nn.Conv2d(channels, self.channels, 1, stride, bias=False), norm=nn.BatchNorm2d(self.channels)
+                )
+            )
         self.relu = nn.ReLU()
 
     def forward(self, x):
@@ -151,21 +178,30 @@ class ResidualBlock(nn.Module):
 RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}  # per stage; 50 has bottlenecks
 RESNET_RATIOS = (1, 2, 4, 8)  # of the 3 × 3 convolutions of the stages, in widths
 
+
 def resnet_layers(image_shape, classes, width, depth, repeat=1):
     """ResNet in CIFAR form: a 3 × 3 stem and no max-pool. Dict of name -> layer, in order."""
-    layers = {"stem": nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False),
-              "stem_norm": nn.BatchNorm2d(width), "stem_relu": nn.ReLU()}
+    layers = {
+        "stem": nn.Conv2d(image_shape[0], width, 3, padding=1, bias=False),
+        "stem_norm": nn.BatchNorm2d(width),
+        "stem_relu": nn.ReLU(),
+    }
     channels = width
     for stage, (ratio, blocks) in enumerate(zip(RESNET_RATIOS, RESNET_BLOCKS[depth]), start=1):
         for place in (f"{i}{copy}" for i in range(1, blocks + 1) for copy in copies(repeat)):
             stride = 2 if stage > 1 and place == "1" else 1  # the first block of each later stage halves the image
             block = ResidualBlock(channels, ratio * width, stride, bottleneck=depth == 50)
             layers[f"stage{stage}_block{place}"], channels = block, block.channels
-    return layers | {"average": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "classifier": nn.Linear(channels, classes)}
+    return layers | {
+        "average": nn.AdaptiveAvgPool2d(1),
+        "flatten": nn.Flatten(),
+        "classifier": nn.Linear(channels, classes),
+    }
 
 # %% ../../nbs/2_networks/01_models.ipynb #3d914f93
 FAMILIES = ("mlp", "vgg", "resnet")
 DEPTHS = {"mlp": None, "vgg": tuple(VGG_CONVOLUTIONS), "resnet": tuple(RESNET_BLOCKS)}  # None: any, from 1
+
 
 def check_request(family, image_shape, classes, width, depth, repeat=1):
     """Raise TypeError or ValueError, naming value and accepted ones, for a network that `build_model` cannot build."""
@@ -173,8 +209,13 @@ def check_request(family, image_shape, classes, width, depth, repeat=1):
         raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
         raise ValueError(f"image_shape is {image_shape!r}; it must be (channels, height, width)")
-    whole = {"classes": classes, "width": width, "depth": depth, "repeat": repeat,
-             **{f"image_shape[{i}]": side for i, side in enumerate(image_shape)}}
+    whole = {
+        "classes": classes,
+        "width": width,
+        "depth": depth,
+        "repeat": repeat,
+        **{f"image_shape[{i}]": side for i, side in enumerate(image_shape)},
+    }
     for name, value in whole.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError(f"{name} is {value!r}; it must be a whole number")
@@ -190,12 +231,16 @@ def channel_statistics(channels, mean, std):
     mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
     given = all(isinstance(v, (tuple, list)) and len(v) == channels for v in (mean, std))
     if not given or not all(s > 0 for s in std):
-        raise ValueError(f"mean is {mean} and std is {std}; each must be a tuple with one number per channel, "
-                         f"{channels} in all, std above 0")
+        raise ValueError(
+            f"mean is {mean} and std is {std}; each must be a tuple with one number per channel, "
+            f"{channels} in all, std above 0"
+        )
     return mean, std
 
 # %% ../../nbs/2_networks/01_models.ipynb #44cb730c
-def build_model(family, image_shape, classes, *, width, depth, repeat=1, batch_norm=True, mean=None, std=None, weightless=False):
+def build_model(
+    family, image_shape, classes, *, width, depth, repeat=1, batch_norm=True, mean=None, std=None, weightless=False
+):
     """A network of the paper, section 2: raw images in [0, 1] in, logits out.
 
     family: "mlp", "vgg" or "resnet". image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.

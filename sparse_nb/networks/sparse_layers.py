@@ -36,6 +36,7 @@ def hold_kept(layer, positions):
     layer.register_buffer("positions", positions)
     layer.plans = {}  # what is worked out once from the positions, for each device
 
+
 def whole(values, positions, shape):
     """The tensor of `shape` with `values` at flat `positions` and zero elsewhere; differentiable in the values."""
     return values.new_zeros(torch.Size(shape).numel()).index_copy(0, positions, values).view(shape)
@@ -56,6 +57,7 @@ class Wiring:
     order: torch.Tensor
     starts_across: torch.Tensor
 
+
 def wiring(positions, shape, heard_outputs=None, heard_inputs=None):
     """The `Wiring` of flat `positions` in a matrix of `shape`; heard_…: the units that are executed, int64, ascending, all if None."""
     rows, columns = positions // shape[1], positions % shape[1]
@@ -72,6 +74,7 @@ def wiring(positions, shape, heard_outputs=None, heard_inputs=None):
         return torch.searchsorted(units, torch.arange(count + 1, device=units.device))
 
     return Wiring(index, rows, columns, (outputs, inputs), starts(rows, outputs), order, starts(columns[order], inputs))
+
 
 def csr(starts, columns, values, shape):
     """PyTorch's CSR matrix, without its two warnings: that it is in beta state, and that nobody checks what `wiring` made."""
@@ -100,20 +103,25 @@ class SparseProduct(torch.autograd.Function):
             to_x = across.matmul(g).T
         if ctx.needs_input_grad[1]:
             x, some = x.T.contiguous(), max(1, 2**20 // max(1, len(x)))  # a few weights at a time: memory stays small
-            to_values = torch.cat([(x[c] * g[r]).sum(1) for c, r in zip(wires.columns.split(some), wires.rows.split(some))])
+            to_values = torch.cat(
+                [(x[c] * g[r]).sum(1) for c, r in zip(wires.columns.split(some), wires.rows.split(some))]
+            )
         return to_x, to_values, None
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #e629fa65
 SPARSE_BELOW = 0.03  # density at which a layer on its own changes from the dense to the sparse product
 
+
 def all_biases(layer):
     """The biases of a linear layer's units; zeros if it has none."""
     return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
+
 
 def heard_biases(layer):
     """Those of the units that are executed."""
     heard = getattr(layer, "heard_outputs", None)
     return all_biases(layer) if heard is None else all_biases(layer)[heard.to(layer.weight.device)]
+
 
 class SparseLinear(nn.Linear):
     """A linear layer that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a matrix of `shape`.
@@ -129,7 +137,10 @@ class SparseLinear(nn.Linear):
     def wires(self):
         """The layer's `Wiring`, on its device."""
         if self.positions.device not in self.plans:
-            heard = (units if units is None else units.to(self.positions.device) for units in (self.heard_outputs, self.heard_inputs))
+            heard = (
+                units if units is None else units.to(self.positions.device)
+                for units in (self.heard_outputs, self.heard_inputs)
+            )
             self.plans[self.positions.device] = wiring(self.positions, self.shape, *heard)
         return self.plans[self.positions.device]
 
@@ -137,12 +148,15 @@ class SparseLinear(nn.Linear):
         wires = self.wires()
         values = self.weight if len(wires.index) == len(self.weight) else self.weight[wires.index]
         if len(wires.index) >= SPARSE_BELOW * max(1, wires.shape[0] * wires.shape[1]):
-            return F.linear(x, whole(values, wires.rows * wires.shape[1] + wires.columns, wires.shape), heard_biases(self))
+            return F.linear(
+                x, whole(values, wires.rows * wires.shape[1] + wires.columns, wires.shape), heard_biases(self)
+            )
         return SparseProduct.apply(x.flatten(0, -2), values, wires).unflatten(0, x.shape[:-1]) + heard_biases(self)
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #9400f1b2
 HOW = dict(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
 compiled = numba.njit(**HOW)
+
 
 @compiled
 def find_still(x):
@@ -184,7 +198,9 @@ def activate(h, bias, x, still, first, last, inputs, weights):
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #535fa30d
 @compiled
-def walk_forward(x, still, units, first, last, inputs, weights, biases, hears, listeners, places, weights_out, silent, outputs):
+def walk_forward(
+    x, still, units, first, last, inputs, weights, biases, hears, listeners, places, weights_out, silent, outputs
+):
     """Add to `outputs` (outputs, n) what the hidden `units` make of x (inputs, n), of which `still` rows do not vary. The rest: see `Walk`.
 
     silent: bool (units,), is set true for units that are zero for all images.
@@ -205,10 +221,33 @@ def walk_forward(x, still, units, first, last, inputs, weights, biases, hears, l
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #b7a56873
 @compiled
-def walk_backward(x, still, g, units, first, last, inputs, weights, biases, hears, listeners, places, weights_out, silent,
-                  to_weights, to_biases, to_weights_out, to_x):
+def walk_backward(
+    x,
+    still,
+    g,
+    units,
+    first,
+    last,
+    inputs,
+    weights,
+    biases,
+    hears,
+    listeners,
+    places,
+    weights_out,
+    silent,
+    to_weights,
+    to_biases,
+    to_weights_out,
+    to_x,
+):
     """Add to the last four the gradients, given that of the outputs, g (outputs, n); to_x (inputs, n), or without rows if it is not wanted."""
-    h, dh, total, zero = np.empty(x.shape[1], x.dtype), np.empty(x.shape[1], x.dtype), np.zeros(len(g), x.dtype), x.dtype.type(0)
+    h, dh, total, zero = (
+        np.empty(x.shape[1], x.dtype),
+        np.empty(x.shape[1], x.dtype),
+        np.zeros(len(g), x.dtype),
+        x.dtype.type(0),
+    )
     for j in range(len(g)):
         total[j] = g[j].sum()
     for i in range(len(units)):
@@ -261,18 +300,31 @@ class Walk:
     listeners: np.ndarray
     places: np.ndarray
 
+
 def plan_walk(first, second):
     """The `Walk` of a `SparseLinear` and the `Linear` or `SparseLinear` that reads its ReLU."""
     rows, columns = first.positions // first.in_features, first.positions % first.in_features
     units = torch.arange(first.out_features) if first.heard_outputs is None else first.heard_outputs
     inputs = columns if first.heard_inputs is None else torch.searchsorted(first.heard_inputs, columns)
-    wires = second.wires() if isinstance(second, SparseLinear) else wiring(torch.arange(second.weight.numel()), second.weight.shape)
-    parts = (units, torch.searchsorted(rows, units), torch.searchsorted(rows, units, right=True), inputs,
-             wires.starts_across, wires.rows[wires.order], wires.index[wires.order])
+    wires = (
+        second.wires()
+        if isinstance(second, SparseLinear)
+        else wiring(torch.arange(second.weight.numel()), second.weight.shape)
+    )
+    parts = (
+        units,
+        torch.searchsorted(rows, units),
+        torch.searchsorted(rows, units, right=True),
+        inputs,
+        wires.starts_across,
+        wires.rows[wires.order],
+        wires.index[wires.order],
+    )
     return Walk(*(part.to(torch.int32).numpy() for part in parts))
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #59e19706
 BLOCK = 128  # images walked together: their pixels stay in the second-level cache
+
 
 class WalkedPair(torch.autograd.Function):
     """second(relu(first(x))) for x (N, inputs) on the CPU, float32 or float64, walked unit by unit; returns (N, outputs).
@@ -291,8 +343,22 @@ class WalkedPair(torch.autograd.Function):
             silent = np.empty(len(w.units), bool)
             ctx.seen.append((still, silent))
             outputs.append(biases_out[:, None].repeat(1, block.shape[1]))
-            walk_forward(block.numpy(), still, w.units, w.first, w.last, w.inputs, weights.numpy(), biases.numpy(),
-                         w.hears, w.listeners, w.places, weights_out.numpy(), silent, outputs[-1].numpy())
+            walk_forward(
+                block.numpy(),
+                still,
+                w.units,
+                w.first,
+                w.last,
+                w.inputs,
+                weights.numpy(),
+                biases.numpy(),
+                w.hears,
+                w.listeners,
+                w.places,
+                weights_out.numpy(),
+                silent,
+                outputs[-1].numpy(),
+            )
         return torch.cat([output.T for output in outputs])
 
     @staticmethod
@@ -302,24 +368,50 @@ class WalkedPair(torch.autograd.Function):
         sums, to_x = [torch.zeros_like(t) for t in (weights, biases, weights_out)], []
         for block, (still, silent), g in zip(blocks, ctx.seen, gradient.split(BLOCK)):
             to_x.append(torch.zeros_like(block) if ctx.needs_input_grad[0] else block.new_empty(0, block.shape[1]))
-            walk_backward(block.numpy(), still, g.T.contiguous().numpy(), w.units, w.first, w.last, w.inputs, weights.numpy(), biases.numpy(),
-                          w.hears, w.listeners, w.places, weights_out.numpy(), silent, *(t.numpy() for t in sums), to_x[-1].numpy())
+            walk_backward(
+                block.numpy(),
+                still,
+                g.T.contiguous().numpy(),
+                w.units,
+                w.first,
+                w.last,
+                w.inputs,
+                weights.numpy(),
+                biases.numpy(),
+                w.hears,
+                w.listeners,
+                w.places,
+                weights_out.numpy(),
+                silent,
+                *(t.numpy() for t in sums),
+                to_x[-1].numpy(),
+            )
         return torch.cat([t.T for t in to_x]) if ctx.needs_input_grad[0] else None, *sums, gradient.sum(0), None
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #624b60c5
 WALK_BELOW = 0.3  # density of the first layer up to which walking beats the dense product on a CPU
 
+
 def listened_to(module):
     """Has anybody hung a hook on `module`?"""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
+
 def walks(trio, x):
     """Are these three modules to be walked together for an input like `x`?"""
-    if len(trio) < 3 or not (isinstance(trio[0], SparseLinear) and type(trio[1]) is nn.ReLU and type(trio[2]) in (nn.Linear, SparseLinear)):
+    if len(trio) < 3 or not (
+        isinstance(trio[0], SparseLinear) and type(trio[1]) is nn.ReLU and type(trio[2]) in (nn.Linear, SparseLinear)
+    ):
         return False
     dense = trio[0].in_features * trio[0].out_features
-    return (x.device.type == "cpu" and x.dim() == 2 and x.dtype in (torch.float32, torch.float64)
-            and len(trio[0].positions) < WALK_BELOW * dense and not any(map(listened_to, trio)))
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 2
+        and x.dtype in (torch.float32, torch.float64)
+        and len(trio[0].positions) < WALK_BELOW * dense
+        and not any(map(listened_to, trio))
+    )
+
 
 class SparseSequential(nn.Sequential):
     """A Sequential that walks linear layers in pairs where that is faster."""
@@ -354,6 +446,7 @@ def span(size, outputs, offset, stride):
         last -= 1
     return first, last
 
+
 @compiled
 def walk_convolution(x, weights, starts, channels, rows, columns, stride, tile, out):
     """Write into `out` (outputs, height, width, n) the convolution of x (inputs, height, width, n). Weight e, of output o if starts[o] ≤ e < starts[o + 1],
@@ -373,7 +466,10 @@ def walk_convolution(x, weights, starts, channels, rows, columns, stride, tile, 
                         runs, length = (1, (last - first) * n) if stride == 1 and some == n else (last - first, some)
                         for j in range(first, first + runs):
                             at = (j * stride + columns[e]) * n + k0
-                            here, there = target[o, i, j * n + k0:j * n + k0 + length], source[channels[e], row, at:at + length]
+                            here, there = (
+                                target[o, i, j * n + k0 : j * n + k0 + length],
+                                source[channels[e], row, at : at + length],
+                            )
                             for k in range(length):
                                 here[k] += weight * there[k]
 
@@ -382,7 +478,11 @@ def walk_convolution(x, weights, starts, channels, rows, columns, stride, tile, 
 def walk_convolution_back(x, g, weights, starts, channels, rows, columns, stride, tile, to_weights, to_x):
     """Add to `to_weights` and `to_x` the gradients, given that of the output, g (outputs, height, width, n); to_x has no channels if it is not wanted."""
     height, width, n = x.shape[1:]
-    source, given, target = x.reshape(len(x), height, width * n), g.reshape(len(g), g.shape[1], g.shape[2] * n), to_x.reshape(len(to_x), height, width * n)
+    source, given, target = (
+        x.reshape(len(x), height, width * n),
+        g.reshape(len(g), g.shape[1], g.shape[2] * n),
+        to_x.reshape(len(to_x), height, width * n),
+    )
     for k0 in range(0, n, tile):
         some = min(tile, n - k0)
         for i in range(g.shape[1]):
@@ -390,15 +490,22 @@ def walk_convolution_back(x, g, weights, starts, channels, rows, columns, stride
                 for e in range(starts[o], starts[o + 1]):
                     row = i * stride + rows[e]
                     if 0 <= row < height:
-                        weight, product, (first, last) = weights[e], x.dtype.type(0), span(width, g.shape[2], columns[e], stride)
+                        weight, product, (first, last) = (
+                            weights[e],
+                            x.dtype.type(0),
+                            span(width, g.shape[2], columns[e], stride),
+                        )
                         runs, length = (1, (last - first) * n) if stride == 1 and some == n else (last - first, some)
                         for j in range(first, first + runs):
                             at = (j * stride + columns[e]) * n + k0
-                            here, there = given[o, i, j * n + k0:j * n + k0 + length], source[channels[e], row, at:at + length]
+                            here, there = (
+                                given[o, i, j * n + k0 : j * n + k0 + length],
+                                source[channels[e], row, at : at + length],
+                            )
                             for k in range(length):
                                 product += here[k] * there[k]
                             if len(to_x):
-                                there = target[channels[e], row, at:at + length]
+                                there = target[channels[e], row, at : at + length]
                                 for k in range(length):
                                     there[k] += weight * here[k]
                         to_weights[e] += product
@@ -415,12 +522,17 @@ class Taps:
     columns: np.ndarray
     kernel: tuple
 
+
 def taps_of(positions, shape):
     """The `Taps` of flat positions in a kernel of `shape` (outputs, inputs, height, width)."""
     outputs, inputs, height, width = shape
     place = positions % (height * width)
-    parts = (torch.searchsorted(positions // (inputs * height * width), torch.arange(outputs + 1)), positions // (height * width) % inputs,
-             place // width, place % width)
+    parts = (
+        torch.searchsorted(positions // (inputs * height * width), torch.arange(outputs + 1)),
+        positions // (height * width) % inputs,
+        place // width,
+        place % width,
+    )
     return Taps(*(part.to(torch.int32).numpy() for part in parts), (height, width))
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #7a61b537
@@ -428,7 +540,9 @@ def batch_innermost(x):
     """(C, H, W, N), contiguous, of x (N, C, H, W): a view if its memory is so already."""
     return x.permute(1, 2, 3, 0).contiguous()
 
+
 TILE = 128  # images whose rows are walked together
+
 
 class WalkedConvolution(torch.autograd.Function):
     """The convolution of x (N, C, H, W), float32 or float64 on the CPU, walked weight by weight; (N, outputs, H', W') in the same precision."""
@@ -437,7 +551,9 @@ class WalkedConvolution(torch.autograd.Function):
     def forward(ctx, x, weights, taps, outputs, stride, padding):
         inner, shifts = batch_innermost(x), (taps.rows - padding[0], taps.columns - padding[1])
         ctx.save_for_backward(inner, weights)
-        height, width = ((size + 2 * pad - kernel) // stride + 1 for size, pad, kernel in zip(x.shape[2:], padding, taps.kernel))
+        height, width = (
+            (size + 2 * pad - kernel) // stride + 1 for size, pad, kernel in zip(x.shape[2:], padding, taps.kernel)
+        )
         out = x.new_empty(outputs, height, width, len(x))
         ctx.args = taps.starts, taps.channels, *shifts, stride, TILE
         walk_convolution(inner.numpy(), weights.numpy(), *ctx.args, out.numpy())
@@ -449,7 +565,9 @@ class WalkedConvolution(torch.autograd.Function):
         x, weights = ctx.saved_tensors
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else x.new_empty(0, *x.shape[1:])
         to_weights = torch.zeros_like(weights)
-        walk_convolution_back(x.numpy(), batch_innermost(gradient).numpy(), weights.numpy(), *ctx.args, to_weights.numpy(), to_x.numpy())
+        walk_convolution_back(
+            x.numpy(), batch_innermost(gradient).numpy(), weights.numpy(), *ctx.args, to_weights.numpy(), to_x.numpy()
+        )
         return to_x.permute(3, 0, 1, 2) if ctx.needs_input_grad[0] else None, to_weights, None, None, None, None
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #0b918943
@@ -470,20 +588,41 @@ class AnyLayoutNorm(nn.BatchNorm2d):
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #3d914f93
 CONVOLUTION_WALK_BELOW = 0.1  # density up to which walking beats the dense convolution on a CPU
 
+
 class SparseConv2d(nn.Conv2d):
     """A convolution that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a kernel of `shape`."""
 
     def __init__(self, layer, positions):
-        super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups,
-                         layer.bias is not None, layer.padding_mode, device="meta")
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
         hold_kept(self, positions)
 
     def walks(self, x):
         """Is the convolution of `x` to be walked?"""
-        plain = (self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros" and not isinstance(self.padding, str)
-                 and self.stride[0] == self.stride[1])
-        return (plain and x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.float64)
-                and len(self.positions) < CONVOLUTION_WALK_BELOW * self.shape.numel())
+        plain = (
+            self.groups == 1
+            and self.dilation == (1, 1)
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and self.stride[0] == self.stride[1]
+        )
+        return (
+            plain
+            and x.device.type == "cpu"
+            and x.dim() == 4
+            and x.dtype in (torch.float32, torch.float64)
+            and len(self.positions) < CONVOLUTION_WALK_BELOW * self.shape.numel()
+        )
 
     def taps(self):
         """The `Taps` of the kept weights."""
@@ -495,9 +634,15 @@ class SparseConv2d(nn.Conv2d):
         """The whole kernel, channels innermost in memory, as PyTorch's fastest convolutions on a CPU like them."""
         outputs, inputs, height, width = self.shape
         if self.positions.device not in self.plans:
-            o, i, tap = self.positions // (inputs * height * width), self.positions // (height * width) % inputs, self.positions % (height * width)
+            o, i, tap = (
+                self.positions // (inputs * height * width),
+                self.positions // (height * width) % inputs,
+                self.positions % (height * width),
+            )
             self.plans[self.positions.device] = (o * height * width + tap) * inputs + i
-        return whole(self.weight, self.plans[self.positions.device], (outputs, height, width, inputs)).permute(0, 3, 1, 2)
+        return whole(self.weight, self.plans[self.positions.device], (outputs, height, width, inputs)).permute(
+            0, 3, 1, 2
+        )
 
     def forward(self, x):
         if not self.walks(x):
@@ -511,6 +656,7 @@ def as_type(kind, module):
     module = copy.copy(module)
     module.__class__ = kind
     return module
+
 
 def sparse_layer(layer, positions):
     """The sparse form of a Conv2d or Linear that keeps the weights at `positions`, with its values unless it is without memory."""
@@ -540,7 +686,10 @@ def sparse_network(model, masks):
         raise ValueError(f"{len(counted)} layers share {len(names)} weights; a sparse layer has its own")
 
     def converted(module):
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and len(positions[names[id(module.weight)]]) < module.weight.numel():
+        if (
+            isinstance(module, (nn.Conv2d, nn.Linear))
+            and len(positions[names[id(module.weight)]]) < module.weight.numel()
+        ):
             return sparse_layer(module, positions[names[id(module.weight)]])
         for name, child in module.named_children():
             setattr(module, name, converted(child))
@@ -560,14 +709,25 @@ def leave_out_unheard(modules):
     """Tell the sparse linear layers in a list of modules that run one after the other which of their units are heard, where only a ReLU lies between."""
     for first, between, second in reversed(list(zip(modules, modules[1:], modules[2:]))):
         if isinstance(first, SparseLinear) and type(between) is nn.ReLU and isinstance(second, SparseLinear):
-            first.heard_outputs = second.heard_inputs = (second.positions if second.heard_outputs is None else
-                second.positions[torch.isin(second.positions // second.in_features, second.heard_outputs)]).remainder(second.in_features).unique()
+            first.heard_outputs = second.heard_inputs = (
+                (
+                    second.positions
+                    if second.heard_outputs is None
+                    else second.positions[torch.isin(second.positions // second.in_features, second.heard_outputs)]
+                )
+                .remainder(second.in_features)
+                .unique()
+            )
 
 # %% ../../nbs/2_networks/05_sparse_layers.ipynb #98010bd9
 def pattern(model):
     """The flat positions of the kept weights of a network, sparse or not: {weight name: int64 (kept,), ascending}."""
     owners = {id(m.weight): m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    return {name: getattr(owners[id(w)], "positions", torch.arange(w.numel(), device=w.device)) for name, w in counted_weights(model).items()}
+    return {
+        name: getattr(owners[id(w)], "positions", torch.arange(w.numel(), device=w.device))
+        for name, w in counted_weights(model).items()
+    }
+
 
 def dense_network(model):
     """(A copy of `model` with whole matrices and kernels, zero where nothing is kept; its masks, {weight name: bool tensor}). `model` stays."""
@@ -578,10 +738,25 @@ def dense_network(model):
             if isinstance(module, SparseLinear):
                 layer = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             else:
-                layer = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-                                  module.groups, module.bias is not None, module.padding_mode, device="meta")
-            layer.weight, layer.bias = nn.Parameter(whole(module.weight.detach(), module.positions, module.shape)), copy.deepcopy(module.bias)
-            masks[f"{path}.weight".lstrip(".")] = whole(torch.ones_like(module.positions, dtype=torch.bool), module.positions, module.shape)
+                layer = nn.Conv2d(
+                    module.in_channels,
+                    module.out_channels,
+                    module.kernel_size,
+                    module.stride,
+                    module.padding,
+                    module.dilation,
+                    module.groups,
+                    module.bias is not None,
+                    module.padding_mode,
+                    device="meta",
+                )
+            layer.weight, layer.bias = (
+                nn.Parameter(whole(module.weight.detach(), module.positions, module.shape)),
+                copy.deepcopy(module.bias),
+            )
+            masks[f"{path}.weight".lstrip(".")] = whole(
+                torch.ones_like(module.positions, dtype=torch.bool), module.positions, module.shape
+            )
             return layer.train(module.training)
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             masks[f"{path}.weight".lstrip(".")] = torch.ones_like(module.weight, dtype=torch.bool)
@@ -590,7 +765,9 @@ def dense_network(model):
         if isinstance(module, SparseSequential):
             return nn.Sequential(OrderedDict(children)).train(module.training)
         module = as_type(nn.BatchNorm2d, module) if isinstance(module, AnyLayoutNorm) else copy.copy(module)
-        module.__dict__.update({part: copy.deepcopy(module.__dict__[part]) for part in ("_parameters", "_buffers")}, _modules=children)
+        module.__dict__.update(
+            {part: copy.deepcopy(module.__dict__[part]) for part in ("_parameters", "_buffers")}, _modules=children
+        )
         return module
 
     return converted(model, ""), masks

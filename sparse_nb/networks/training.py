@@ -23,6 +23,7 @@ from ..randomness import generator
 # %% ../../nbs/2_networks/07_training.ipynb #7902699b
 DECAYS = ("constant", "cosine")
 
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained. Defaults: the paper's appendix A for the MLP, but for `stop_loss`; `batch_size`, `weight_decay` and `augment` are not named there.
@@ -50,7 +51,10 @@ class Recipe:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         for name in ("learning_rate", "momentum", "weight_decay", "stop_loss"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0) and (name, value) != ("stop_loss", None):
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0) and (name, value) != (
+                "stop_loss",
+                None,
+            ):
                 raise ValueError(f"{name} is {value!r}; it must be a number, at least 0")
 
 # %% ../../nbs/2_networks/07_training.ipynb #4a44dc15
@@ -70,6 +74,7 @@ class Epoch:
     accuracy: float
     learning_rate: float
     seconds: float
+
 
 @dataclass(frozen=True)
 class History:
@@ -139,18 +144,26 @@ class TrainingState:
     tensors: dict[str, torch.Tensor]
     epochs: tuple[Epoch, ...]
 
+
 def take_state(model, optimiser, epochs):
     """The `TrainingState` after `epochs`. Its tensors are the network's own, not copies: they change when training goes on."""
     momentum = {name: optimiser.state[parameter].get("momentum_buffer") for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    return TrainingState(tensors | {f"momentum.{name}": value for name, value in momentum.items() if value is not None}, tuple(epochs))
+    return TrainingState(
+        tensors | {f"momentum.{name}": value for name, value in momentum.items() if value is not None}, tuple(epochs)
+    )
+
 
 def restore_state(model, optimiser, state):
     """Put a `TrainingState` into a network like that which it was taken of, and its optimiser. Raises RuntimeError or KeyError if they differ."""
-    model.load_state_dict({name.removeprefix("model."): value for name, value in state.tensors.items() if name.startswith("model.")})
+    model.load_state_dict(
+        {name.removeprefix("model."): value for name, value in state.tensors.items() if name.startswith("model.")}
+    )
     if optimiser.defaults["momentum"]:
         for name, parameter in model.named_parameters():
-            buffer = torch.empty_like(parameter).copy_(state.tensors[f"momentum.{name}"])  # in the parameter's own layout, as fused SGD needs it
+            buffer = torch.empty_like(parameter).copy_(
+                state.tensors[f"momentum.{name}"]
+            )  # in the parameter's own layout, as fused SGD needs it
             optimiser.state[parameter]["momentum_buffer"] = buffer
 
 # %% ../../nbs/2_networks/07_training.ipynb #670671cd
@@ -180,16 +193,26 @@ def fit(model, images, recipe, *, seed, masks=None, on_epoch=None, resume=None, 
     if masks is not None:
         apply_masks(model, masks)
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     if resume:
         restore_state(model, optimiser, resume)
-    epochs, batches, diverged_at = list(resume.epochs) if resume else [], math.ceil(len(images.labels) / recipe.batch_size), None
+    epochs, batches, diverged_at = (
+        list(resume.epochs) if resume else [],
+        math.ceil(len(images.labels) / recipe.batch_size),
+        None,
+    )
     model.train()
     while not (status := ending(epochs, recipe)):
         number, started = len(epochs), time.perf_counter()
         optimiser.param_groups[0]["lr"] = rate = learning_rate(recipe, number)
-        losses, correct, sizes = run_epoch(model, held, images, optimiser, recipe, stream=generator(seed, "batches", number))
+        losses, correct, sizes = run_epoch(
+            model, held, images, optimiser, recipe, stream=generator(seed, "batches", number)
+        )
         loss, accuracy = float((losses.double() * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
         epochs.append(Epoch(number + 1, loss, accuracy, rate, time.perf_counter() - started))
         if on_epoch:
@@ -199,7 +222,10 @@ def fit(model, images, recipe, *, seed, masks=None, on_epoch=None, resume=None, 
     if status == "diverged":
         diverged_at = number * batches + 1 + int((~losses.isfinite()).nonzero()[0])
     elif not all(value.isfinite().all() for value in model.state_dict().values()):
-        status, diverged_at = "diverged", len(epochs) * batches  # the loss is taken before the step: the last one is seen in the weights only
+        status, diverged_at = (
+            "diverged",
+            len(epochs) * batches,
+        )  # the loss is taken before the step: the last one is seen in the weights only
     model.eval()
     return History(tuple(epochs), status, diverged_at)
 

@@ -31,9 +31,12 @@ CORRUPTION_GROUPS = {
 }
 GROUP_COLOURS = dict(zip(CORRUPTION_GROUPS, DISTINCT_COLOURS))
 
+
 def group_colour(corruption):
     """The colour of the group that a corruption is in; grey for any other name."""
-    return next((GROUP_COLOURS[group] for group, names in CORRUPTION_GROUPS.items() if corruption in names), NEUTRAL_COLOUR)
+    return next(
+        (GROUP_COLOURS[group] for group, names in CORRUPTION_GROUPS.items() if corruption in names), NEUTRAL_COLOUR
+    )
 
 # %% ../../nbs/7_results/03_axes.ipynb #1f395333
 def ordered_colours(count):
@@ -46,8 +49,10 @@ def density_axis(densities):
     halvings = range(math.ceil(-math.log2(min(densities)) - 0.01) + 1)
     percent = [100 / 2**k for k in halvings]
     return dict(
-        type="log", range=[2.06, math.log10(percent[-1]) - 0.06 if len(percent) > 1 else 1.7],
-        tickvals=percent, ticktext=[f"{p:.0f}" if p >= 10 else f"{p:.2g}" for p in percent],
+        type="log",
+        range=[2.06, math.log10(percent[-1]) - 0.06 if len(percent) > 1 else 1.7],
+        tickvals=percent,
+        ticktext=[f"{p:.0f}" if p >= 10 else f"{p:.2g}" for p in percent],
     )
 
 # %% ../../nbs/7_results/03_axes.ipynb #31895cbf
@@ -65,6 +70,7 @@ def accuracy_range(means):
     room = max(0.08 * (high - low), (10 - (high - low)) / 2)
     return [low - room, high + room]
 
+
 def place_points(points):
     """The points of one panel with a column x, from left to right, and the settings of the horizontal axis: (DataFrame, dict)."""
     points = points.sort_values(["density", "depth", "repeat"], ascending=[False, True, True])
@@ -74,5 +80,6 @@ def place_points(points):
     position = {step: x for x, step in enumerate(steps[["depth", "repeat"]].itertuples(index=False, name=None))}
     x = [position[step] for step in points[["depth", "repeat"]].itertuples(index=False, name=None)]
     return points.assign(x=x), depth_axis(steps)
+
 
 AXIS_TITLES = {"width": "remaining weights (%)", "depth": "depth, remaining weights (%)"}

@@ -15,9 +15,18 @@ import numpy as np
 import pandas as pd
 
 from .axes import accuracy_range, density_axis
-from .plots import PLACE, Line, add_diverged, add_line, empty_panels, finish, only_outer_labels, summarise_curves
-from .stats import mean_interval
 from .captions import WORDS
+from sparse_nb.results.plots import (
+    PLACE,
+    Line,
+    add_diverged,
+    add_line,
+    empty_panels,
+    finish,
+    only_outer_labels,
+    summarise_curves,
+)
+from .stats import mean_interval
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0008
 def noise_means(table):
@@ -33,6 +42,7 @@ def noise_means(table):
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c000b
 ARMS = {"fewer": "fewer weights, dense", "sparser": "same weights, sparser", "both": "both: same width, fewer weights"}
+
 
 def control_arms(means):
     """The networks of figure 12 on each of `ARMS`: rows of `noise_means` with the columns arm, factor (of weights or density, in (0, 1]) and step, its halvings.
@@ -67,12 +77,16 @@ ARM_LINES = {  # and how far each stands from its place, in halvings; colours ar
     "both": (Line(ARMS["both"], "noisy_accuracy", 0, "#777777", dash="dash"), 0),
 }
 
+
 def factor_axis(steps):
     """Settings of a logarithmic axis of factors that falls to the right: 1, 1/2, 1/4 … for steps from 0 to `steps`."""
     return dict(
-        type="log", range=[0.06, -(max(steps, 1)) * math.log10(2) - 0.06],
-        tickvals=[2.0**-k for k in range(steps + 1)], ticktext=["1", *(f"1/{2**k}" for k in range(1, steps + 1))],
+        type="log",
+        range=[0.06, -(max(steps, 1)) * math.log10(2) - 0.06],
+        tickvals=[2.0**-k for k in range(steps + 1)],
+        ticktext=["1", *(f"1/{2**k}" for k in range(1, steps + 1))],
     )
+
 
 def draw_arms(curves, *, title, footer):
     """Figure 12: accuracy under noise along each of `ARMS`. curves: of `arm_curves`; footer: lines of text underneath. Returns a plotly `Figure`."""
@@ -80,7 +94,11 @@ def draw_arms(curves, *, title, footer):
     columns = [("width", family) for family in dict.fromkeys(curves.family)]
     figure = empty_panels(curves.assign(growth="width"), rows, columns)
     for (i, (dataset, rule)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
-        across = curves[(curves.dataset == dataset) & (curves.rule == rule) & ((curves.quantity == "noisy_accuracy") | curves.quantity.isna())]
+        across = curves[
+            (curves.dataset == dataset)
+            & (curves.rule == rule)
+            & ((curves.quantity == "noisy_accuracy") | curves.quantity.isna())
+        ]
         panel = across[across.family == family].assign(x=lambda points: points.factor).sort_values("x", ascending=False)
         if panel.empty:
             continue
@@ -88,9 +106,18 @@ def draw_arms(curves, *, title, footer):
             on_arm = panel[(panel.arm == arm) & line.among(panel)]
             add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), line, row=i, col=j, faint=True)
         add_diverged(figure, panel, height=accuracy_range(across["mean"])[0], row=i, col=j)
-        figure.update_xaxes(factor_axis(int(panel.step.max())), title="weights, density or both, by this factor", row=i, col=j)
+        figure.update_xaxes(
+            factor_axis(int(panel.step.max())), title="weights, density or both, by this factor", row=i, col=j
+        )
         figure.update_yaxes(range=accuracy_range(across["mean"]), title="accuracy under noise (%)", row=i, col=j)
-    return finish(only_outer_labels(figure, len(rows), len(columns)), title, "from the dense base", footer, len(rows), len(columns))
+    return finish(
+        only_outer_labels(figure, len(rows), len(columns)),
+        title,
+        "from the dense base",
+        footer,
+        len(rows),
+        len(columns),
+    )
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0014
 def paired(one, other):
@@ -100,6 +127,7 @@ def paired(one, other):
         return math.nan, math.nan, 0
     mean, low, high = mean_interval(differences)
     return mean, (high - low) / 2, len(differences)
+
 
 def arm_differences(arms):
     """What each way costs: one row for each dataset, rule, family and step ≥ 1 that is on more than one arm. arms: of `control_arms`.
@@ -113,10 +141,27 @@ def arm_differences(arms):
         for step in sorted(set(of_panel.step) - {0}):
             there = {arm: by_seed[arm, step] for arm in ARMS if (arm, step) in by_seed}
             if len(there) > 1:
-                changes = {arm: paired(by_seed["fewer", 0], values) for arm, values in there.items() if ("fewer", 0) in by_seed}
-                changes["sparser_minus_fewer"] = paired(there["fewer"], there["sparser"]) if {"fewer", "sparser"} <= set(there) else (math.nan, math.nan, 0)
-                numbers = {name: number for arm, (mean, half, _) in changes.items() for name, number in ((arm, mean), (f"{arm}_half", half))}
-                rows.append({**dict(zip(("dataset", "rule", "family"), place)), "step": step, "seeds": max(n for *_, n in changes.values()), **numbers})
+                changes = {
+                    arm: paired(by_seed["fewer", 0], values) for arm, values in there.items() if ("fewer", 0) in by_seed
+                }
+                changes["sparser_minus_fewer"] = (
+                    paired(there["fewer"], there["sparser"])
+                    if {"fewer", "sparser"} <= set(there)
+                    else (math.nan, math.nan, 0)
+                )
+                numbers = {
+                    name: number
+                    for arm, (mean, half, _) in changes.items()
+                    for name, number in ((arm, mean), (f"{arm}_half", half))
+                }
+                rows.append(
+                    {
+                        **dict(zip(("dataset", "rule", "family"), place)),
+                        "step": step,
+                        "seeds": max(n for *_, n in changes.values()),
+                        **numbers,
+                    }
+                )
     return pd.DataFrame(rows).round(1)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0019
@@ -126,7 +171,9 @@ def grid_table(means):
     steps = (-np.log2(noisy.density)).round().astype(int)
     cells = noisy.assign(density=steps.map(lambda k: f"1/{2**k}" if k else "1"), value=100 * noisy.value)
     order = list(dict.fromkeys(cells.assign(steps=steps).sort_values("steps").density))
-    grid = cells.pivot_table(index=["dataset", "rule", "family", "budget"], columns="density", values="value", sort=False)[order]
+    grid = cells.pivot_table(
+        index=["dataset", "rule", "family", "budget"], columns="density", values="value", sort=False
+    )[order]
     return grid.sort_index(level="budget", ascending=False, sort_remaining=False).round(1)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c001c
@@ -136,7 +183,13 @@ def effective_axis(densities):
     every = math.ceil(len(axis["tickvals"]) / 7)
     return axis | dict(tickvals=axis["tickvals"][::every], ticktext=axis["ticktext"][::every], tickangle=0)
 
-RULE_MARKS = {"water_filling": ("#0072b2", "circle"), "proportional": ("#d55e00", "square"), "erk": ("#009e73", "diamond")}  # Okabe and Ito's colours
+
+RULE_MARKS = {
+    "water_filling": ("#0072b2", "circle"),
+    "proportional": ("#d55e00", "square"),
+    "erk": ("#009e73", "diamond"),
+}  # Okabe and Ito's colours
+
 
 def draw_rules(curves, *, title, footer):
     """Figure 13: accuracy with and without noise against effective density, a colour and a marker for each rule. Returns a plotly `Figure`.
@@ -144,14 +197,23 @@ def draw_rules(curves, *, title, footer):
     curves: `plots.summarise_curves` of `noise_means`; a point without any path from input to output has no place on the axis. footer: lines of text underneath.
     """
     curves = curves[curves.effective_density > 0]
-    rows, columns = [(dataset, curves.rule.iloc[0]) for dataset in dict.fromkeys(curves.dataset)], [("width", family) for family in dict.fromkeys(curves.family)]
+    rows, columns = (
+        [(dataset, curves.rule.iloc[0]) for dataset in dict.fromkeys(curves.dataset)],
+        [("width", family) for family in dict.fromkeys(curves.family)],
+    )
     figure = empty_panels(curves.assign(rule=curves.rule.iloc[0]), rows, columns)
     for (i, (dataset, _)), (j, (_, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
         across = curves[curves.dataset == dataset]
-        panel = across[across.family == family].assign(x=lambda points: 100 * points.effective_density).sort_values("x", ascending=False)
+        panel = (
+            across[across.family == family]
+            .assign(x=lambda points: 100 * points.effective_density)
+            .sort_values("x", ascending=False)
+        )
         if panel.empty:
             continue
-        for (quantity, words, dash), rule in itertools.product((("noisy_accuracy", "", "solid"), ("accuracy", ", no noise", "dot")), dict.fromkeys(panel.rule)):
+        for (quantity, words, dash), rule in itertools.product(
+            (("noisy_accuracy", "", "solid"), ("accuracy", ", no noise", "dot")), dict.fromkeys(panel.rule)
+        ):
             colour, mark = RULE_MARKS[rule]
             line = Line(WORDS[rule] + words, quantity, 0, colour, dash=dash)
             of_rule = panel[panel.rule == rule]
@@ -179,6 +241,7 @@ def rule_distance(panel, against):
     heights = [np.interp(places, np.log(line[against]), 100 * line["mean"]) for line in lines]
     return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(heights, 2)]))
 
+
 def rule_distances(curves):
     """How far the rules lie apart, of networks whose effective density all of them reach: one row for each dataset and family. curves: as for `draw_rules`.
 
@@ -190,16 +253,31 @@ def rule_distances(curves):
         reached = of_panel[of_panel["mean"].notna()].groupby("rule").effective_density.min().max()
         shared = of_panel[of_panel.effective_density >= reached]
         noisy, clean = (shared[shared.quantity == quantity] for quantity in ("noisy_accuracy", "accuracy"))
-        distances = [rule_distance(panel, against) for panel in (noisy, clean) for against in ("density", "effective_density")]
+        distances = [
+            rule_distance(panel, against) for panel in (noisy, clean) for against in ("density", "effective_density")
+        ]
         rows.append([dataset, family, *distances, 50 * (noisy.high - noisy.low).mean()])
-    names = ["dataset", "family", "at_density", "at_effective_density", "clean_at_density", "clean_at_effective_density", "uncertainty"]
+    names = [
+        "dataset",
+        "family",
+        "at_density",
+        "at_effective_density",
+        "clean_at_density",
+        "clean_at_effective_density",
+        "uncertainty",
+    ]
     return pd.DataFrame(rows, columns=names).round(1)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0023
 def distance_line(distances):
     """`rule_distances` as a line for the footer; places with fewer than two rules are not in it."""
     parts = [
-        f"{WORDS[r.family]}, {WORDS[r.dataset]} {r.at_density:.1f} and {r.at_effective_density:.1f}" + ("" if math.isnan(r.uncertainty) else f" (means ± {r.uncertainty:.1f})")
+        f"{WORDS[r.family]}, {WORDS[r.dataset]} {r.at_density:.1f} and {r.at_effective_density:.1f}"
+        + ("" if math.isnan(r.uncertainty) else f" (means ± {r.uncertainty:.1f})")
         for r in distances.dropna(subset=["at_density", "at_effective_density"]).itertuples()
     ]
-    return "Mean distance between the rules under noise, in points, at equal density and at equal effective density, of networks whose effective density all of them reach: " + ("; ".join(parts) or "of two rules nothing is measured yet") + "."
+    return (
+        "Mean distance between the rules under noise, in points, at equal density and at equal effective density, of networks whose effective density all of them reach: "
+        + ("; ".join(parts) or "of two rules nothing is measured yet")
+        + "."
+    )

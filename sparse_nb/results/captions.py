@@ -7,11 +7,25 @@ __all__ = ['WORDS', 'radius_text']
 
 # %% ../../nbs/7_results/04_captions.ipynb #c92aa1d1
 WORDS = {
-    "digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100",
-    "mlp": "MLP", "vgg": "VGG", "resnet": "ResNet",
-    "water_filling": "water-filling", "proportional": "proportional", "erk": "ERK",
-    "fgsm": "FGSM", "ffgsm": "FFGSM", "bim": "BIM", "pgd": "PGD", "longer_pgd": "PGD, 3 × the steps", "apgd": "APGD", "autoattack": "AutoAttack",
+    "digits": "digits",
+    "mnist": "MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "mlp": "MLP",
+    "vgg": "VGG",
+    "resnet": "ResNet",
+    "water_filling": "water-filling",
+    "proportional": "proportional",
+    "erk": "ERK",
+    "fgsm": "FGSM",
+    "ffgsm": "FFGSM",
+    "bim": "BIM",
+    "pgd": "PGD",
+    "longer_pgd": "PGD, 3 × the steps",
+    "apgd": "APGD",
+    "autoattack": "AutoAttack",
 }
+
 
 def radius_text(epsilon):
     """ε as people write it: 0.1, or 8/255."""

@@ -12,18 +12,38 @@ import math
 
 import pandas as pd
 
-from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS, masking_signs
-from .axes import CORRUPTION_GROUPS, DISTINCT_COLOURS, NEUTRAL_COLOUR, accuracy_range, few, ordered_colours
-from ..robustness.corruptions.corruptions import corruption_errors
 from ..data import CLASSES, IMAGE_SHAPES, SIZES
+from sparse_nb.results.axes import (
+    CORRUPTION_GROUPS,
+    DISTINCT_COLOURS,
+    NEUTRAL_COLOUR,
+    accuracy_range,
+    few,
+    ordered_colours,
+)
+from .captions import WORDS, radius_text
 from sparse_nb.results.plots import (
-    Line, add_line, density_colour, draw_panel, empty_panels, finish, on_lines, only_outer_labels, panel_grid, panel_title, seed_words,
+    Line,
+    add_line,
+    density_colour,
+    draw_panel,
+    empty_panels,
+    finish,
+    on_lines,
+    only_outer_labels,
+    panel_grid,
+    panel_title,
+    seed_words,
 )
 from .stats import class_changes, mean_interval
-from .captions import WORDS, radius_text
+from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS, masking_signs
+from ..robustness.corruptions.corruptions import corruption_errors
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #2fca346d
-RECALL_LINES = (Line("accuracy over all classes", "accuracy", 0, NEUTRAL_COLOUR), Line("lowest recall of a class", "lowest_recall", 0, "#440154"))
+RECALL_LINES = (
+    Line("accuracy over all classes", "accuracy", 0, NEUTRAL_COLOUR),
+    Line("lowest recall of a class", "lowest_recall", 0, "#440154"),
+)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #7688b6ef
 def changed_classes(table, alpha=0.05):
@@ -40,12 +60,37 @@ def changed_classes(table, alpha=0.05):
                 continue
             changes = class_changes(base, sparse)
             most = changes.loc[changes.change.idxmin()]
-            rows.append([*curve, *place, len(changes), int((changes.holm_p <= alpha).sum()), most["class"], 100 * most.change, 100 * most.overall_change])
-    names = ["dataset", "rule", "family", "growth", "density", "width", "depth", "repeat", "classes", "changed", "fell_most", "change", "overall_change"]
+            rows.append(
+                [
+                    *curve,
+                    *place,
+                    len(changes),
+                    int((changes.holm_p <= alpha).sum()),
+                    most["class"],
+                    100 * most.change,
+                    100 * most.overall_change,
+                ]
+            )
+    names = [
+        "dataset",
+        "rule",
+        "family",
+        "growth",
+        "density",
+        "width",
+        "depth",
+        "repeat",
+        "classes",
+        "changed",
+        "fell_most",
+        "change",
+        "overall_change",
+    ]
     return pd.DataFrame(rows, columns=names).round({"density": 4, "change": 1, "overall_change": 1})
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #d029fa3a
 CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "")
+
 
 def corruption_means(table):
     """Means within each network of rows of `collect` with corruptions: clean accuracy, "mean_accuracy" over names, "type_accuracy" over severities.
@@ -54,16 +99,28 @@ def corruption_means(table):
     """
     network = [column for column in table.columns if column not in ("quantity", "name", "strength", "draw", "value")]
     measured = table[table.quantity == "accuracy"]
-    by_name = measured[measured.name != ""].groupby([*network, "name", "strength"], sort=False, dropna=False).value.mean().reset_index()
+    by_name = (
+        measured[measured.name != ""]
+        .groupby([*network, "name", "strength"], sort=False, dropna=False)
+        .value.mean()
+        .reset_index()
+    )
     grey = by_name.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1).astype(bool)
-    over_names = by_name.assign(strength=by_name.strength.mask(grey, 0.0)).groupby([*network, "strength"], sort=False, dropna=False).value.mean()
+    over_names = (
+        by_name.assign(strength=by_name.strength.mask(grey, 0.0))
+        .groupby([*network, "strength"], sort=False, dropna=False)
+        .value.mean()
+    )
     over_severities = by_name.groupby([*network, "name"], sort=False, dropna=False).value.mean()
-    return pd.concat([
-        table[table.value.isna()],
-        measured[measured.name == ""],
-        over_names.reset_index().assign(quantity="mean_accuracy", name="", draw=0),
-        over_severities.reset_index().assign(quantity="type_accuracy", strength=0.0, draw=0),
-    ])[table.columns]
+    return pd.concat(
+        [
+            table[table.value.isna()],
+            measured[measured.name == ""],
+            over_names.reset_index().assign(quantity="mean_accuracy", name="", draw=0),
+            over_severities.reset_index().assign(quantity="type_accuracy", strength=0.0, draw=0),
+        ]
+    )[table.columns]
+
 
 def severity_lines(curves):
     """The `Line`s of figures 2, 5 and 7: clean, then the mean over corruptions at each severity, 0 standing for MNIST-C's published ones."""
@@ -76,10 +133,15 @@ def severity_lines(curves):
 def type_lines(corruptions):
     """{group: its `Line`s}: clean, then each of the `corruptions` in it. Groups of which none is there are left out."""
     lines = {
-        group: [Line(name.replace("_", " "), "type_accuracy", 0, colour, name) for name, colour in zip(names, DISTINCT_COLOURS) if name in corruptions]
+        group: [
+            Line(name.replace("_", " "), "type_accuracy", 0, colour, name)
+            for name, colour in zip(names, DISTINCT_COLOURS)
+            if name in corruptions
+        ]
         for group, names in CORRUPTION_GROUPS.items()
     }
     return {group: (CLEAN, *of_group) for group, of_group in lines.items() if of_group}
+
 
 def stack_legends(figure, groups):
     """A legend of its own for each of `groups`, {title: `Line`s}, one under the other; what several have stands in the first. Returns `figure`."""
@@ -93,6 +155,7 @@ def stack_legends(figure, groups):
         above, placed = above + 20 * (len(labels) + bool(group)) + 6, placed + labels
     return figure
 
+
 def draw_types(curves, *, title, footer):
     """Figures 9 to 11: a row of panels for each dataset and rule, a panel for each group of corruptions, a line for each corruption.
 
@@ -101,7 +164,10 @@ def draw_types(curves, *, title, footer):
     rows = list(dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None)))
     column = (curves.growth.iloc[0], curves.family.iloc[0])
     measured = curves[curves.quantity == "type_accuracy"]
-    panels = {dataset: type_lines(set(measured.name[measured.dataset == dataset])) or {"clean": (CLEAN,)} for dataset, _ in rows}
+    panels = {
+        dataset: type_lines(set(measured.name[measured.dataset == dataset])) or {"clean": (CLEAN,)}
+        for dataset, _ in rows
+    }
     columns, seeds, titles = max(map(len, panels.values())), seed_words(curves, rows, [column]), []
     for row in rows:
         words = panel_title((row, column), rows, [column]) + seeds.get((row, column), "")
@@ -109,11 +175,22 @@ def draw_types(curves, *, title, footer):
         titles += [f"{words}<br>{group}" for group in groups] + [""] * (columns - len(groups))
     figure = panel_grid(titles, len(rows), columns)
     for i, (dataset, rule) in enumerate(rows, 1):
-        points = on_lines(curves[(curves.dataset == dataset) & (curves.rule == rule)], [line for lines in panels[dataset].values() for line in lines])
+        points = on_lines(
+            curves[(curves.dataset == dataset) & (curves.rule == rule)],
+            [line for lines in panels[dataset].values() for line in lines],
+        )
         for j, lines in enumerate(panels[dataset].values(), 1):
             draw_panel(figure, points, lines, bounds=accuracy_range(points["mean"]), value="accuracy (%)", row=i, col=j)
     every = {"": (CLEAN,)} | type_lines(set(measured.name))
-    finish(only_outer_labels(figure, len(rows), columns), title, "", footer, len(rows), columns, entries=2 * len(every) + measured.name.nunique())
+    finish(
+        only_outer_labels(figure, len(rows), columns),
+        title,
+        "",
+        footer,
+        len(rows),
+        columns,
+        entries=2 * len(every) + measured.name.nunique(),
+    )
     return stack_legends(figure, every)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #49d180ec
@@ -127,18 +204,49 @@ def corruption_error_table(table):
     rows = []
     for curve, points in accuracy.groupby(["dataset", "rule", "family", "growth"], sort=False):
         errors = {}
-        of_network = points.groupby(["density", "width", "depth", "repeat", "seed", "name", "strength"], sort=False).value.mean()
-        networks = {place: dict(zip(values.index.droplevel([0, 1, 2, 3, 4]), values)) for place, values in of_network.groupby(level=[0, 1, 2, 3, 4], sort=False)}
+        of_network = points.groupby(
+            ["density", "width", "depth", "repeat", "seed", "name", "strength"], sort=False
+        ).value.mean()
+        networks = {
+            place: dict(zip(values.index.droplevel([0, 1, 2, 3, 4]), values))
+            for place, values in of_network.groupby(level=[0, 1, 2, 3, 4], sort=False)
+        }
         base = {place[-1]: values for place, values in networks.items() if place[0] == 1}
         for place, values in networks.items():
             if place[0] < 1 and place[-1] in base:
                 errors.setdefault(place[:-1], []).append(corruption_errors(values, base[place[-1]]))
         for place, pairs in errors.items():
             percent = [[100 * value for value in values] for values in zip(*pairs)]
-            intervals = [mean_interval(values) if all(map(math.isfinite, values)) else (math.nan,) * 3 for values in percent]
-            rows.append([*curve, *place, len(pairs), *(number for mean, low, high in intervals for number in (mean, (high - low) / 2))])
-    names = ["dataset", "rule", "family", "growth", "density", "width", "depth", "repeat", "seeds", "mce", "mce_half", "relative_mce", "relative_mce_half"]
-    return pd.DataFrame(rows, columns=names).round({"density": 4, "mce": 1, "mce_half": 1, "relative_mce": 1, "relative_mce_half": 1})
+            intervals = [
+                mean_interval(values) if all(map(math.isfinite, values)) else (math.nan,) * 3 for values in percent
+            ]
+            rows.append(
+                [
+                    *curve,
+                    *place,
+                    len(pairs),
+                    *(number for mean, low, high in intervals for number in (mean, (high - low) / 2)),
+                ]
+            )
+    names = [
+        "dataset",
+        "rule",
+        "family",
+        "growth",
+        "density",
+        "width",
+        "depth",
+        "repeat",
+        "seeds",
+        "mce",
+        "mce_half",
+        "relative_mce",
+        "relative_mce_half",
+    ]
+    return pd.DataFrame(rows, columns=names).round(
+        {"density": 4, "mce": 1, "mce_half": 1, "relative_mce": 1, "relative_mce_half": 1}
+    )
+
 
 def corruption_footer(points):
     """A line for the footer: which images, from where, how many of them and how many draws. points: of a plan with corruptions."""
@@ -150,15 +258,21 @@ def corruption_footer(points):
             names = list(dict.fromkeys(pair.rpartition(" ")[0] for pair in pairs.split(", ")))
             which = str(len(names)) if len(names) > 1 else names[0].replace("_", " ")
             places.append(f"{which} {origin}".replace(", grown ice", " with ice that is grown, not photographed"))
-        images.append(f"{WORDS[dataset]}, {evaluation.test_images or SIZES[dataset]['test']:,} images: {', '.join(places)}")
+        images.append(
+            f"{WORDS[dataset]}, {evaluation.test_images or SIZES[dataset]['test']:,} images: {', '.join(places)}"
+        )
     draws = evaluations[0][0].draws
-    return [f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; " + "; ".join(dict.fromkeys(images)) + "."]
+    return [
+        f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; " + "; ".join(dict.fromkeys(images)) + "."
+    ]
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #ff5a1ae0
 def attack_lines(curves):
     """The `Line`s of figure 3: clean, and each of the paper's attacks at the `FIGURE_EPSILON` of the dataset."""
     epsilons = {dataset: FIGURE_EPSILON[IMAGE_SHAPES[dataset][0]] for dataset in set(curves.dataset)}
-    attacked = (Line(WORDS[name], "accuracy", epsilons, colour, name) for name, colour in zip(PAPER_ATTACKS, DISTINCT_COLOURS))
+    attacked = (
+        Line(WORDS[name], "accuracy", epsilons, colour, name) for name, colour in zip(PAPER_ATTACKS, DISTINCT_COLOURS)
+    )
     return (Line("clean", "accuracy", 0, NEUTRAL_COLOUR, PAPER_ATTACKS[0]), *attacked)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #96061e92
@@ -169,7 +283,9 @@ def density_lines(curves):
     halvings = sorted({round(-math.log2(density)) for densities in shown.values() for density in densities})
     words = {k: ("" if k == 0 else "≈ ") + f"{100 / 2**k:.2g} %".replace("1e+02", "100") for k in halvings}
     return {
-        place: {d: Line(words[k], "accuracy", 0, density_colour(2**-k)) for d in densities for k in [round(-math.log2(d))]}
+        place: {
+            d: Line(words[k], "accuracy", 0, density_colour(2**-k)) for d in densities for k in [round(-math.log2(d))]
+        }
         for place, densities in shown.items()
     }
 
@@ -177,6 +293,7 @@ def density_lines(curves):
 def under_attack(curves, attack):
     """The rows of `summarise_curves` with accuracy under an attack, and those of places at which all networks diverged."""
     return curves[(curves.quantity == "accuracy") & (curves.name == attack) | curves.quantity.isna()]
+
 
 def draw_radii(curves, attack, *, title, footer):
     """Accuracy under one attack against ε: panels dataset × family, a line for each of a few densities.
@@ -200,12 +317,15 @@ def draw_radii(curves, attack, *, title, footer):
         figure.update_yaxes(range=[-4, 104], title="accuracy (%)", **at)
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
     figure.for_each_trace(lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.get).index(trace.name)))
-    return finish(only_outer_labels(figure, len(rows), len(columns)), title, "remaining weights", footer, len(rows), len(columns))
+    return finish(
+        only_outer_labels(figure, len(rows), len(columns)), title, "remaining weights", footer, len(rows), len(columns)
+    )
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #349c4120
 def masking_tolerance(points):
     """What luck can do to an accuracy: 1 point, or one image where fewer than 100 are attacked. points: of the plan."""
     return max(0.01, 1 / min(p.evaluation.test_images or SIZES[p.experiment.dataset]["test"] for p in points))
+
 
 def masking_table(table, tolerance=0.01):
     """Signs of gradient masking: one row for each dataset, family and check. table: rows of `collect` with attacks.
@@ -215,21 +335,38 @@ def masking_table(table, tolerance=0.01):
     rows = []
     measured = table[table.quantity == "accuracy"].drop_duplicates(["experiment", "name", "strength"])
     for (dataset, family, experiment), network in measured.groupby(["dataset", "family", "experiment"], sort=False):
-        accuracy = {(name, strength): value for name, strength, value in network[["name", "strength", "value"]].itertuples(index=False)}
-        rows += [[dataset, family, check, excess] for check, excess in masking_signs(accuracy, CLASSES[dataset]).items()]
+        accuracy = {
+            (name, strength): value
+            for name, strength, value in network[["name", "strength", "value"]].itertuples(index=False)
+        }
+        rows += [
+            [dataset, family, check, excess] for check, excess in masking_signs(accuracy, CLASSES[dataset]).items()
+        ]
     signs = pd.DataFrame(rows, columns=["dataset", "family", "check", "excess"])
-    return signs.groupby(["dataset", "family", "check"], sort=False).excess.agg(
-        networks="size", departing=lambda excess: int((excess > tolerance + 1e-9).sum()), largest=lambda excess: round(100 * excess.max(), 1)
-    ).reset_index()
+    return (
+        signs.groupby(["dataset", "family", "check"], sort=False)
+        .excess.agg(
+            networks="size",
+            departing=lambda excess: int((excess > tolerance + 1e-9).sum()),
+            largest=lambda excess: round(100 * excess.max(), 1),
+        )
+        .reset_index()
+    )
+
 
 def attack_footer(points, signs, one_radius=True):
     """Two lines for the footer: how the plan's `points` were attacked, with their ε if the figure has `one_radius`; in how many networks each check of a `masking_table` departs."""
     evaluations = list({p.evaluation: p.experiment.dataset for p in points}.items())
     attack, sums = evaluations[0][0], signs.groupby("check", sort=False)[["networks", "departing"]].sum()
-    radii = ", ".join(f"{WORDS[d]} {radius_text(FIGURE_EPSILON[IMAGE_SHAPES[d][0]])}" for d in dict.fromkeys(d for _, d in evaluations))
+    radii = ", ".join(
+        f"{WORDS[d]} {radius_text(FIGURE_EPSILON[IMAGE_SHAPES[d][0]])}"
+        for d in dict.fromkeys(d for _, d in evaluations)
+    )
     counts = " or ".join(f"{count:,}" for count in sorted({e.test_images or SIZES[d]["test"] for e, d in evaluations}))
     return [
         f"Attacks: {f'ε {radii}; ' * one_radius}{counts} test images; BIM and PGD {attack.steps} steps of {attack.step_size:g} ε, APGD {attack.steps} steps; "
         f"{attack.restarts} random start{'s' * (attack.restarts > 1)}.",
-        f"Signs of gradient masking above {100 * masking_tolerance(points):.2g} % of the images, in networks: " + "; ".join(f"{r.Index} {r.departing} of {r.networks}" for r in sums.itertuples()) + ".",
+        f"Signs of gradient masking above {100 * masking_tolerance(points):.2g} % of the images, in networks: "
+        + "; ".join(f"{r.Index} {r.departing} of {r.networks}" for r in sums.itertuples())
+        + ".",
     ]

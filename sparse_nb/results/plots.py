@@ -27,25 +27,36 @@ from plotly.io import templates
 from plotly.subplots import make_subplots
 
 from .axes import AXIS_TITLES, accuracy_range, ordered_colours, place_points
-from ..study.experiments import evaluation_hash, experiment_hash
-from ..study.studies import in_range, narrowings
+from .captions import WORDS
 from .stats import summarise
 from ..runs.store import run_status
-from .captions import WORDS
+from ..study.experiments import evaluation_hash, experiment_hash
+from ..study.studies import in_range, narrowings
 
 # %% ../../nbs/7_results/05_plots.ipynb #19581e27
 def place_of(point):
     """Where a `Point` stands and which run and measurement it is, as a dict."""
     e = point.experiment
     return {
-        "dataset": e.dataset, "rule": point.rule, "family": e.family, "growth": point.growth, "width": e.width, "depth": e.depth,
-        "repeat": e.repeat, "budget": e.budget, "density": e.density, "seed": e.seed,
-        "experiment": experiment_hash(e), "evaluation": evaluation_hash(point.evaluation),
+        "dataset": e.dataset,
+        "rule": point.rule,
+        "family": e.family,
+        "growth": point.growth,
+        "width": e.width,
+        "depth": e.depth,
+        "repeat": e.repeat,
+        "budget": e.budget,
+        "density": e.density,
+        "seed": e.seed,
+        "experiment": experiment_hash(e),
+        "evaluation": evaluation_hash(point.evaluation),
     }
+
 
 def places_of(points):
     """Where each of a plan's points stands, a row of `place_of` each, as a DataFrame."""
     return pd.DataFrame(map(place_of, points))
+
 
 def collect(store, points):
     """Records of exactly the plan's `points`, one row each, with their place on the curve, `status` and `effective_density`.
@@ -58,10 +69,14 @@ def collect(store, points):
     runs = store.runs(experiment=sorted(set(curve.experiment)))[["experiment", "status", "effective_density"]]
     records = store.table(experiment=sorted(set(curve.experiment)), evaluation=sorted(set(curve.evaluation)))
     columns = ["experiment", "evaluation", "measure", "quantity", "name", "strength", "draw", "value"]
-    table = curve.merge(runs, on="experiment", how="left").merge(records[columns], on=["experiment", "evaluation"], how="left")
+    table = curve.merge(runs, on="experiment", how="left").merge(
+        records[columns], on=["experiment", "evaluation"], how="left"
+    )
     unpruned = {experiment_hash(p.experiment) for p in points if run_status(store, p.experiment) == "diverged"}
     table.loc[table.experiment.isin(unpruned), "status"] = "diverged"
-    table.loc[table.quantity == "lowest_recall", "name"] = ""  # whichever class it is: a mean over seeds is over all of them
+    table.loc[table.quantity == "lowest_recall", "name"] = (
+        ""  # whichever class it is: a mean over seeds is over all of them
+    )
     missing = table[table.value.isna() & (table.status != "diverged")]
     if len(missing):
         raise ValueError(
@@ -74,10 +89,12 @@ def curve_of(point):
     """What the networks of one curve of a figure have in common: dataset, rule, family and growth, as in `PANEL`."""
     return point.experiment.dataset, point.rule, point.experiment.family, point.growth
 
+
 def is_measured(point, store):
     """Whether the network of a `Point` is measured in the `Store`, or has diverged."""
     measured = store.has_run(point.experiment) and store.has_records(point.experiment, point.evaluation)
     return measured or run_status(store, point.experiment) == "diverged"
+
 
 def finished(points, store):
     """Those of a plan's `points` that can be drawn now: seeds of curves that are whole in the `Store`. A tuple, empty if there is none."""
@@ -89,25 +106,34 @@ PANEL = ["dataset", "rule", "family", "growth"]
 PLACE = [*PANEL, "width", "depth", "repeat", "density"]
 STRENGTH = ["quantity", "name", "strength"]
 
+
 def summarise_curves(table):
     """The points of all curves: one row for each place and strength. table: from `collect`.
 
     Columns: `PLACE`, effective_density (mean), `STRENGTH`, mean, low, high (95 % t-interval over seeds), seeds (in the mean), networks, converged, diverged (how many),
     ended (in words), runs (their hashes).
     """
-    networks = table.drop_duplicates([*PLACE, "experiment"]).groupby(PLACE, sort=False).agg(
-        effective_density=("effective_density", "mean"),
-        networks=("experiment", "size"),
-        converged=("status", lambda s: (s == "converged").sum()),
-        diverged=("status", lambda s: (s == "diverged").sum()),
-        ended=("status", lambda s: ", ".join(f"{n} {status}" for status, n in s.value_counts().items())),
-        runs=("experiment", " ".join),
-    ).reset_index()
+    networks = (
+        table.drop_duplicates([*PLACE, "experiment"])
+        .groupby(PLACE, sort=False)
+        .agg(
+            effective_density=("effective_density", "mean"),
+            networks=("experiment", "size"),
+            converged=("status", lambda s: (s == "converged").sum()),
+            diverged=("status", lambda s: (s == "diverged").sum()),
+            ended=("status", lambda s: ", ".join(f"{n} {status}" for status, n in s.value_counts().items())),
+            runs=("experiment", " ".join),
+        )
+        .reset_index()
+    )
     points = summarise(table.dropna(subset="value"), [*PLACE, *STRENGTH])
-    return networks.merge(points.astype(networks[PLACE].dtypes), on=PLACE, how="left").astype({"mean": float, "low": float, "high": float})
+    return networks.merge(points.astype(networks[PLACE].dtypes), on=PLACE, how="left").astype(
+        {"mean": float, "low": float, "high": float}
+    )
 
 # %% ../../nbs/7_results/05_plots.ipynb #4523540f
 DENSITY_SCALE = ("#3b5fd8", "#885fb4", "#b1628e", "#c66f63", "#c68708")
+
 
 def density_colour(density):
     """The colour of a density wherever one is shown, as "rgb(…)". density: in (0, 1]; one colour for all below 1/256. Raises ValueError for others."""
@@ -118,11 +144,13 @@ def density_colour(density):
 # %% ../../nbs/7_results/05_plots.ipynb #9400f1b2
 BACKGROUND, DARK_BACKGROUND = "#ffffff", "#14181f"
 
+
 def luminance(colour):
     """Relative luminance of an sRGB colour ("#rrggbb" or "rgb(…)"), 0 for black to 1 for white. WCAG 2.1."""
     channels = [c / 255 for c in ImageColor.getrgb(colour)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
 
 def contrast(one, other):
     """Contrast ratio of two colours, 1 to 21. WCAG 2.1."""
@@ -150,12 +178,15 @@ class Line:
         chosen = (points.quantity == self.quantity) & (points.strength == strength)
         return chosen if self.name is None else chosen & (points.name == self.name)
 
+
 def strength_lines(curves, quantity):
     """A `Line` for each strength at which `quantity` was measured, from dark to light."""
     strengths = sorted(curves[curves.quantity == quantity].strength.unique())
     return tuple(
-        Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour) for s, colour in zip(strengths, ordered_colours(len(strengths)))
+        Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour)
+        for s, colour in zip(strengths, ordered_colours(len(strengths)))
     )
+
 
 def on_lines(curves, lines):
     """The rows of `summarise_curves` that some of `lines` has, and those of places at which all networks diverged."""
@@ -170,12 +201,26 @@ def add_line(figure, points, line, *, row, col, faint=False):
     legend = len(points) > 0 and line.label not in {trace.name for trace in figure.data if trace.showlegend}
     hover = points[["low", "high", "density", "width", "depth", "repeat", "ended", "runs"]]
     figure.add_scatter(
-        x=points.x, y=100 * points["mean"], row=row, col=col, name=line.label, legendgroup=line.label, showlegend=legend, mode="lines+markers",
+        x=points.x,
+        y=100 * points["mean"],
+        row=row,
+        col=col,
+        name=line.label,
+        legendgroup=line.label,
+        showlegend=legend,
+        mode="lines+markers",
         line=dict(color=line.colour, width=2, dash=line.dash),
         error_y=dict(
-            array=50 * (points.high - points.low), color=f"rgba{(*ImageColor.getrgb(line.colour), 0.25)}" if faint else line.colour, thickness=1, width=3
+            array=50 * (points.high - points.low),
+            color=f"rgba{(*ImageColor.getrgb(line.colour), 0.25)}" if faint else line.colour,
+            thickness=1,
+            width=3,
         ),
-        marker=dict(color=line.colour, size=7, symbol=["circle" if c else "circle-open" for c in points.converged == points.networks]),
+        marker=dict(
+            color=line.colour,
+            size=7,
+            symbol=["circle" if c else "circle-open" for c in points.converged == points.networks],
+        ),
         customdata=hover.assign(low=100 * points.low, high=100 * points.high, density=100 * points.density),
         hovertemplate=f"<b>{line.label}</b>: %{{y:.1f}} % (%{{customdata[0]:.1f}} to %{{customdata[1]:.1f}})<br>"
         "remaining weights %{customdata[2]:.3g} %, width %{customdata[3]}, depth %{customdata[4]} × %{customdata[5]}<br>"
@@ -189,17 +234,28 @@ def add_diverged(figure, points, *, height, row, col):
     if places.empty:
         return
     figure.add_scatter(
-        x=places.x, y=[height] * len(places), row=row, col=col, mode="markers+text", showlegend=False, cliponaxis=False,
-        marker=dict(symbol="x", color="#b2182b", size=9), textposition="top center", textfont=dict(color="#b2182b", size=10),
-        text=[f"{d} of {n} diverged" for d, n in zip(places.diverged, places.networks)], hoverinfo="skip",
+        x=places.x,
+        y=[height] * len(places),
+        row=row,
+        col=col,
+        mode="markers+text",
+        showlegend=False,
+        cliponaxis=False,
+        marker=dict(symbol="x", color="#b2182b", size=9),
+        textposition="top center",
+        textfont=dict(color="#b2182b", size=10),
+        text=[f"{d} of {n} diverged" for d, n in zip(places.diverged, places.networks)],
+        hoverinfo="skip",
     )
 
 # %% ../../nbs/7_results/05_plots.ipynb #86e50149
 NOT_YET = "<br>not finished yet"
 
+
 def panel_width(columns):
     """How wide a panel is among so many in a row, in pixels."""
     return 480 if columns == 1 else 290 if columns <= 3 else 230
+
 
 def seed_words(curves, rows, columns):
     """{((dataset, rule), (growth, family)): what the panel's title says of its seeds}: how many where panels differ in it, or that there are no points yet."""
@@ -208,7 +264,10 @@ def seed_words(curves, rows, columns):
         ((dataset, rule), (growth, family)): f" ({in_range(fewest_most)} seed{'s' * int(max(fewest_most) > 1)})"
         for (dataset, rule, family, growth), *fewest_most in seeds.itertuples()
     }
-    return (counts if seeds.stack().nunique() > 1 else {}) | dict.fromkeys(set(itertools.product(rows, columns)) - set(counts), NOT_YET)
+    return (counts if seeds.stack().nunique() > 1 else {}) | dict.fromkeys(
+        set(itertools.product(rows, columns)) - set(counts), NOT_YET
+    )
+
 
 def panel_title(place, rows, columns):
     """What distinguishes a panel from the others, in words."""
@@ -217,10 +276,23 @@ def panel_title(place, rows, columns):
     parts += [WORDS[rule]] * (len({r for _, r in rows}) > 1) + [f"by {growth}"] * (len({g for g, _ in columns}) > 1)
     return ", ".join(parts)
 
+
 def panel_grid(titles, rows, columns):
     """A plotly `Figure` with rows × columns panels under `titles`, which fit above them; a row has one vertical axis."""
-    figure = make_subplots(rows, columns, shared_yaxes="rows", horizontal_spacing=0.09 / columns, vertical_spacing=0.36 / (rows + 1), subplot_titles=titles)
-    return figure.update_annotations(font_size=min(13, panel_width(columns) / (0.55 * max(len(line) for title in titles for line in title.split("<br>")))))
+    figure = make_subplots(
+        rows,
+        columns,
+        shared_yaxes="rows",
+        horizontal_spacing=0.09 / columns,
+        vertical_spacing=0.36 / (rows + 1),
+        subplot_titles=titles,
+    )
+    return figure.update_annotations(
+        font_size=min(
+            13, panel_width(columns) / (0.55 * max(len(line) for title in titles for line in title.split("<br>")))
+        )
+    )
+
 
 def empty_panels(curves, rows, columns):
     """A plotly `Figure` with a panel for each (dataset, rule) × (growth, family), under titles that fit, or with its title in the middle of nothing.
@@ -232,7 +304,9 @@ def empty_panels(curves, rows, columns):
     figure = panel_grid(titles, len(rows), len(columns))
     for title, axis in zip(figure.layout.annotations, figure.select_yaxes()):
         if title.text.endswith(NOT_YET):
-            title.update(text=title.text.replace(", ", "<br>"), y=sum(axis.domain) / 2, yanchor="middle", font_color="#666666")
+            title.update(
+                text=title.text.replace(", ", "<br>"), y=sum(axis.domain) / 2, yanchor="middle", font_color="#666666"
+            )
     return figure
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10004
@@ -245,6 +319,7 @@ def draw_panel(figure, points, lines, *, bounds, value, row, col):
     figure.update_xaxes(axis, title=AXIS_TITLES[points.growth.iloc[0]], row=row, col=col)
     figure.update_yaxes(range=bounds, title=value, row=row, col=col)
 
+
 def draw_panels(curves, lines, *, title, legend, value, footer):
     """The paper's form of figure: panels dataset × family, with fewer remaining weights to the right.
 
@@ -252,7 +327,9 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
     figure, the legend and the vertical axis. footer: lines of text underneath. Returns a plotly `Figure`.
     """
     rows = list(dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None)))
-    columns = sorted(dict.fromkeys(curves[["growth", "family"]].itertuples(index=False, name=None)), key=lambda c: c[0], reverse=True)
+    columns = sorted(
+        dict.fromkeys(curves[["growth", "family"]].itertuples(index=False, name=None)), key=lambda c: c[0], reverse=True
+    )
     shown = on_lines(curves, lines)
     figure = empty_panels(shown, rows, columns)
     for (i, (dataset, rule)), (j, (growth, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):
@@ -261,7 +338,9 @@ def draw_panels(curves, lines, *, title, legend, value, footer):
         if panel.empty:
             continue
         draw_panel(figure, panel, lines, bounds=bounds, value=value, row=i, col=j)
-    return finish(only_outer_labels(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines))
+    return finish(
+        only_outer_labels(figure, len(rows), len(columns)), title, legend, footer, len(rows), len(columns), len(lines)
+    )
 
 # %% ../../nbs/7_results/05_plots.ipynb #9f14025a
 def only_outer_labels(figure, rows, columns):
@@ -270,23 +349,39 @@ def only_outer_labels(figure, rows, columns):
     An unfinished sweep has empty panels.
     """
     across, down = range(1, columns + 1), range(1, rows + 1)
-    under = [[axis for row in down for axis in figure.select_xaxes(row=row, col=column) if axis.title.text] for column in across]
-    beside = [[axis for column in across for axis in figure.select_yaxes(row=row, col=column) if axis.title.text] for row in down]
+    under = [
+        [axis for row in down for axis in figure.select_xaxes(row=row, col=column) if axis.title.text]
+        for column in across
+    ]
+    beside = [
+        [axis for column in across for axis in figure.select_yaxes(row=row, col=column) if axis.title.text]
+        for row in down
+    ]
     for axis in itertools.chain(*(axes[:-1] for axes in under), *(axes[1:] for axes in beside)):
         axis.title.text = None
     for first in (axes[0] for axes in beside if axes):
         first.showticklabels = True
     return figure
 
+
 def fill_legend(figure):
     """Entries of the legend with filled markers, whichever the first point of their line has; returns `figure`."""
     for trace in figure.select_traces(selector=lambda trace: trace.showlegend and trace.legendgroup):
         trace.showlegend = False
         figure.add_scatter(
-            x=[None], y=[None], name=trace.name, legendgroup=trace.legendgroup, legendrank=trace.legendrank, mode="lines+markers", line=trace.line,
-            marker=dict(color=trace.marker.color, size=trace.marker.size, symbol=trace.marker.symbol[0].removesuffix("-open")),
+            x=[None],
+            y=[None],
+            name=trace.name,
+            legendgroup=trace.legendgroup,
+            legendrank=trace.legendrank,
+            mode="lines+markers",
+            line=trace.line,
+            marker=dict(
+                color=trace.marker.color, size=trace.marker.size, symbol=trace.marker.symbol[0].removesuffix("-open")
+            ),
         )
     return figure
+
 
 def finish(figure, title, legend, footer, rows, columns, entries=0):
     """Template, size, title, legend title and footer, the same for every figure; returns `figure`.
@@ -297,13 +392,26 @@ def finish(figure, title, legend, footer, rows, columns, entries=0):
     text = [part for line in footer for part in textwrap.wrap(line, int(width / 5.1))]
     height += 15 * len(text)
     figure.update_layout(
-        template=template(), width=width, height=height,
-        title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16), legend=dict(title=legend, tracegroupgap=0),
+        template=template(),
+        width=width,
+        height=height,
+        title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16),
+        legend=dict(title=legend, tracegroupgap=0),
         margin=dict(l=65, r=20, t=75, b=85 + 15 * len(text)),
     )
     figure.add_annotation(
-        text="<br>".join(text), xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-60, xshift=-50,
-        showarrow=False, align="left", font=dict(size=10, color="#666666"),
+        text="<br>".join(text),
+        xref="paper",
+        yref="paper",
+        x=0,
+        y=0,
+        xanchor="left",
+        yanchor="top",
+        yshift=-60,
+        xshift=-50,
+        showarrow=False,
+        align="left",
+        font=dict(size=10, color="#666666"),
     )
     return fill_legend(figure)
 
@@ -316,6 +424,7 @@ def template(dark=False):
         made.layout.update(paper_bgcolor=DARK_BACKGROUND, plot_bgcolor=DARK_BACKGROUND)
     return made
 
+
 templates["sparse_nb"], templates["sparse_nb_dark"] = template(), template(dark=True)
 
 # %% ../../nbs/7_results/05_plots.ipynb #d59eced1
@@ -325,6 +434,7 @@ def on_dark(colour):
         return colour
     mixed = (f"rgb{tuple(round(c + (255 - c) * share / 20) for c in ImageColor.getrgb(colour))}" for share in range(21))
     return next(mix for mix in mixed if contrast(mix, DARK_BACKGROUND) >= 3)
+
 
 def in_dark(figure):
     """A copy of a figure of this chapter for a dark page."""
@@ -345,7 +455,11 @@ def still_to_run(points, planned):
         missing, parts = [curve for curve in here if curve not in drawn], []
         for family, growth in dict.fromkeys(curve[2:] for curve in missing):
             rules, every = ([curve[1] for curve in of if curve[2:] == (family, growth)] for of in (missing, here))
-            parts.append(WORDS[family] + f" by {growth}" * (len(growths) > 1) + f" ({' and '.join(WORDS[rule] for rule in rules)})" * (rules != every))
+            parts.append(
+                WORDS[family]
+                + f" by {growth}" * (len(growths) > 1)
+                + f" ({' and '.join(WORDS[rule] for rule in rules)})" * (rules != every)
+            )
         if missing:
             words.append(f"all of {WORDS[dataset]}" if missing == here else f"{WORDS[dataset]}: {', '.join(parts)}")
     return words
@@ -356,21 +470,35 @@ def seed_range(points):
     seeds = Counter(curve for curve, _ in {(curve_of(point), point.experiment.seed) for point in points}).values()
     return min(seeds), max(seeds)
 
+
 def widths_in(points, setting):
     """A `FamilySetting` with those of its widths only that some of the `points`, of its family, have, and of its pruned widths."""
     grown = [point.experiment for point in points if point.growth == "width"]
     there, pruned = {e.width for e in grown}, {e.width for e in grown if e.schedule == "magnitude"}
     return dataclasses.replace(
-        setting, widths=tuple(width for width in setting.widths if width in there) or setting.widths, pruned_widths=tuple(width for width in setting.widths if width in pruned)
+        setting,
+        widths=tuple(width for width in setting.widths if width in there) or setting.widths,
+        pruned_widths=tuple(width for width in setting.widths if width in pruned),
     )
+
 
 def smaller_than_paper(preset, points):
     """Sentences on where `points`, of a plan under a `Preset`, are fewer or smaller than in the paper."""
-    used = {name: tuple(dict.fromkeys(values)) for name, values in (("rules", (p.rule for p in points)), ("datasets", (p.experiment.dataset for p in points)))}
-    growths, measures = sorted({p.growth for p in points}, reverse=True), dict.fromkeys(p.evaluation.measure for p in points)
-    families = {name: widths_in([p for p in points if p.experiment.family == name], setting) for name, setting in preset.families.items()}
+    used = {
+        name: tuple(dict.fromkeys(values))
+        for name, values in (("rules", (p.rule for p in points)), ("datasets", (p.experiment.dataset for p in points)))
+    }
+    growths, measures = (
+        sorted({p.growth for p in points}, reverse=True),
+        dict.fromkeys(p.evaluation.measure for p in points),
+    )
+    families = {
+        name: widths_in([p for p in points if p.experiment.family == name], setting)
+        for name, setting in preset.families.items()
+    }
     preset = dataclasses.replace(preset, **used, families=families)
     return narrowings(preset, growths, list(measures), {p.experiment.family for p in points}, seed_range(points))
+
 
 def footer_lines(preset, points, planned=()):
     """The lines under a figure: size of the study, where it is narrower than the paper, what of the `planned` points it still lacks. Returns a list of str."""

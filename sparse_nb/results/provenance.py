@@ -25,12 +25,12 @@ from PIL.PngImagePlugin import PngInfo
 from plotly.io import write_images
 
 from .. import __version__
-from ..study.experiments import dense_parent, evaluation_hash, experiment_hash
-from ..sweep.jobs import words
+from .captions import WORDS
 from .plots import smaller_than_paper
 from ..runs.store import read_about, run_status
+from ..study.experiments import dense_parent, evaluation_hash, experiment_hash
 from ..study.versions import digest, name_of, versions_now
-from .captions import WORDS
+from ..sweep.jobs import words
 
 # %% ../../nbs/7_results/08_provenance.ipynb #8583f27b
 def read_header(path):
@@ -45,7 +45,9 @@ def read_header(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); delete it to measure again") from error
     if found != (path.parent.parent.name, path.stem):
-        raise ValueError(f"{path} was altered: it describes the measurement {found[1]} of the run {found[0]}; delete it to measure again")
+        raise ValueError(
+            f"{path} was altered: it describes the measurement {found[1]} of the run {found[0]}; delete it to measure again"
+        )
     return header
 
 # %% ../../nbs/7_results/08_provenance.ipynb #d3287864
@@ -106,20 +108,27 @@ def of_runs(runs, root, **known):
     if not runs:
         raise ValueError("there are no runs to draw from")
     if missing:
-        raise ValueError(f"{len(set(missing))} of {len(runs)} networks are not in {root} or not measured, such as {missing[0]}; run the sweep first")
+        raise ValueError(
+            f"{len(set(missing))} of {len(runs)} networks are not in {root} or not measured, such as {missing[0]}; run the sweep first"
+        )
     code, data = {"training": {run: about["code"] for run, about in abouts.items()}}, {}
     for path in paths:
         header = read_header(path)
         code.setdefault(header["measure"], {})[f"{path.parent.parent.name}/evaluations/{path.name}"] = header["code"]
     for run, about in abouts.items():
         data.setdefault(about["experiment"]["dataset"], {})[run] = about["data"]
-    return Provenance(**{
-        "runs": tuple(runs), "evaluations": tuple(dict.fromkeys(path.stem for path in paths)),
-        "seeds": tuple(sorted({about["experiment"]["seed"] for about in abouts.values()})),
-        "code": {name: the_only(f"code of {name}", found) for name, found in code.items()},
-        "data": {name: the_only(f"data of the name {name}", found) for name, found in data.items()},
-        "version": __version__, "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}", **known,
-    })
+    return Provenance(
+        **{
+            "runs": tuple(runs),
+            "evaluations": tuple(dict.fromkeys(path.stem for path in paths)),
+            "seeds": tuple(sorted({about["experiment"]["seed"] for about in abouts.values()})),
+            "code": {name: the_only(f"code of {name}", found) for name, found in code.items()},
+            "data": {name: the_only(f"data of the name {name}", found) for name, found in data.items()},
+            "version": __version__,
+            "date": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
+            **known,
+        }
+    )
 
 # %% ../../nbs/7_results/08_provenance.ipynb #a8231466
 def of_points(preset, points, store):
@@ -139,6 +148,7 @@ def to_json(provenance):
     """A `Provenance` as one line of JSON, in ASCII."""
     return json.dumps({**asdict(provenance), "run_set": provenance.run_set})
 
+
 def from_json(text):
     """What `to_json` wrote. Raises ValueError, TypeError, AttributeError or KeyError for anything else."""
     fields = json.loads(text)
@@ -150,6 +160,7 @@ def from_json(text):
 
 # %% ../../nbs/7_results/08_provenance.ipynb #fdcf7ca2
 SVG_ROOT = re.compile(r"""<svg(?:[^>"']|"[^"]*"|'[^']*')*>""")
+
 
 def embed(path, provenance):
     """Write a `Provenance` into the SVG, PNG or HTML file at `path`, which has none yet; what is drawn does not change."""
@@ -163,7 +174,10 @@ def embed(path, provenance):
         return
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".svg":
-        at, element = SVG_ROOT.search(content).end(), f'<metadata id="provenance">{html.escape(text, quote=False)}</metadata>'
+        at, element = (
+            SVG_ROOT.search(content).end(),
+            f'<metadata id="provenance">{html.escape(text, quote=False)}</metadata>',
+        )
     else:
         escaped = text.replace("<", "\\u003c")  # nothing in it can end the element
         at, element = content.index("</head>"), f'<script type="application/json" id="provenance">{escaped}</script>'
@@ -171,6 +185,7 @@ def embed(path, provenance):
 
 # %% ../../nbs/7_results/08_provenance.ipynb #4ba3a819
 HTML_ELEMENT = re.compile(r'<script type="application/json" id="provenance">(.*?)</script>')
+
 
 def embedded(path):
     """The JSON in the SVG, PNG or HTML file at `path`; None if there is none."""
@@ -183,17 +198,24 @@ def embedded(path):
     found = HTML_ELEMENT.search(path.read_text(encoding="utf-8"))
     return found and found[1]
 
+
 def runs_of_csv(path):
     """The runs that the points in the CSV file at `path` name, in their order; None if it has no column `runs`."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        return tuple(dict.fromkeys(run for row in rows for run in row["runs"].split())) if "runs" in (rows.fieldnames or ()) else None
+        return (
+            tuple(dict.fromkeys(run for row in rows for run in row["runs"].split()))
+            if "runs" in (rows.fieldnames or ())
+            else None
+        )
 
 # %% ../../nbs/7_results/08_provenance.ipynb #78036eb0
 def elsewhere(path):
     """A hint, if the CSV file beside the one at `path` names runs; else nothing."""
     table = path.with_suffix(".csv")
-    return f", or trace {table}, which names its runs" if path != table and table.exists() and runs_of_csv(table) else ""
+    return (
+        f", or trace {table}, which names its runs" if path != table and table.exists() and runs_of_csv(table) else ""
+    )
 
 # %% ../../nbs/7_results/08_provenance.ipynb #c6c5944a
 def read(path):
@@ -228,10 +250,14 @@ def read(path):
 def check_named(curves, provenance):
     """Raise ValueError if the points `curves` come from runs that their `Provenance` does not name, or do not say which."""
     if "runs" not in curves:
-        raise ValueError(f"the points have no column runs, which names the runs behind each; they have {', '.join(map(str, curves.columns))}")
+        raise ValueError(
+            f"the points have no column runs, which names the runs behind each; they have {', '.join(map(str, curves.columns))}"
+        )
     strangers = {run for runs in curves.runs for run in runs.split()} - set(provenance.runs)
     if strangers:
-        raise ValueError(f"the points come from {len(strangers)} runs that their provenance does not name, such as {min(strangers)}")
+        raise ValueError(
+            f"the points come from {len(strangers)} runs that their provenance does not name, such as {min(strangers)}"
+        )
 
 # %% ../../nbs/7_results/08_provenance.ipynb #ed871521
 def publish(figure, curves, folder, name, provenance):
@@ -249,7 +275,9 @@ def publish(figure, curves, folder, name, provenance):
         raise OSError(f"the folder {folder.absolute()} cannot be written: {error}") from error
     with made as temporary:
         svg, png, page = (Path(temporary) / f"{name}.{ending}" for ending in ("svg", "png", "html"))
-        size = dict(width=figure.layout.width, height=figure.layout.height)  # not taken from the figure when several are written
+        size = dict(
+            width=figure.layout.width, height=figure.layout.height
+        )  # not taken from the figure when several are written
         write_images([figure, figure], [svg, png], scale=[1, 2], **size)
         figure.write_html(page, include_plotlyjs=True, div_id=name)
         for path in (svg, png, page):
@@ -261,7 +289,10 @@ def publish(figure, curves, folder, name, provenance):
 def head_lines(provenance):
     """What a `Provenance` says of all its runs together, as lines for people; nothing is said of what is not known."""
     now = versions_now()
-    here = {name: "as here" if now.get(name) == code else f"here it is {now.get(name)}" for name, code in provenance.code.items()}
+    here = {
+        name: "as here" if now.get(name) == code else f"here it is {now.get(name)}"
+        for name, code in provenance.code.items()
+    }
     narrower = f", smaller than the preset paper: {'. '.join(provenance.narrower)}" * bool(provenance.narrower)
     lines = [
         provenance.preset and f"preset   {provenance.preset}{narrower}",
@@ -275,7 +306,12 @@ def head_lines(provenance):
     return [line for line in lines if line]
 
 # %% ../../nbs/7_results/08_provenance.ipynb #83b96f50
-ENDINGS = {"converged": "converged in epoch {}", "epochs": "not converged by its last epoch, {}", "diverged": "diverged in epoch {}"}
+ENDINGS = {
+    "converged": "converged in epoch {}",
+    "epochs": "not converged by its last epoch, {}",
+    "diverged": "diverged in epoch {}",
+}
+
 
 def run_line(run, root):
     """A run in one line for people: its hash, the network in words, how it ended, its folder below `root`; or that it is not there, or damaged."""
@@ -284,7 +320,11 @@ def run_line(run, root):
         return f"{run} is not in {root}"
     try:
         about = read_about(folder)
-        network = SimpleNamespace(**about["experiment"], density=about["result"]["density"])  # not an Experiment: older ones may be none today
-        return f"{run} {words(network)}: {ENDINGS[about['result']['status']].format(about['result']['epochs'])}; {folder}"
+        network = SimpleNamespace(
+            **about["experiment"], density=about["result"]["density"]
+        )  # not an Experiment: older ones may be none today
+        return (
+            f"{run} {words(network)}: {ENDINGS[about['result']['status']].format(about['result']['epochs'])}; {folder}"
+        )
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{run} cannot be read: {error}"

@@ -21,13 +21,18 @@ def notebook_of(figure, notebooks):
     """The path of the notebook of a figure, or of "claims", in the folder `notebooks`. Raises FileNotFoundError if it is not there."""
     path = Path(notebooks) / f"{FIGURES[figure].notebook if figure in FIGURES else figure}.ipynb"
     if not path.exists():
-        raise FileNotFoundError(f"the notebook {path} is not there; run this in the project's folder, or say where with --notebooks")
+        raise FileNotFoundError(
+            f"the notebook {path} is not there; run this in the project's folder, or say where with --notebooks"
+        )
     return path
+
 
 def check_drawing(folder):
     """Make `folder`, where figures go. Raises FileNotFoundError if there is no browser to draw with, OSError if the folder cannot be written."""
     if not Chromium.find_browser(skip_local=False):
-        raise FileNotFoundError("there is no Chrome or Chromium to draw SVG and PNG with; install one, or run plotly_get_chrome")
+        raise FileNotFoundError(
+            "there is no Chrome or Chromium to draw SVG and PNG with; install one, or run plotly_get_chrome"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -49,16 +54,25 @@ def draw_figure(figure, notebook, parameters, out):
         drawn.mkdir()
         try:
             papermill.execute_notebook(
-                notebook, drawn / f"{figure}.ipynb", progress_bar=False, parameters={**parameters, "out": str(Path(temporary).absolute())},
-                extra_arguments=["--log-level=CRITICAL"],  # a kernel warns that it speaks TCP, on loopback, and may call it an error that it is interrupted to end
+                notebook,
+                drawn / f"{figure}.ipynb",
+                progress_bar=False,
+                parameters={**parameters, "out": str(Path(temporary).absolute())},
+                extra_arguments=[
+                    "--log-level=CRITICAL"
+                ],  # a kernel warns that it speaks TCP, on loopback, and may call it an error that it is interrupted to end
             )
         except Exception as error:  # papermill's, nbclient's, jupyter_client's: whatever stopped the notebook
             raise RuntimeError(f"{figure} was not drawn; its notebook stopped: {error}") from error
-        missing = [ending for ending in ("svg", "png", "html", "csv", "ipynb") if not (drawn / f"{figure}.{ending}").exists()]
+        missing = [
+            ending for ending in ("svg", "png", "html", "csv", "ipynb") if not (drawn / f"{figure}.{ending}").exists()
+        ]
         if missing:
             raise RuntimeError(f"{figure} was not drawn; its notebook left no {', '.join(missing)}")
         ran = drawn / f"{figure}.ipynb"
-        ran.write_text(ran.read_text(encoding="utf-8").replace(str(Path(temporary).absolute()), str(out)), encoding="utf-8")
+        ran.write_text(
+            ran.read_text(encoding="utf-8").replace(str(Path(temporary).absolute()), str(out)), encoding="utf-8"
+        )
         return [part.replace(folder / part.name) for part in sorted(drawn.iterdir())]
 
 # %% ../../nbs/7_results/09_rendering.ipynb #e629fa65
@@ -68,11 +82,14 @@ def stop_children():
         with suppress(psutil.NoSuchProcess):
             child.kill()
 
+
 def draw_figures(figures, notebooks, parameters, out):
     """Draw `figures` from their notebooks in the folder `notebooks`, two at a time; yields the paths of each one's files, in order. Raises as `draw_figure` does."""
     with ThreadPoolExecutor(2) as pool:
         try:
-            yield from pool.map(lambda figure: draw_figure(figure, notebook_of(figure, notebooks), parameters, out), figures)
+            yield from pool.map(
+                lambda figure: draw_figure(figure, notebook_of(figure, notebooks), parameters, out), figures
+            )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_children()

@@ -10,12 +10,12 @@ __all__ = ['published_runs', 'recipe_text', 'trained_text', 'reproducibility_tab
 import pandas as pd
 import torch
 
-from ..runs.exchange import EXPORTED, published_rows
-from ..study.experiments import dense_parent
-from ..sweep.jobs import Job, rates_of, seconds_for, training_work
-from ..study.studies import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
 from ..networks.training import RECIPES
 from .captions import WORDS
+from ..runs.exchange import EXPORTED, published_rows
+from ..study.experiments import dense_parent
+from ..study.studies import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
+from ..sweep.jobs import Job, rates_of, seconds_for, training_work
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #ef2d127d
 def published_runs(folder):
@@ -26,15 +26,23 @@ def published_runs(folder):
 def recipe_text(family, recipe):
     """A `Recipe` in words, with the paper's number of epochs where it is another."""
     paper = RECIPES[family]
-    epochs = f"at most {recipe.epochs} epochs" + (f" (the paper: {paper.epochs})" if recipe.epochs != paper.epochs else "")
+    epochs = f"at most {recipe.epochs} epochs" + (
+        f" (the paper: {paper.epochs})" if recipe.epochs != paper.epochs else ""
+    )
     stop = "" if recipe.stop_loss is None else f", stopped below a training loss of {recipe.stop_loss:g}"
     return f"SGD, momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} {recipe.decay}, batches of {recipe.batch_size}, {epochs}{stop}"
+
 
 def trained_text(runs):
     """How many networks `runs` have, of which widths, and how they ended; those that were pruned after training are no trainings of their own."""
     trained = runs[runs.schedule == "static"]
-    ended, words = trained.status.value_counts(), {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"}
-    ends = [f"{ended[s]} {words[s]}" for s in words if s in ended] + [f"{len(runs) - len(trained)} pruned from dense ones"] * (len(trained) < len(runs))
+    ended, words = (
+        trained.status.value_counts(),
+        {"converged": "reached the stopping loss", "epochs": "used all epochs", "diverged": "diverged"},
+    )
+    ends = [f"{ended[s]} {words[s]}" for s in words if s in ended] + [
+        f"{len(runs) - len(trained)} pruned from dense ones"
+    ] * (len(trained) < len(runs))
     return f"{len(runs)} of {in_range(runs.width)} units or channels; {', '.join(ends)}"
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #4a44dc15
@@ -43,26 +51,37 @@ def reproducibility_table(runs, preset):
     if runs.empty or runs.code.nunique() > 1:
         raise ValueError(f"there are {len(runs)} runs of {runs.code.nunique()} code versions; the table is about one")
     families = [family for family in preset.families if family in set(runs.family)]
-    seeds = runs.groupby(["dataset", "family", "width", "depth", "repeat", "budget", "rule", "schedule"], dropna=False).seed.nunique()
+    seeds = runs.groupby(
+        ["dataset", "family", "width", "depth", "repeat", "budget", "rule", "schedule"], dropna=False
+    ).seed.nunique()
     trained, pairs, recipes = runs[runs.seconds > 0], {}, {}
     for (family, dataset), of_pair in runs.groupby(["family", "dataset"]):
         name = f"{WORDS[family]} on {WORDS[dataset]}"
         pairs[name] = of_pair
         recipes.setdefault(recipe_text(family, recipe_on(preset.families[family], dataset)), []).append(name)
-    return pd.DataFrame({
-        "Data": "; ".join(f"{WORDS[name]}, SHA-256 over its published sums {found[:12]}…" for name, found in runs.drop_duplicates("dataset")[["dataset", "data"]].itertuples(index=False)),
-        "Splits": "the published training and test sets; no validation set, since nothing was tuned",
-        **{f"Networks: {name}": trained_text(of_pair) for name, of_pair in pairs.items()},
-        **{f"Training: {', '.join(names)}": recipe for recipe, names in recipes.items()},
-        "Training images": "; ".join(f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families),
-        "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
-        "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; test images and the draws of noise and corruptions are the same for all",
-        "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
-        "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole; some, refuted ones among them, were looked at with two to four seeds before",
-        "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
-        "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
-        "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",
-    }.items(), columns=["question", "answer"])
+    return pd.DataFrame(
+        {
+            "Data": "; ".join(
+                f"{WORDS[name]}, SHA-256 over its published sums {found[:12]}…"
+                for name, found in runs.drop_duplicates("dataset")[["dataset", "data"]].itertuples(index=False)
+            ),
+            "Splits": "the published training and test sets; no validation set, since nothing was tuned",
+            **{f"Networks: {name}": trained_text(of_pair) for name, of_pair in pairs.items()},
+            **{f"Training: {', '.join(names)}": recipe for recipe, names in recipes.items()},
+            "Training images": "; ".join(
+                f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families
+            ),
+            "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
+            "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; test images and the draws of noise and corruptions are the same for all",
+            "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
+            "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole; some, refuted ones among them, were looked at with two to four seeds before",
+            "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
+            "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
+            "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",
+        }.items(),
+        columns=["question", "answer"],
+    )
+
 
 def training_operations(runs):
     """Floating-point operations that the trainings of `runs` took."""
@@ -76,14 +95,22 @@ def figure_cost(figure, preset, rates):
     jobs = [Job(experiment, True, evaluations) for experiment, evaluations in (parents | wanted).items()]
     return len(jobs), sum(seconds_for(job, rates, torch.device("cpu")) for job in jobs) / 3600
 
+
 def cost_table(runs, presets=tuple(PRESETS)):
     """A row for each figure: for each preset its networks and the hours of one core that it takes at most, by the rates of published `runs`; those of other families
     where a family has none. A DataFrame of text."""
     rates, rows = rates_of(runs[runs.device == "cpu"]), []
     for figure, spec in FIGURES.items():
         costs = {name: figure_cost(figure, PRESETS[name], rates) for name in presets}
-        rows.append({"figure": figure, "shows": spec.title, **{name: f"{networks} networks, {hours_text(hours)}" for name, (networks, hours) in costs.items()}})
+        rows.append(
+            {
+                "figure": figure,
+                "shows": spec.title,
+                **{name: f"{networks} networks, {hours_text(hours)}" for name, (networks, hours) in costs.items()},
+            }
+        )
     return pd.DataFrame(rows)
+
 
 def hours_text(hours):
     """As in "2 min", "3.5 h", "400 h"."""

@@ -40,7 +40,9 @@ def summarise(table, by):
         return pd.DataFrame(columns=[*by, "mean", "low", "high", "seeds"])
     per_seed = table.groupby([*by, "seed"], sort=False, dropna=False).value.mean().reset_index()
     groups = per_seed.groupby(by, sort=False, dropna=False).value
-    rows = groups.apply(lambda values: pd.Series([*mean_interval(values), len(values)], ["mean", "low", "high", "seeds"])).unstack()
+    rows = groups.apply(
+        lambda values: pd.Series([*mean_interval(values), len(values)], ["mean", "low", "high", "seeds"])
+    ).unstack()
     return rows.reset_index().astype({"seeds": int})
 
 # %% ../../nbs/7_results/01_stats.ipynb #9400f1b2
@@ -53,7 +55,9 @@ def welch(a, b):
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     for values in (a, b):
         if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-            raise ValueError(f"the values are {values.tolist()}; at least two are needed in each sample, and all must be finite")
+            raise ValueError(
+                f"the values are {values.tolist()}; at least two are needed in each sample, and all must be finite"
+            )
     difference = float(b.mean() - a.mean())
     if max(np.ptp(a), np.ptp(b)) <= 1e-12 * max(abs(a).max(), abs(b).max()):
         return difference, math.nan, math.nan
@@ -89,9 +93,13 @@ def class_table(table):
         if len(twice):
             first = twice.iloc[0]
             what = f"{first.quantity} {first['name']}".strip()
-            raise ValueError(f"seed {first.seed} has more than one {what}; give the class_recall records of one group of networks")
+            raise ValueError(
+                f"seed {first.seed} has more than one {what}; give the class_recall records of one group of networks"
+            )
     accuracy = accuracy.set_index("seed").value.sort_index()
-    recalls = recalls.pivot(index="seed", columns="name", values="value").reindex(accuracy.index.union(recalls.seed.unique()))
+    recalls = recalls.pivot(index="seed", columns="name", values="value").reindex(
+        accuracy.index.union(recalls.seed.unique())
+    )
     if len(recalls) < 2:
         raise ValueError(f"there are records of {len(recalls)} seeds; a test over seeds needs at least 2")
     lacking = recalls.assign(accuracy=accuracy).isna()
@@ -112,14 +120,21 @@ def class_changes(base, sparse, *, accuracy_of="network"):
         raise ValueError(f"accuracy_of is {accuracy_of!r}; accepted: network, group")
     (base_recalls, base_accuracy), (sparse_recalls, sparse_accuracy) = class_table(base), class_table(sparse)
     if set(base_recalls) != set(sparse_recalls):
-        raise ValueError(f"only one of the groups has the classes {', '.join(sorted(set(base_recalls) ^ set(sparse_recalls)))}")
+        raise ValueError(
+            f"only one of the groups has the classes {', '.join(sorted(set(base_recalls) ^ set(sparse_recalls)))}"
+        )
     overall = sparse_accuracy.mean() - base_accuracy.mean()
     if accuracy_of == "group":
-        base_accuracy, sparse_accuracy = base_accuracy * 0 + base_accuracy.mean(), sparse_accuracy * 0 + sparse_accuracy.mean()
+        base_accuracy, sparse_accuracy = (
+            base_accuracy * 0 + base_accuracy.mean(),
+            sparse_accuracy * 0 + sparse_accuracy.mean(),
+        )
     rows = []
     for name in base_recalls:
         relative, t, p = welch(base_recalls[name] - base_accuracy, sparse_recalls[name] - sparse_accuracy)
         change = sparse_recalls[name].mean() - base_recalls[name].mean()
-        rows.append({"class": name, "change": change, "overall_change": overall, "relative_change": relative, "t": t, "p": p})
+        rows.append(
+            {"class": name, "change": change, "overall_change": overall, "relative_change": relative, "t": t, "p": p}
+        )
     changes = pd.DataFrame(rows)
     return changes.assign(holm_p=holm(changes.p))

@@ -15,21 +15,29 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from ..study.versions import canonical
 from ..runs.store import ask_index, read_rows
+from ..study.versions import canonical
 
 # %% ../../nbs/7_results/02_tables.ipynb #19581e27
 OWN = ("width", "depth", "repeat", "seed", "rule", "schedule", "pruning", "initial_scale")
 
+
 def study_of(runs):
     """What networks of one curve share beside shape, seed, rule and schedule, as one text for each row of `Store.runs`."""
     shared = [{k: v for k, v in json.loads(text).items() if k not in OWN} for text in runs.description]
-    return [json.dumps([settings, code, data], sort_keys=True) for settings, code, data in zip(shared, runs.code, runs.data)]
+    return [
+        json.dumps([settings, code, data], sort_keys=True) for settings, code, data in zip(shared, runs.code, runs.data)
+    ]
 
 # %% ../../nbs/7_results/02_tables.ipynb #6b51d431
 def growth_of(runs, studies):
     """How each network has grown, "width" or "depth", beside the dense network of its study. runs: of `Store.runs`; studies: of `study_of`."""
-    dense = runs[runs.density == 1].assign(study=pd.Series(studies, index=runs.index)).drop_duplicates("study").set_index("study")
+    dense = (
+        runs[runs.density == 1]
+        .assign(study=pd.Series(studies, index=runs.index))
+        .drop_duplicates("study")
+        .set_index("study")
+    )
     reference = runs.groupby(studies)[["width", "depth", "repeat"]].first()
     reference.update(dense[["width", "depth", "repeat"]])
     grew = {study: set() for study in reference.index}
@@ -42,6 +50,7 @@ def growth_of(runs, studies):
 # %% ../../nbs/7_results/02_tables.ipynb #e629fa65
 CURVE = ["dataset", "family", "growth", "schedule", "rule", "study"]
 
+
 def curve_members(runs):
     """Which networks are on which curves: a row for each pair, with the columns of `runs` (of `Store.runs`) and `CURVE`."""
     studies = study_of(runs)
@@ -50,7 +59,11 @@ def curve_members(runs):
     sparse, dense = runs[runs.density < 1], runs[runs.density == 1]
     runs.loc[sparse.index, "study"] = sparse.study + " " + sparse.variant
     curves = runs.loc[sparse.index, CURVE].assign(base=sparse.study).drop_duplicates()
-    bases = curves.merge(dense.drop(columns=CURVE), left_on="base", right_on=dense.study, how="inner") if len(curves) else dense.iloc[:0]
+    bases = (
+        curves.merge(dense.drop(columns=CURVE), left_on="base", right_on=dense.study, how="inner")
+        if len(curves)
+        else dense.iloc[:0]
+    )
     alone = dense[~dense.set_index(["dataset", "family"]).index.isin(sparse.set_index(["dataset", "family"]).index)]
     kept = [part for part in (runs.loc[sparse.index], bases, alone) if len(part)]
     return pd.concat(kept, ignore_index=True)[[*runs.columns]] if kept else runs
@@ -61,19 +74,25 @@ MEASURED = """files JOIN (
     JOIN records USING (file) JOIN kinds USING (kind) GROUP BY evaluation
 ) AS named USING (evaluation)"""
 
+
 def read_catalogue(store):
     """Everything that can be chosen: a row for each network, curve and measurement, the columns of `curve_members` and measure, evaluation.
 
     Networks of which nothing was measured, as diverged ones, have rows too, with an empty measure.
     """
-    runs, measured = ask_index(store.root, lambda index: (read_rows(index, "runs", "experiment"), read_rows(index, MEASURED, "experiment")))
+    runs, measured = ask_index(
+        store.root, lambda index: (read_rows(index, "runs", "experiment"), read_rows(index, MEASURED, "experiment"))
+    )
     if runs.empty:
-        return pd.DataFrame(columns=[*runs.columns, *CURVE, "variant", "measure", "evaluation"]).loc[:, lambda c: ~c.columns.duplicated()]
+        return pd.DataFrame(columns=[*runs.columns, *CURVE, "variant", "measure", "evaluation"]).loc[
+            :, lambda c: ~c.columns.duplicated()
+        ]
     return curve_members(runs).merge(measured[["experiment", "evaluation", "measure"]], on="experiment", how="left")
 
 # %% ../../nbs/7_results/02_tables.ipynb #6f4b6612
 MEASURES = ["weight_noise", "corruption", "attack", "class_recall", "clean"]
 CHOICES = ["dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation"]
+
 
 def choose(catalogue, wanted):
     """(chosen, options): for each of `CHOICES` the value and all values that exist beside the choices before it.
@@ -82,7 +101,11 @@ def choose(catalogue, wanted):
     """
     left, chosen, options = catalogue.dropna(subset="measure"), {}, {}
     for name in CHOICES if len(left) else ():
-        options[name] = [each for each in MEASURES if each in set(left.measure)] if name == "measure" else list(left[name].value_counts().index)
+        options[name] = (
+            [each for each in MEASURES if each in set(left.measure)]
+            if name == "measure"
+            else list(left[name].value_counts().index)
+        )
         chosen[name] = wanted.get(name) if wanted.get(name) in options[name] else options[name][0]
         left = left[left[name] == chosen[name]]
     return chosen, options
@@ -90,13 +113,20 @@ def choose(catalogue, wanted):
 # %% ../../nbs/7_results/02_tables.ipynb #c2356069
 ALL = {"corruption": "mean of all", "weight_noise": "weight noise", "clean": "clean"}
 
+
 def tidy(records, measure):
     """Records with the columns experiment, name, strength and value; undisturbed ones are named "clean". records: of `Store.table`, of one measurement."""
-    found = records[records.quantity.isin(["accuracy", "recall", "lowest_recall"])][["experiment", "quantity", "name", "strength", "value"]].copy()
+    found = records[records.quantity.isin(["accuracy", "recall", "lowest_recall"])][
+        ["experiment", "quantity", "name", "strength", "value"]
+    ].copy()
     if measure == "class_recall":
-        found["name"] = found.name.where(found.quantity == "recall", found.quantity.map({"accuracy": "clean", "lowest_recall": "lowest of all"}))
+        found["name"] = found.name.where(
+            found.quantity == "recall", found.quantity.map({"accuracy": "clean", "lowest_recall": "lowest of all"})
+        )
     elif measure == "attack":
-        found = found[(found.strength > 0) | (found.name == found.name.min())]  # without a radius all attacks are the same
+        found = found[
+            (found.strength > 0) | (found.name == found.name.min())
+        ]  # without a radius all attacks are the same
         found["name"] = found.name.where(found.strength > 0, "clean")
     else:
         clean = (found.strength == 0) & (found.name == "") if measure != "clean" else found.strength == 0
@@ -106,7 +136,9 @@ def tidy(records, measure):
         if disturbed.groupby("name").strength.nunique().max() == 1 and disturbed.strength.nunique() > 1:
             found["strength"] = 0.0
         found = found.groupby(["experiment", "name", "strength"], sort=False).value.mean().reset_index()
-        together = found[found.name != "clean"].groupby(["experiment", "strength"], sort=False).value.mean().reset_index()
+        together = (
+            found[found.name != "clean"].groupby(["experiment", "strength"], sort=False).value.mean().reset_index()
+        )
         found = pd.concat([together.assign(name=ALL["corruption"]), found])
     return found[["experiment", "name", "strength", "value"]]
 
@@ -133,6 +165,7 @@ def t_quantile(freedom):
 # %% ../../nbs/7_results/02_tables.ipynb #670671cd
 PLACE = ["width", "depth", "repeat", "density"]
 
+
 def points_of(members, records):
     """The points of one curve: a row for each place, name and strength. members: rows of `read_catalogue`; records: of `tidy`.
 
@@ -140,16 +173,37 @@ def points_of(members, records):
     depth, repeat and strength. A place of which no network could be measured has one row without a name.
     """
     networks = members.drop_duplicates("experiment")
-    status = networks.assign(converged=networks.status == "converged", diverged=networks.status == "diverged", networks=1)
-    places = status.groupby(PLACE).agg(
-        networks=("networks", "sum"), converged=("converged", "sum"), diverged=("diverged", "sum"), effective_density=("effective_density", "mean"), runs=("experiment", list)
-    ).reset_index()
-    of_seed = records.merge(networks[["experiment", "seed", *PLACE]], on="experiment").groupby([*PLACE, "name", "strength", "seed"]).value.mean()
-    points = of_seed.groupby(level=[*PLACE, "name", "strength"]).agg(["mean", "std", "size"]).rename(columns={"size": "seeds"}).reset_index()
+    status = networks.assign(
+        converged=networks.status == "converged", diverged=networks.status == "diverged", networks=1
+    )
+    places = (
+        status.groupby(PLACE)
+        .agg(
+            networks=("networks", "sum"),
+            converged=("converged", "sum"),
+            diverged=("diverged", "sum"),
+            effective_density=("effective_density", "mean"),
+            runs=("experiment", list),
+        )
+        .reset_index()
+    )
+    of_seed = (
+        records.merge(networks[["experiment", "seed", *PLACE]], on="experiment")
+        .groupby([*PLACE, "name", "strength", "seed"])
+        .value.mean()
+    )
+    points = (
+        of_seed.groupby(level=[*PLACE, "name", "strength"])
+        .agg(["mean", "std", "size"])
+        .rename(columns={"size": "seeds"})
+        .reset_index()
+    )
     half = [t_quantile(max(seeds - 1, 1)) for seeds in points.seeds] * points["std"] / np.sqrt(points.seeds)
     points = points.assign(low=points["mean"] - half, high=points["mean"] + half).drop(columns="std")
     points = places.merge(points, on=PLACE, how="left").assign(failed=0, reasons="")
-    return points.sort_values(["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True)
+    return points.sort_values(
+        ["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True
+    )
 
 # %% ../../nbs/7_results/02_tables.ipynb #59e19706
 def load_curve(store, catalogue, chosen):
@@ -157,7 +211,9 @@ def load_curve(store, catalogue, chosen):
     of_curve = catalogue[(catalogue[CURVE] == pd.Series({name: chosen[name] for name in CURVE})).all(axis=1)]
     members = of_curve[(of_curve.evaluation == chosen["evaluation"]) | (of_curve.status == "diverged")]
     quantities = ["accuracy", "recall", "lowest_recall"]
-    records = store.table(experiment=sorted(set(members.experiment)), evaluation=chosen["evaluation"], quantity=quantities)
+    records = store.table(
+        experiment=sorted(set(members.experiment)), evaluation=chosen["evaluation"], quantity=quantities
+    )
     return members, tidy(records, chosen["measure"])
 
 # %% ../../nbs/7_results/02_tables.ipynb #e22d581c
@@ -169,8 +225,11 @@ def failures_on(failures, members, chosen):
     for failure in failures:
         e = failure.get("experiment")
         if e and (
-            canonical({k: v for k, v in e.items() if k not in OWN}) == shared and all(e[k] in set(members[k]) for k in shape)
-            and (chosen["rule"] in ("none", e["rule"]) and e["schedule"] == chosen["schedule"] or failure["density"] == 1)
+            canonical({k: v for k, v in e.items() if k not in OWN}) == shared
+            and all(e[k] in set(members[k]) for k in shape)
+            and (
+                chosen["rule"] in ("none", e["rule"]) and e["schedule"] == chosen["schedule"] or failure["density"] == 1
+            )
             and (not variant or failure["density"] == 1 or variant == f"{e['pruning']} {e['initial_scale']}")
         ):
             found.append(failure)
@@ -179,11 +238,26 @@ def failures_on(failures, members, chosen):
 # %% ../../nbs/7_results/02_tables.ipynb #7c1f0a52
 def add_failures(points, failures):
     """`points` (of `points_of`) with the number of networks that failed at each place, and the reasons, as HTML; a place with nothing else gets a row. failures: of `failures_on`."""
-    rows = [{k: f["experiment"][k] for k in PLACE[:3]} | {"density": f["density"], "reasons": html.escape(f"seed {f['experiment']['seed']}: {f['reason']}")} for f in failures]
+    rows = [
+        {k: f["experiment"][k] for k in PLACE[:3]}
+        | {"density": f["density"], "reasons": html.escape(f"seed {f['experiment']['seed']}: {f['reason']}")}
+        for f in failures
+    ]
     if not rows:
         return points
-    failed = pd.DataFrame(rows).groupby(PLACE).agg(failed=("reasons", "size"), reasons=("reasons", "<br>".join)).reset_index()
-    both = points.drop(columns=["failed", "reasons"]).merge(failed, on=PLACE, how="outer").fillna({"failed": 0, "reasons": "", "networks": 0, "converged": 0, "diverged": 0})
+    failed = (
+        pd.DataFrame(rows)
+        .groupby(PLACE)
+        .agg(failed=("reasons", "size"), reasons=("reasons", "<br>".join))
+        .reset_index()
+    )
+    both = (
+        points.drop(columns=["failed", "reasons"])
+        .merge(failed, on=PLACE, how="outer")
+        .fillna({"failed": 0, "reasons": "", "networks": 0, "converged": 0, "diverged": 0})
+    )
     both["runs"] = [found if isinstance(found, list) else [] for found in both.runs]
     both = both.astype({name: int for name in ("failed", "networks", "converged", "diverged")})
-    return both.sort_values(["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True)
+    return both.sort_values(
+        ["density", "depth", "repeat", "strength"], ascending=[False, True, True, True], ignore_index=True
+    )

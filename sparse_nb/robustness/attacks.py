@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ..data import as_float
-from .evaluation import Record, accuracy_and_loss, logits
 from ..randomness import generator
+from .evaluation import Record, accuracy_and_loss, logits
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #4fc82b26
 @contextmanager
@@ -45,17 +45,23 @@ def seeded(seed):
             torch.cuda.manual_seed_all(seed)
         yield
 
+
 def check_gradient(gradient):
     """Raise ValueError unless all gradients are finite: sign(NaN) is 0, and an attack along it stands still."""
     if not gradient.isfinite().all():
-        raise ValueError("gradients of the loss for the images are not finite; an attack that follows them would take the network to be robust")
+        raise ValueError(
+            "gradients of the loss for the images are not finite; an attack that follows them would take the network to be robust"
+        )
+
 
 @contextmanager
 def guarded(model):
     """Gradients for the images given to `model` are checked by `check_gradient` for the length of a `with` block."""
+
     def watch(module, inputs):
         if inputs[0].requires_grad:
             inputs[0].register_hook(check_gradient)
+
     handle = model.register_forward_pre_hook(watch)
     try:
         yield
@@ -67,11 +73,19 @@ LONGER = 3  # times the steps of "pgd"
 ATTACKS = {  # package: torchattacks
     "fgsm": lambda package, model, epsilon, **_: package.FGSM(model, eps=epsilon),
     "ffgsm": lambda package, model, epsilon, **_: package.FFGSM(model, eps=epsilon, alpha=1.25 * epsilon),
-    "bim": lambda package, model, epsilon, steps, step_size, **_: package.BIM(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
-    "pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=steps),
-    "longer_pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(model, eps=epsilon, alpha=step_size * epsilon, steps=LONGER * steps),
+    "bim": lambda package, model, epsilon, steps, step_size, **_: package.BIM(
+        model, eps=epsilon, alpha=step_size * epsilon, steps=steps
+    ),
+    "pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(
+        model, eps=epsilon, alpha=step_size * epsilon, steps=steps
+    ),
+    "longer_pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(
+        model, eps=epsilon, alpha=step_size * epsilon, steps=LONGER * steps
+    ),
     "apgd": lambda package, model, epsilon, steps, seed, **_: package.APGD(model, eps=epsilon, steps=steps, seed=seed),
-    "autoattack": lambda package, model, epsilon, seed, classes, **_: package.AutoAttack(model, eps=epsilon, seed=seed, n_classes=classes),
+    "autoattack": lambda package, model, epsilon, seed, classes, **_: package.AutoAttack(
+        model, eps=epsilon, seed=seed, n_classes=classes
+    ),
 }
 PAPER_ATTACKS = ("fgsm", "ffgsm", "bim", "pgd", "apgd")
 WITHOUT_CHANCE = ("fgsm", "bim")  # every other attack draws random numbers
@@ -79,6 +93,7 @@ WITHOUT_CHANCE = ("fgsm", "bim")  # every other attack draws random numbers
 # %% ../../nbs/3_robustness/03_attacks.ipynb #9400f1b2
 FIGURE_EPSILON = {1: 0.1, 3: 8 / 255}  # by the images' channels
 EPSILONS = {1: (0.0, 0.025, 0.05, 0.1, 0.2, 0.5), 3: (0.0, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.5)}
+
 
 def check_request(attacks, epsilons, steps, step_size, restarts):
     """Raise ValueError, naming the value and what is accepted, for what cannot be an attack."""
@@ -109,12 +124,19 @@ def perturb(model, images, labels, *, attack, epsilon, steps=10, step_size=0.25,
     """
     check_request((attack,), (epsilon,), steps, step_size, 1)
     if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"images are {images.dtype}, {images.min():.3g} to {images.max():.3g}; they must be floating point, in [0, 1]")
+        raise ValueError(
+            f"images are {images.dtype}, {images.min():.3g} to {images.max():.3g}; they must be floating point, in [0, 1]"
+        )
     import torchattacks  # takes two seconds, and only attacks need it
+
     with under_attack(model), guarded(model), seeded(seed), torch.enable_grad():
-        found = ATTACKS[attack](torchattacks, model, epsilon, steps=steps, step_size=step_size, seed=seed, classes=classes)(images, labels)
+        found = ATTACKS[attack](
+            torchattacks, model, epsilon, steps=steps, step_size=step_size, seed=seed, classes=classes
+        )(images, labels)
     if not bool((((found - images).abs() <= epsilon + 1e-6) & (found >= 0) & (found <= 1)).all()):
-        raise RuntimeError(f"{attack} left the images within {epsilon} or [0, 1]: it moved pixels by up to {float((found - images).abs().max())}")
+        raise RuntimeError(
+            f"{attack} left the images within {epsilon} or [0, 1]: it moved pixels by up to {float((found - images).abs().max())}"
+        )
     return found.detach()
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #670671cd
@@ -145,10 +167,19 @@ def attack_set(model, images, clean, *, attack, epsilon, seed, steps, step_size,
     repeats = 1 if attack in WITHOUT_CHANCE else restarts
     outputs, moved = [], []
     for start in range(0, len(images), batch_size):
-        inputs, labels = as_float(images.pixels[start:start + batch_size]), images.labels[start:start + batch_size]
+        inputs, labels = as_float(images.pixels[start : start + batch_size]), images.labels[start : start + batch_size]
         attempts = (
-            perturb(model, inputs, labels, attack=attack, epsilon=epsilon, steps=steps, step_size=step_size, classes=images.classes,
-                    seed=generator(seed, "attack", start, restart).initial_seed())
+            perturb(
+                model,
+                inputs,
+                labels,
+                attack=attack,
+                epsilon=epsilon,
+                steps=steps,
+                step_size=step_size,
+                classes=images.classes,
+                seed=generator(seed, "attack", start, restart).initial_seed(),
+            )
             for restart in range(repeats)
         )
         result, found = strongest(model, inputs, labels, attempts)
@@ -157,12 +188,16 @@ def attack_set(model, images, clean, *, attack, epsilon, seed, steps, step_size,
     outputs, moved = torch.cat(outputs), torch.cat(moved)
     right = (outputs.argmax(1) == images.labels) & (clean.argmax(1) == images.labels)
     return {
-        "accuracy": float(right.double().mean()), "loss": float(F.cross_entropy(outputs.double(), images.labels)),
-        "mean_perturbation": float(moved.mean(dtype=torch.float64)), "largest_perturbation": float(moved.max()),
+        "accuracy": float(right.double().mean()),
+        "loss": float(F.cross_entropy(outputs.double(), images.labels)),
+        "mean_perturbation": float(moved.mean(dtype=torch.float64)),
+        "largest_perturbation": float(moved.max()),
     }
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #eb1e33e8
-def evaluate(model, images, *, attacks=PAPER_ATTACKS, epsilons=None, seed=0, steps=10, step_size=0.25, restarts=1, batch_size=200):
+def evaluate(
+    model, images, *, attacks=PAPER_ATTACKS, epsilons=None, seed=0, steps=10, step_size=0.25, restarts=1, batch_size=200
+):
     """Accuracy, loss and perturbation of `model` on an `ImageSet` under L∞ attacks.
 
     attacks: names of `ATTACKS`. epsilons: radii in [0, 1], the unit of the images: 8/255, not 8; default `EPSILONS` for grey or colour.
@@ -177,12 +212,20 @@ def evaluate(model, images, *, attacks=PAPER_ATTACKS, epsilons=None, seed=0, ste
     epsilons = EPSILONS[images.shape[0]] if epsilons is None else epsilons
     check_request(attacks, epsilons, steps, step_size, restarts)
     clean, records = logits(model, images, batch_size=batch_size), []
-    untouched = dict(zip(("accuracy", "loss"), accuracy_and_loss(clean, images.labels)), mean_perturbation=0.0, largest_perturbation=0.0)
+    untouched = dict(
+        zip(("accuracy", "loss"), accuracy_and_loss(clean, images.labels)),
+        mean_perturbation=0.0,
+        largest_perturbation=0.0,
+    )
     settings = dict(seed=seed, steps=steps, step_size=step_size, restarts=restarts, batch_size=batch_size)
     with under_attack(model):
         for attack in attacks:
             for epsilon in epsilons:
-                found = attack_set(model, images, clean, attack=attack, epsilon=epsilon, **settings) if epsilon > 0 else untouched
+                found = (
+                    attack_set(model, images, clean, attack=attack, epsilon=epsilon, **settings)
+                    if epsilon > 0
+                    else untouched
+                )
                 records += [Record("attack", quantity, value, attack, epsilon) for quantity, value in found.items()]
     return records
 
@@ -201,9 +244,15 @@ def masking_signs(accuracy, classes):
         "iterated or one step": [(attack, "fgsm") for attack in iterated if "fgsm" in attacks],
     }
     signs = {
-        check: [accuracy[strong, epsilon] - accuracy[weak, epsilon] for strong, weak in compared for epsilon in epsilons]
+        check: [
+            accuracy[strong, epsilon] - accuracy[weak, epsilon] for strong, weak in compared for epsilon in epsilons
+        ]
         for check, compared in pairs.items()
     }
-    signs["larger epsilon"] = [accuracy[attack, b] - accuracy[attack, a] for attack in iterated for a, b in zip(epsilons, epsilons[1:])]
-    signs["chance"] = [accuracy[attack, epsilon] - 1 / classes for attack in iterated for epsilon in epsilons if epsilon >= 0.5]
+    signs["larger epsilon"] = [
+        accuracy[attack, b] - accuracy[attack, a] for attack in iterated for a, b in zip(epsilons, epsilons[1:])
+    ]
+    signs["chance"] = [
+        accuracy[attack, epsilon] - 1 / classes for attack in iterated for epsilon in epsilons if epsilon >= 0.5
+    ]
     return {check: max(excesses) for check, excesses in signs.items() if excesses}

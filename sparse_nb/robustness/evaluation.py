@@ -25,14 +25,19 @@ def logits(model, images, *, parameters=None, batch_size=1000):
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        outputs = torch.cat([
-            torch.func.functional_call(model, parameters or {}, (as_float(batch),)) for batch in images.pixels.split(batch_size)
-        ])
+        outputs = torch.cat(
+            [
+                torch.func.functional_call(model, parameters or {}, (as_float(batch),))
+                for batch in images.pixels.split(batch_size)
+            ]
+        )
     finally:
         for module, mode in modes.items():
             module.training = mode
     if not outputs.isfinite().all():
-        raise ValueError(f"{int((~outputs.isfinite()).any(1).sum())} of {len(outputs)} outputs of the network are not finite")
+        raise ValueError(
+            f"{int((~outputs.isfinite()).any(1).sum())} of {len(outputs)} outputs of the network are not finite"
+        )
     return outputs
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #6b51d431
@@ -74,5 +79,9 @@ def sample(images, count, *, seed=0):
     if count is None:
         return images
     if not 1 <= count <= len(images.labels):
-        raise ValueError(f"a sample of {count} images from {len(images.labels)} ({images.name}, {images.split}); it must lie in 1…{len(images.labels)}")
-    return images.take(torch.randperm(len(images.labels), generator=generator(seed, "sample", images.name, images.split))[:count])
+        raise ValueError(
+            f"a sample of {count} images from {len(images.labels)} ({images.name}, {images.split}); it must lie in 1…{len(images.labels)}"
+        )
+    return images.take(
+        torch.randperm(len(images.labels), generator=generator(seed, "sample", images.name, images.split))[:count]
+    )

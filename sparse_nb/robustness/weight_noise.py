@@ -10,12 +10,13 @@ import math
 
 import torch
 
-from .evaluation import Record, accuracy_and_loss, logits
 from ..networks.models import counted_weights
 from ..randomness import generator
+from .evaluation import Record, accuracy_and_loss, logits
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #2c624232
 SCOPES = ("weights", "all")
+
 
 def perturbed_parameters(model, scope):
     """{name: tensor} of what the noise touches: counted weights, or with scope "all" also biases and batch norm's parameters."""
@@ -31,7 +32,9 @@ def draw_noise(parameters, *, seed, draw):
     for name, parameter in parameters.items():
         positions = parameter.flatten().nonzero().squeeze(1)
         xi = torch.randn(len(positions), generator=generator(seed, "weight noise", draw, name))
-        noise[name] = parameter.new_zeros(parameter.numel()).index_copy_(0, positions, xi.to(parameter)).view(parameter.shape)
+        noise[name] = (
+            parameter.new_zeros(parameter.numel()).index_copy_(0, positions, xi.to(parameter)).view(parameter.shape)
+        )
     return noise
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #4a44dc15
@@ -42,6 +45,7 @@ def add_noise(parameters, noise, sigma):
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #8527a891
 SIGMAS = tuple(round(0.05 * step, 2) for step in range(11))
+
 
 def check_sigmas(sigmas, draws):
     """Raise ValueError unless `sigmas` are finite, not negative, distinct and at least one, and `draws` is 1 or more."""

@@ -23,6 +23,7 @@ from .verify import read_manifest, record_files
 # %% ../../nbs/5_runs/06_archive.ipynb #96be13bc
 ARCHIVE = "runs.tar.xz"
 
+
 def light_files(run):
     """The files of the finished run in the folder `run`, except its checkpoint, {name: bytes}. Raises ValueError naming one that was altered."""
     read_manifest(run)
@@ -34,7 +35,10 @@ def light_files(run):
 def pack_runs(runs):
     """The finished runs in the folders `runs`, without checkpoints, as the bytes of a .tar.xz file. Raises ValueError naming a file that was altered."""
     packed = io.BytesIO()
-    with lzma.open(packed, "wb", preset=9) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        lzma.open(packed, "wb", preset=9) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for run in sorted(runs, key=lambda run: run.name):
             for name, content in sorted(light_files(run).items()):
                 entry = tarfile.TarInfo(f"{run.name}/{name}")  # of nobody, from 1970, and readable
@@ -44,6 +48,7 @@ def pack_runs(runs):
 
 # %% ../../nbs/5_runs/06_archive.ipynb #eec04f88
 MOST_BYTES, MOST_FILES, MOST_MEMORY = 2 << 30, 200_000, 128 << 20
+
 
 def expand(path, file):
     """Decompress the .xz file at `path` into the open `file`. Raises ValueError or LZMAError unless it is one whole stream within the bounds."""
@@ -62,6 +67,7 @@ def expand(path, file):
 # %% ../../nbs/5_runs/06_archive.ipynb #75190436
 ENTRY = re.compile(r"[0-9a-f]{16}/(manifest\.json|experiment\.json|history\.jsonl|evaluations/[0-9a-f]{16}\.jsonl)")
 
+
 def listed(tar):
     """The entries of an open `tar`. Raises ValueError if there is anything but regular files of runs, each once."""
     entries = {}
@@ -69,7 +75,9 @@ def listed(tar):
         if not ENTRY.fullmatch(entry.name) or entry.type != tarfile.REGTYPE or entry.issparse():
             raise ValueError(f"it holds {entry.name[:100]!r}, which is no file of a run")
         if entry.name in entries or len(entries) == MOST_FILES:
-            raise ValueError(f"it holds {entry.name} twice" if entry.name in entries else f"it holds more than {MOST_FILES:,} files")
+            raise ValueError(
+                f"it holds {entry.name} twice" if entry.name in entries else f"it holds more than {MOST_FILES:,} files"
+            )
         entries[entry.name] = entry
     if not entries:
         raise ValueError("it holds no run")
@@ -84,8 +92,10 @@ def unpacked(path, root):
     without tarfile's data filter.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError(f"Python {sys.version.split()[0]} cannot unpack {path} safely, because its tarfile has no data filter; "
-                           "accepted: 3.10.12 or later, 3.11.4 or later, 3.12 or later")
+        raise RuntimeError(
+            f"Python {sys.version.split()[0]} cannot unpack {path} safely, because its tarfile has no data filter; "
+            "accepted: 3.10.12 or later, 3.11.4 or later, 3.12 or later"
+        )
     place = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
     try:
         try:
@@ -97,7 +107,9 @@ def unpacked(path, root):
         except OSError:
             raise
         except Exception as error:  # whatever hostile bytes do to their reader is a finding
-            raise ValueError(f"{path} is no whole archive of runs ({error or type(error).__name__}); nothing was taken from it") from error
+            raise ValueError(
+                f"{path} is no whole archive of runs ({error or type(error).__name__}); nothing was taken from it"
+            ) from error
         yield place / "runs"
     finally:
         shutil.rmtree(place, ignore_errors=True)

@@ -43,12 +43,14 @@ def take_lock(path):
             return None
         os.close(descriptor)
 
+
 def forget_attempts(store, experiment):
     """Throw away what is kept of a run's attempts, now that it is finished. Call it while holding the lease."""
     folder = attempt_folder(store, experiment)
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # of others
         folder.parent.rmdir()
+
 
 @contextmanager
 def lease(store, experiment):
@@ -69,10 +71,15 @@ def save_state(store, experiment, state, environment):
     import safetensors.torch
 
     body = safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in state.tensors.items()})
-    header = {"experiment": store.folder(experiment).name, "environment": environment, "epochs": [dataclasses.asdict(epoch) for epoch in state.epochs]}
+    header = {
+        "experiment": store.folder(experiment).name,
+        "environment": environment,
+        "epochs": [dataclasses.asdict(epoch) for epoch in state.epochs],
+    }
     content = json.dumps(header).encode() + b"\n" + body
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)
     write_whole(attempt_folder(store, experiment) / "state", sha256(content).encode() + b"\n" + content)
+
 
 def load_state(store, experiment, environment):
     """The `TrainingState` of a run; None if there is none, or none of this `environment`. Raises ValueError naming the file if it was altered."""
@@ -86,7 +93,9 @@ def load_state(store, experiment, environment):
     except FileNotFoundError:
         return None
     if sha256(content).encode() != proof:
-        raise ValueError(f"{path} was altered: its content does not match its sha256; delete it to train from the beginning")
+        raise ValueError(
+            f"{path} was altered: its content does not match its sha256; delete it to train from the beginning"
+        )
     header, _, body = content.partition(b"\n")
     header = json.loads(header)
     if header["experiment"] != path.parent.name:
@@ -102,6 +111,7 @@ def note_progress(store, experiment, share, words):
     path.with_suffix(".new").write_text(json.dumps([share, words]))
     path.with_suffix(".new").replace(path)
 
+
 def read_progress(store, experiment):
     """(share, words) of a run's last note; (0, "") if there is none."""
     try:
@@ -113,20 +123,29 @@ def read_progress(store, experiment):
 # %% ../../nbs/5_runs/04_attempts.ipynb #9400f1b2
 LOG_LINES = 40
 
+
 def log_path(store, experiment):
     """Where what the processes at work on a run say is written."""
     return attempt_folder(store, experiment) / "log.txt"
+
 
 def save_failure(store, experiment, words, reason, tries):
     """Remember that a run failed after `tries`. words: the network, for people; reason: a sentence."""
     log = log_path(store, experiment)
     said = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:] if log.exists() else []
     failure = {
-        "run": store.folder(experiment).name, "network": words, "reason": reason, "tries": tries, "when": time.strftime("%Y-%m-%d %H:%M:%S"), "log": said,
-        "experiment": dataclasses.asdict(experiment), "density": experiment.density,
+        "run": store.folder(experiment).name,
+        "network": words,
+        "reason": reason,
+        "tries": tries,
+        "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "log": said,
+        "experiment": dataclasses.asdict(experiment),
+        "density": experiment.density,
     }
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)  # it may have failed before it began
     write_whole(attempt_folder(store, experiment) / "failure.json", json.dumps(failure, indent=1).encode())
+
 
 def load_failures(store):
     """Every failure that is remembered, as dicts with run, network, reason, tries, when, log, experiment (its settings) and density, oldest first.

@@ -25,11 +25,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .archive import ARCHIVE, pack_runs, unpacked
+from sparse_nb.runs.store import (
+    KIND_COLUMNS,
+    RECORD_COLUMNS,
+    RUN_COLUMNS,
+    check_columns,
+    create_tables,
+    enter_files,
+    kind_of,
+    parse_records,
+    read_table,
+    run_row,
+    sync_folder,
+    write_whole,
+    writing,
+)
+from sparse_nb.runs.verify import (
+    RUN_FILES,
+    outdated_runs,
+    read_manifest,
+    record_files,
+    run_folders,
+    sentence_on,
+    verify_run,
+)
 from ..study.experiments import experiment_hash
 from ..study.versions import canonical, is_finished
-from .store import KIND_COLUMNS, RECORD_COLUMNS, RUN_COLUMNS, check_columns, create_tables, enter_files, kind_of, parse_records
-from .store import read_table, run_row, sync_folder, write_whole, writing
-from .verify import RUN_FILES, outdated_runs, read_manifest, record_files, run_folders, sentence_on, verify_run
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #2c624232
 @contextmanager
@@ -61,6 +82,7 @@ class Taken(NamedTuple):
     already_here: int = 0
     problems: tuple = ()
 
+
 def add_to_run(store, folder, check):
     """Take over what the run in `folder`, of which `verify_run` found `check`, has more than ours. Returns what was `Taken`."""
     ours, remedy = store.root / folder.name, "delete it and merge again"
@@ -70,7 +92,11 @@ def add_to_run(store, folder, check):
         words = f"{folder} has other weights than {ours}; ours stay, and no records are taken over, since they belong to weights"
         return Taken(already_here=1, problems=(words,))
     checkpoint = ["model.safetensors"] if check.checkpoint else []
-    missing = [name for name in (*checkpoint, *(f"evaluations/{name}" for name in check.records)) if not os.path.lexists(ours / name)]
+    missing = [
+        name
+        for name in (*checkpoint, *(f"evaluations/{name}" for name in check.records))
+        if not os.path.lexists(ours / name)
+    ]
     if missing:
         (ours / "evaluations").mkdir(exist_ok=True)
         with proven_copy(folder, ("manifest.json", "experiment.json", "history.jsonl", *missing), store.root) as copy:
@@ -83,7 +109,11 @@ def add_to_run(store, folder, check):
 def take_run(store, folder, check):
     """Take over the run in `folder`, of which `verify_run` found `check`, into a store that lacks it. Returns what was `Taken`."""
     destination = store.root / folder.name
-    names = ["manifest.json", *(name for name in RUN_FILES if (folder / name).exists()), *(f"evaluations/{name}" for name in check.records)]
+    names = [
+        "manifest.json",
+        *(name for name in RUN_FILES if (folder / name).exists()),
+        *(f"evaluations/{name}" for name in check.records),
+    ]
     try:
         with proven_copy(folder, names, store.root) as copy:
             copy.rename(destination)
@@ -92,14 +122,22 @@ def take_run(store, folder, check):
             return add_to_run(store, folder, check)
         if not os.path.lexists(destination):
             raise
-        return Taken(problems=(f"{destination} is in the way of {folder} ({error.strerror}); it is no finished run: delete it and merge again",))
+        return Taken(
+            problems=(
+                f"{destination} is in the way of {folder} ({error.strerror}); it is no finished run: delete it and merge again",
+            )
+        )
     sync_folder(store.root)
     return Taken(1, len(check.records), int(check.checkpoint))
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #8527a891
 def together(done):
     """What was `Taken` on several occasions, as one."""
-    return Taken(*(sum(numbers) for numbers in zip(*(taken[:4] for taken in done))), tuple(problem for taken in done for problem in taken.problems))
+    return Taken(
+        *(sum(numbers) for numbers in zip(*(taken[:4] for taken in done))),
+        tuple(problem for taken in done for problem in taken.problems),
+    )
+
 
 def merge_folders(store, folders, on_file=None):
     """Take over what the run `folders` have and `store` lacks. on_file: called with each folder when its files are done. Returns what was `Taken`."""
@@ -121,11 +159,13 @@ def published_folders(folder):
     """The folders with an archive: `folder`, and those in it, by name."""
     return [path.parent for path in (*folder.glob(ARCHIVE), *sorted(folder.glob(f"*/{ARCHIVE}")))]
 
+
 def merge_archive(store, archive, on_file=None):
     """`Taken` from the file `archive`. Raises as `archive.unpacked`."""
     with unpacked(archive, store.root) as folder:
         taken = merge_folders(store, run_folders(folder), on_file)
     return taken._replace(problems=tuple(problem.replace(str(folder), str(archive)) for problem in taken.problems))
+
 
 def merge(store, other, on_file=None):
     """Take over the finished runs and records that `other` has and `store` lacks. `other` is only read, and its index not at all.
@@ -145,14 +185,18 @@ def merge(store, other, on_file=None):
         return merge_folders(store, runs, on_file)
     published = published_folders(other)
     if not published:
-        raise ValueError(f"{other} is no runs folder: it holds no folder with the name of a run, 16 hexadecimal digits, and no {ARCHIVE}")
+        raise ValueError(
+            f"{other} is no runs folder: it holds no folder with the name of a run, 16 hexadecimal digits, and no {ARCHIVE}"
+        )
     return together([merge_archive(store, folder / ARCHIVE, on_file) for folder in published])
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #670671cd
 TYPES = {"TEXT": str, "INTEGER": int, "REAL": float}
 EXPORTED = {
     "runs": {column: TYPES[kind.split()[0]] for column, kind in RUN_COLUMNS.items() if column != "stamp"},
-    "records": {column: TYPES[KIND_COLUMNS.get(column, "REAL" if column == "value" else "TEXT")] for column in RECORD_COLUMNS},
+    "records": {
+        column: TYPES[KIND_COLUMNS.get(column, "REAL" if column == "value" else "TEXT")] for column in RECORD_COLUMNS
+    },
     "evaluations": dict.fromkeys(("evaluation", "measure", "settings", "code"), str),
 }
 
@@ -163,10 +207,15 @@ def compressed_csv(columns, rows):
     None is written as nothing, floats so that they read back exactly.
     """
     packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+    with (
+        gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file,
+        io.TextIOWrapper(file, encoding="utf-8", newline="") as text,
+    ):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
-        writer.writerows([None if row[name] is None else kind(row[name]) for name, kind in columns.items()] for row in rows)
+        writer.writerows(
+            [None if row[name] is None else kind(row[name]) for name, kind in columns.items()] for row in rows
+        )
     return packed.getvalue()
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #c6f3ac57
@@ -175,11 +224,17 @@ def record_rows(path):
     names = {"experiment": path.parent.parent.name, "evaluation": path.stem, "source": ""}
     return [names | record for record in sorted(parse_records(path), key=kind_of)]
 
+
 def evaluation_row(path):
     """The row for the measurement that the first line of the record file at `path` describes."""
     with open(path, "rb") as file:
         header = json.loads(file.readline())
-    return {"evaluation": path.stem, "measure": header["measure"], "settings": canonical(header["evaluation"]), "code": header["code"]}
+    return {
+        "evaluation": path.stem,
+        "measure": header["measure"],
+        "settings": canonical(header["evaluation"]),
+        "code": header["code"],
+    }
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #552a822d
 def lost_by(store, run):
@@ -188,8 +243,11 @@ def lost_by(store, run):
     if not (ours / "manifest.json").exists():
         return 1, 0
     if read_manifest(ours)["model.safetensors"] != read_manifest(run)["model.safetensors"]:
-        raise ValueError(f"{run} has other weights than {ours}; to keep what is published, delete the folder {ours} and merge, to keep both, export to another folder")
+        raise ValueError(
+            f"{run} has other weights than {ours}; to keep what is published, delete the folder {ours} and merge, to keep both, export to another folder"
+        )
     return 0, sum(not (ours / "evaluations" / path.name).exists() for path in record_files(run))
+
 
 def already_published(store, folder):
     """The names of the runs in the archive in `folder`, ({those that the store has too}, {those of earlier code or other data}).
@@ -207,8 +265,12 @@ def already_published(store, folder):
         except (ValueError, OSError) as error:
             raise ValueError(str(error).replace(str(place), str(archive))) from error
     if any(lost):
-        words = " and ".join(f"{number} {what}{'s' * (number != 1)}" for number, what in zip(lost, ("run", "record file")) if number)
-        raise ValueError(f"{archive} has {words} that the store {store.root} lacks, and that would be lost; `sparse-nb merge {folder}` takes them over, then export again")
+        words = " and ".join(
+            f"{number} {what}{'s' * (number != 1)}" for number, what in zip(lost, ("run", "record file")) if number
+        )
+        raise ValueError(
+            f"{archive} has {words} that the store {store.root} lacks, and that would be lost; `sparse-nb merge {folder}` takes them over, then export again"
+        )
     return {run.name for run in runs}, outdated
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #9f14025a
@@ -218,9 +280,16 @@ def export(store, experiments, folder, on_outdated=None):
     What was published in `folder` before stays published, but for runs of earlier code or other data: `on_outdated` is called with their names if there are any.
     Returns the four paths. Raises ValueError if nothing is finished, naming a file that was altered, `folder` if it has more than the store, or a version that is still in work; then nothing is written.
     """
-    folder, names = Path(folder), None if experiments is None else {experiment_hash(experiment) for experiment in experiments}
+    folder, names = (
+        Path(folder),
+        None if experiments is None else {experiment_hash(experiment) for experiment in experiments},
+    )
     kept, outdated = already_published(store, folder)
-    runs = [run for run in run_folders(store.root) if (run / "manifest.json").exists() and (names is None or run.name in names | kept)]
+    runs = [
+        run
+        for run in run_folders(store.root)
+        if (run / "manifest.json").exists() and (names is None or run.name in names | kept)
+    ]
     if not runs:
         raise ValueError(f"none of the runs that {folder} shall have is finished in {store.root}")
     paths = [path for run in runs for path in record_files(run)]
@@ -230,8 +299,12 @@ def export(store, experiments, folder, on_outdated=None):
         "records": (row for path in paths for row in record_rows(path)),
         "evaluations": [evaluation_row(path) for _, path in sorted(examples.items())],
     }
-    if unfinished := sorted({row["code"] for name in ("runs", "evaluations") for row in tables[name] if not is_finished(row["code"])}):
-        raise ValueError(f"there are results of version {', '.join(unfinished)}, whose code is still being worked on; they are not published")
+    if unfinished := sorted(
+        {row["code"] for name in ("runs", "evaluations") for row in tables[name] if not is_finished(row["code"])}
+    ):
+        raise ValueError(
+            f"there are results of version {', '.join(unfinished)}, whose code is still being worked on; they are not published"
+        )
     files = {folder / f"{table}.csv.gz": compressed_csv(EXPORTED[table], rows) for table, rows in tables.items()}
     files = {folder / ARCHIVE: pack_runs(runs), **files}
     folder.mkdir(parents=True, exist_ok=True)
@@ -247,13 +320,16 @@ def read_csv_rows(path, columns):
     empty = {"name": "", "source": ""}  # these two are never unknown, only empty
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(io.StringIO(file.read()))  # read to the checksum at its end before anything is believed
+            rows = csv.DictReader(
+                io.StringIO(file.read())
+            )  # read to the checksum at its end before anything is believed
         if rows.fieldnames != list(columns):  # an empty file is a valid .gz
             raise ValueError(f"its columns are {rows.fieldnames}")
         for row in rows:
             yield {name: kind(row[name]) if row[name] else empty.get(name) for name, kind in columns.items()}
     except (gzip.BadGzipFile, zlib.error, csv.Error, EOFError, ValueError) as error:
         raise ValueError(f"{path} was altered ({error!r}); export it again") from error
+
 
 def published_rows(folder, table):
     """The rows of a `table` of `EXPORTED` that `export` wrote to `folder`, or to folders in it. Raises as `read_csv_rows`."""
@@ -271,7 +347,10 @@ def read_export(folder, **filters):
     with closing(sqlite3.connect(":memory:")) as index:
         create_tables(index)
         with writing(index):
-            index.executemany(f"INSERT INTO runs VALUES ({', '.join('?' * len(RUN_COLUMNS))})", ([*run.values(), None] for run in runs))
+            index.executemany(
+                f"INSERT INTO runs VALUES ({', '.join('?' * len(RUN_COLUMNS))})",
+                ([*run.values(), None] for run in runs),
+            )
         files = groupby(records, itemgetter("experiment", "evaluation"))
         while some := [(*key, None, list(rows)) for key, rows in islice(files, 100)]:
             enter_files(index, some)

@@ -38,6 +38,7 @@ def pack(model):
             tensors[name] = value.int()
     return tensors
 
+
 def unpack(model, tensors):
     """The network of a checkpoint. model: of the same shape, without memory (`experiments.build`); it is used up. tensors: of `pack`.
 
@@ -72,6 +73,7 @@ def write_whole(path, content):
             raise
     sync_folder(path.parent)
 
+
 def sync_folder(path):
     """Wait until the disk has the entries of the folder at `path`."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -84,6 +86,7 @@ def sync_folder(path):
 def sha256(content):
     """SHA-256 of bytes, 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
+
 
 def commit_folder(files, destination):
     """Make the folder `destination` with `files` ({name: bytes}) and a manifest of their SHA-256, entirely or not at all.
@@ -116,7 +119,9 @@ def read_proven(folder, name):
         expected = json.loads((Path(folder) / "manifest.json").read_bytes())[name]
         content = path.read_bytes()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be proven by its manifest ({error!r}); delete the folder {folder} to compute it again") from error
+        raise ValueError(
+            f"{path} cannot be proven by its manifest ({error!r}); delete the folder {folder} to compute it again"
+        ) from error
     if sha256(content) != expected:
         raise ValueError(
             f"{path} was altered: its sha256 is {sha256(content)}, its manifest says {expected}; delete the folder {folder} to compute it again"
@@ -129,7 +134,9 @@ def read_about(folder):
     about = json.loads(read_proven(folder, "experiment.json"))
     found = name_of("experiment", about)
     if found != Path(folder).name:
-        raise ValueError(f"{Path(folder) / 'experiment.json'} describes the run {found}; delete the folder {folder} to compute it again")
+        raise ValueError(
+            f"{Path(folder) / 'experiment.json'} describes the run {found}; delete the folder {folder} to compute it again"
+        )
     return about
 
 # %% ../../nbs/5_runs/03_store.ipynb #535fa30d
@@ -139,32 +146,73 @@ def records_text(experiment, evaluation, records):
 
     body = "".join(canonical(record) + "\n" for record in records)
     header = {
-        "experiment": experiment_hash(experiment), **evaluation_identity(evaluation),
-        "records": len(records), "sha256": sha256(body.encode()),
+        "experiment": experiment_hash(experiment),
+        **evaluation_identity(evaluation),
+        "records": len(records),
+        "sha256": sha256(body.encode()),
     }
     return (canonical(header) + "\n" + body).encode()
+
 
 def parse_records(path):
     """The records of a file, as dicts. Raises ValueError naming the file if it was altered or belongs to another run or measurement."""
     try:
         header, _, body = path.read_bytes().partition(b"\n")
         header = json.loads(header)
-        proven = (sha256(body), name_of("evaluation", header), header["experiment"]) == (header["sha256"], path.stem, path.parent.parent.name)
-        records = json.loads(b"[" + b",".join(body.splitlines()) + b"]") if proven else []  # at once: faster than line by line
+        proven = (sha256(body), name_of("evaluation", header), header["experiment"]) == (
+            header["sha256"],
+            path.stem,
+            path.parent.parent.name,
+        )
+        records = (
+            json.loads(b"[" + b",".join(body.splitlines()) + b"]") if proven else []
+        )  # at once: faster than line by line
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} was altered ({error!r}); delete it to measure again") from error
     if not proven or len(records) != header.get("records"):
-        raise ValueError(f"{path} was altered: its content does not match its header or its name; delete it to measure again")
+        raise ValueError(
+            f"{path} was altered: its content does not match its header or its name; delete it to measure again"
+        )
     return records
 
 # %% ../../nbs/5_runs/03_store.ipynb #624b60c5
 RUN_COLUMNS = {
-    "experiment": "TEXT PRIMARY KEY", "dataset": "TEXT", "family": "TEXT", "width": "INTEGER", "depth": "INTEGER", "budget": "INTEGER",
-    "seed": "INTEGER", "rule": "TEXT", "schedule": "TEXT", "initial_scale": "TEXT", "train_images": "INTEGER", "batch_norm": "INTEGER",
-    "repeat": "INTEGER", "pruning": "TEXT", "counted": "INTEGER", "density": "REAL", "effective_density": "REAL", "status": "TEXT", "epochs": "INTEGER", "train_loss": "REAL", "train_accuracy": "REAL",
-    "seconds": "REAL", "device": "TEXT", "code": "TEXT", "data": "TEXT", "description": "TEXT", "stamp": "INTEGER",
+    "experiment": "TEXT PRIMARY KEY",
+    "dataset": "TEXT",
+    "family": "TEXT",
+    "width": "INTEGER",
+    "depth": "INTEGER",
+    "budget": "INTEGER",
+    "seed": "INTEGER",
+    "rule": "TEXT",
+    "schedule": "TEXT",
+    "initial_scale": "TEXT",
+    "train_images": "INTEGER",
+    "batch_norm": "INTEGER",
+    "repeat": "INTEGER",
+    "pruning": "TEXT",
+    "counted": "INTEGER",
+    "density": "REAL",
+    "effective_density": "REAL",
+    "status": "TEXT",
+    "epochs": "INTEGER",
+    "train_loss": "REAL",
+    "train_accuracy": "REAL",
+    "seconds": "REAL",
+    "device": "TEXT",
+    "code": "TEXT",
+    "data": "TEXT",
+    "description": "TEXT",
+    "stamp": "INTEGER",
 }
-KIND_COLUMNS = {"measure": "TEXT", "quantity": "TEXT", "name": "TEXT", "strength": "REAL", "draw": "INTEGER", "source": "TEXT"}
+KIND_COLUMNS = {
+    "measure": "TEXT",
+    "quantity": "TEXT",
+    "name": "TEXT",
+    "strength": "REAL",
+    "draw": "INTEGER",
+    "source": "TEXT",
+}
 SCHEMA = (
     f"CREATE TABLE runs ({', '.join(map(' '.join, RUN_COLUMNS.items()))}) WITHOUT ROWID",
     "CREATE TABLE files (file INTEGER PRIMARY KEY, experiment TEXT, evaluation TEXT, file_stamp INTEGER, UNIQUE (experiment, evaluation))",
@@ -179,6 +227,7 @@ def writing(index):
     """Begin a transaction that writes to `index`, an `sqlite3.Connection`; to be used in `with`, at whose end it is kept, or undone after an error."""
     index.execute("BEGIN IMMEDIATE")
     return index
+
 
 def create_tables(index):
     """Make the index's tables where they are missing; those of another release are dropped."""
@@ -206,23 +255,45 @@ def create_tables(index):
 def run_row(folder, stamp):
     """The run in `folder` as a row of the index's runs. Raises ValueError naming a file that was altered."""
     about = read_about(folder)
-    values = {**about["experiment"], **about["result"], "experiment": folder.name, "device": about["environment"]["device"],
-              "code": about["code"], "data": about["data"], "description": canonical(about["experiment"]), "stamp": stamp}
+    values = {
+        **about["experiment"],
+        **about["result"],
+        "experiment": folder.name,
+        "device": about["environment"]["device"],
+        "code": about["code"],
+        "data": about["data"],
+        "description": canonical(about["experiment"]),
+        "stamp": stamp,
+    }
     return [values.get(column) for column in RUN_COLUMNS]
+
 
 def kind_of(record):
     """What the record, a dict, is the value of."""
-    return record["measure"], record["quantity"], record["name"], record["strength"], record["draw"], record.get("source", "")
+    return (
+        record["measure"],
+        record["quantity"],
+        record["name"],
+        record["strength"],
+        record["draw"],
+        record.get("source", ""),
+    )
+
 
 def enter_files(index, files):
     """Enter record files, [(experiment, evaluation, stamp, records)], into the index, except those that are there already."""
     files = [(key, [(kind_of(record), record["value"]) for record in records]) for *key, records in files]
     with writing(index):
         kinds = {kind for _, records in files for kind, _ in records}
-        index.executemany(f"INSERT OR IGNORE INTO kinds ({', '.join(KIND_COLUMNS)}) VALUES ({', '.join('?' * len(KIND_COLUMNS))})", sorted(kinds))
+        index.executemany(
+            f"INSERT OR IGNORE INTO kinds ({', '.join(KIND_COLUMNS)}) VALUES ({', '.join('?' * len(KIND_COLUMNS))})",
+            sorted(kinds),
+        )
         numbers = {tuple(kind): number for number, *kind in index.execute("SELECT * FROM kinds")}
         for key, records in files:
-            entered = index.execute("INSERT OR IGNORE INTO files (experiment, evaluation, file_stamp) VALUES (?, ?, ?)", key)
+            entered = index.execute(
+                "INSERT OR IGNORE INTO files (experiment, evaluation, file_stamp) VALUES (?, ?, ?)", key
+            )
             if entered.rowcount:  # no other process was first
                 rows = [(entered.lastrowid, numbers[kind], value) for kind, value in records]
                 index.executemany("INSERT OR IGNORE INTO records VALUES (?, ?, ?)", rows)
@@ -234,6 +305,7 @@ def stamps(folder, ending):
         return {}
     with os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_mtime_ns for entry in entries if entry.name.endswith(ending)}
+
 
 def stamps_on_disk(root):
     """All finished runs under `root`, {run: stamp}, and all record files, {(run, evaluation): stamp}."""
@@ -249,11 +321,16 @@ def stamps_on_disk(root):
 def update_index(index, root):
     """Make the index agree with the run folders under `root`. Raises ValueError naming a file that was altered."""
     known_runs = dict(index.execute("SELECT experiment, stamp FROM runs"))
-    known_files = {(experiment, evaluation): stamp for _, experiment, evaluation, stamp in index.execute("SELECT * FROM files")}
+    known_files = {
+        (experiment, evaluation): stamp for _, experiment, evaluation, stamp in index.execute("SELECT * FROM files")
+    }
     runs, files = stamps_on_disk(root)  # after what is known
     gone_runs, gone_files = known_runs.items() - runs.items(), known_files.items() - files.items()
     if gone_runs or gone_files:
-        gone, this = [(*key, stamp) for key, stamp in gone_files], "experiment = ? AND evaluation = ? AND file_stamp = ?"
+        gone, this = (
+            [(*key, stamp) for key, stamp in gone_files],
+            "experiment = ? AND evaluation = ? AND file_stamp = ?",
+        )
         with writing(index):
             index.executemany("DELETE FROM runs WHERE experiment = ? AND stamp = ?", gone_runs)
             index.executemany(f"DELETE FROM records WHERE file IN (SELECT file FROM files WHERE {this})", gone)
@@ -264,10 +341,13 @@ def update_index(index, root):
             index.executemany(f"INSERT OR IGNORE INTO runs VALUES ({', '.join('?' * len(RUN_COLUMNS))})", new_runs)
     new_files = sorted(files.items() - known_files.items())
     for start in range(0, len(new_files), 100):
-        enter_files(index, [
-            (name, evaluation, stamp, parse_records(root / name / "evaluations" / f"{evaluation}.jsonl"))
-            for (name, evaluation), stamp in new_files[start : start + 100]
-        ])
+        enter_files(
+            index,
+            [
+                (name, evaluation, stamp, parse_records(root / name / "evaluations" / f"{evaluation}.jsonl"))
+                for (name, evaluation), stamp in new_files[start : start + 100]
+            ],
+        )
 
 # %% ../../nbs/5_runs/03_store.ipynb #73475cb4
 def condition(filters, columns):
@@ -279,7 +359,11 @@ def condition(filters, columns):
     for column in (column for column in columns if column in filters):
         wanted = filters[column]
         wanted = wanted.tolist() if hasattr(wanted, "tolist") else wanted
-        wanted = [wanted] if isinstance(wanted, (str, int, float, type(None))) else [value.item() if hasattr(value, "item") else value for value in wanted]
+        wanted = (
+            [wanted]
+            if isinstance(wanted, (str, int, float, type(None)))
+            else [value.item() if hasattr(value, "item") else value for value in wanted]
+        )
         if any(value != value for value in wanted):
             raise ValueError(f"{column} is to be NaN; None matches what is empty")
         empty = f" OR {column} IS NULL" if None in wanted else ""
@@ -287,24 +371,35 @@ def condition(filters, columns):
         values.append(json.dumps([value for value in wanted if value is not None]))
     return " AND ".join(conditions), values
 
+
 def read_rows(index, table, order, **filters):
     """The rows of an SQL `table` (or join) that match `filters`, as a DataFrame sorted by the columns `order`."""
     where, values = condition(filters, filters)
     rows = index.execute(f"SELECT * FROM {table} WHERE {where} ORDER BY {order}", values)
-    return pd.DataFrame.from_records(rows.fetchall(), columns=[name for name, *_ in rows.description], coerce_float=True)
+    return pd.DataFrame.from_records(
+        rows.fetchall(), columns=[name for name, *_ in rows.description], coerce_float=True
+    )
 
 # %% ../../nbs/5_runs/03_store.ipynb #811786ad
 def read_table(index, filters):
     """The records that match `filters` with the columns of their runs, as a DataFrame sorted by `RECORD_KEY`."""
-    of_file, of_kind, own = (condition(filters, columns) for columns in (["evaluation", *RUN_COLUMNS], KIND_COLUMNS, ["value"]))
+    of_file, of_kind, own = (
+        condition(filters, columns) for columns in (["evaluation", *RUN_COLUMNS], KIND_COLUMNS, ["value"])
+    )
     index.execute("BEGIN")  # all that follows sees the index as it is now
-    found = np.fromiter(index.execute(
-        f"""SELECT file, kind, value FROM records
+    found = np.fromiter(
+        index.execute(
+            f"""SELECT file, kind, value FROM records
         WHERE file IN (SELECT file FROM files JOIN runs USING (experiment) WHERE {of_file[0]})
         AND +kind IN (SELECT kind FROM kinds WHERE {of_kind[0]}) -- because of the + a file is read through, not searched for each kind
-        AND {own[0]}""", of_file[1] + of_kind[1] + own[1]
-    ), dtype=[("file", "i8"), ("kind", "i8"), ("value", "f8")])
-    files = read_rows(index, "files JOIN runs USING (experiment)", "experiment, evaluation", file=np.unique(found["file"]).tolist())
+        AND {own[0]}""",
+            of_file[1] + of_kind[1] + own[1],
+        ),
+        dtype=[("file", "i8"), ("kind", "i8"), ("value", "f8")],
+    )
+    files = read_rows(
+        index, "files JOIN runs USING (experiment)", "experiment, evaluation", file=np.unique(found["file"]).tolist()
+    )
     kinds = read_rows(index, "kinds", ", ".join(KIND_COLUMNS), kind=np.unique(found["kind"]).tolist())
     file, kind = pd.Index(files.file).get_indexer(found["file"]), pd.Index(kinds.kind).get_indexer(found["kind"])
     order = np.argsort(file * len(kinds) + kind)
@@ -313,15 +408,37 @@ def read_table(index, filters):
 
 # %% ../../nbs/5_runs/03_store.ipynb #31489056
 NETWORK_FILESYSTEMS = (
-    "nfs", "cifs", "smb", "afp", "9p", "afs", "lustre", "gpfs", "beegfs", "ceph", "gluster", "orangefs", "pvfs", "panfs", "weka", "davfs", "webdav",
-    "virtiofs", "vboxsf", "fuse.",
+    "nfs",
+    "cifs",
+    "smb",
+    "afp",
+    "9p",
+    "afs",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "gluster",
+    "orangefs",
+    "pvfs",
+    "panfs",
+    "weka",
+    "davfs",
+    "webdav",
+    "virtiofs",
+    "vboxsf",
+    "fuse.",
 )
+
 
 def on_network(folder, partitions):
     """Does the absolute `folder` lie on a network filesystem? partitions: with `mountpoint` and `fstype`, as of `psutil.disk_partitions(all=True)`."""
     above = [p for p in partitions if folder.is_relative_to(p.mountpoint)]
-    nearest = max(reversed(above), key=lambda p: len(p.mountpoint), default=None)  # of two at one place the later hides the earlier
+    nearest = max(
+        reversed(above), key=lambda p: len(p.mountpoint), default=None
+    )  # of two at one place the later hides the earlier
     return nearest is not None and nearest.fstype.lower().startswith(NETWORK_FILESYSTEMS)
+
 
 def index_path(root):
     """Where the index of the runs under `root` lies: in it, or in this user's cache folder if `root` is on a network filesystem."""
@@ -329,7 +446,9 @@ def index_path(root):
     if not on_network(root, psutil.disk_partitions(all=True)):
         return root / "index.sqlite"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-nb"
-    return cache / f"index-{digest([str(root), platform.node()])}.sqlite"  # the cache folder may be on the network as well
+    return (
+        cache / f"index-{digest([str(root), platform.node()])}.sqlite"
+    )  # the cache folder may be on the network as well
 
 # %% ../../nbs/5_runs/03_store.ipynb #1a656259
 def ask_index(root, question):
@@ -406,16 +525,26 @@ def save_run(store, experiment, model, history, environment):
     """Keep a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
     import safetensors.torch
 
-    from sparse_nb.study.experiments import build, dense_parent, experiment_identity
     from sparse_nb.networks.masks import connectivity
     from sparse_nb.networks.sparse_layers import pattern
+    from sparse_nb.study.experiments import build, dense_parent, experiment_identity
 
-    last, trained = history.epochs[-1], dense_parent(experiment) is None  # training figures of a pruned network are its parent's
+    last, trained = (
+        history.epochs[-1],
+        dense_parent(experiment) is None,
+    )  # training figures of a pruned network are its parent's
     result = {
-        "status": history.status, "diverged_at": history.diverged_at, "epochs": len(history.epochs),
+        "status": history.status,
+        "diverged_at": history.diverged_at,
+        "epochs": len(history.epochs),
         "train_loss": last.loss if trained and history.status != "diverged" else None,
-        "train_accuracy": last.accuracy if trained else None, "seconds": sum(epoch.seconds for epoch in history.epochs) if trained else None, "counted": experiment.counted, "density": experiment.density,
-        "effective_density": connectivity(build(experiment), {name: kept.cpu() for name, kept in pattern(model).items()}).effective_density,
+        "train_accuracy": last.accuracy if trained else None,
+        "seconds": sum(epoch.seconds for epoch in history.epochs) if trained else None,
+        "counted": experiment.counted,
+        "density": experiment.density,
+        "effective_density": connectivity(
+            build(experiment), {name: kept.cpu() for name, kept in pattern(model).items()}
+        ).effective_density,
     }
     about = {**experiment_identity(experiment), "result": result, "environment": environment}
     lines = [json.dumps(dataclasses.asdict(epoch)) for epoch in history.epochs]
@@ -448,8 +577,11 @@ def load_run(store, experiment, device="cpu"):
     try:
         model = unpack(build(experiment), safetensors.torch.load(content))
     except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} holds no such network ({error}); delete the folder {folder} to compute it again") from error
+        raise ValueError(
+            f"{folder / 'model.safetensors'} holds no such network ({error}); delete the folder {folder} to compute it again"
+        ) from error
     return model.eval().to(device)
+
 
 def run_status(store, experiment):
     """How a run ended: "converged", "epochs" or "diverged", the last also for one whose dense parent diverged; None if it is not there."""
@@ -461,6 +593,7 @@ def run_status(store, experiment):
     if parent and run_status(store, parent) == "diverged":
         return "diverged"
     return None
+
 
 def load_history(store, experiment):
     """The `History` of a finished run."""
@@ -480,6 +613,7 @@ def other_weights(folder, found):
         f"measure it on a machine like its own ({made}), merge a runs folder that has the checkpoint, or delete the folder {folder} to train and measure again"
     )
 
+
 def restore_checkpoint(store, experiment, model):
     """Keep a network that was made again as the checkpoint of its finished run, which lacks it. Raises ValueError if it is not the same to the last bit."""
     import safetensors.torch
@@ -497,6 +631,8 @@ def save_records(store, experiment, evaluation, records):
     Raises FileNotFoundError if the run is not finished.
     """
     if not store.has_run(experiment):
-        raise FileNotFoundError(f"there is no finished run {store.folder(experiment).name} in {store.root.absolute()} to keep records for")
+        raise FileNotFoundError(
+            f"there is no finished run {store.folder(experiment).name} in {store.root.absolute()} to keep records for"
+        )
     if not store.has_records(experiment, evaluation):
         write_whole(store.records_path(experiment, evaluation), records_text(experiment, evaluation, records))

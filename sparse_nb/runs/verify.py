@@ -26,19 +26,35 @@ from typing import NamedTuple
 import safetensors
 
 from .. import data
+from sparse_nb.runs.store import (
+    KIND_COLUMNS,
+    create_tables,
+    index_path,
+    kind_of,
+    parse_records,
+    read_about,
+    read_proven,
+    run_row,
+)
 from ..study import versions
-from .store import KIND_COLUMNS, create_tables, index_path, kind_of, parse_records, read_about, read_proven, run_row
 
 # %% ../../nbs/5_runs/05_verify.ipynb #19581e27
 RUN_FILES = ("experiment.json", "history.jsonl", "model.safetensors")
+
 
 def read_manifest(folder):
     """The manifest of a run as {file name: SHA-256}. Raises ValueError naming it unless it names `RUN_FILES`, each with 64 hexadecimal digits."""
     path = Path(folder) / "manifest.json"
     manifest = json.loads(path.read_bytes())
-    sound = isinstance(manifest, dict) and set(manifest) == set(RUN_FILES) and all(re.fullmatch("[0-9a-f]{64}", str(proof)) for proof in manifest.values())
+    sound = (
+        isinstance(manifest, dict)
+        and set(manifest) == set(RUN_FILES)
+        and all(re.fullmatch("[0-9a-f]{64}", str(proof)) for proof in manifest.values())
+    )
     if not sound:
-        raise ValueError(f"{path} was altered: it does not name {', '.join(RUN_FILES)} with their sha256; delete the folder {folder} to compute it again")
+        raise ValueError(
+            f"{path} was altered: it does not name {', '.join(RUN_FILES)} with their sha256; delete the folder {folder} to compute it again"
+        )
     return manifest
 
 # %% ../../nbs/5_runs/05_verify.ipynb #6b51d431
@@ -46,10 +62,12 @@ def check_about(folder):
     """Raise ValueError, KeyError or TypeError unless the description of the run in `folder` is proven and fills a row of the index."""
     hash(tuple(run_row(folder, 0)))  # which fails if there is a list or an object in it
 
+
 def check_history(folder):
     """Raise ValueError unless the history of the run in `folder` is proven and holds one JSON object a line."""
     if not all(isinstance(json.loads(line), dict) for line in read_proven(folder, "history.jsonl").splitlines()):
         raise ValueError("a line is no JSON object")
+
 
 def check_checkpoint(folder):
     """Raise ValueError or SafetensorError unless the checkpoint of the run in `folder` is proven and in the format of safetensors."""
@@ -83,6 +101,7 @@ def record_files(folder):
     """The paths of the record files of a run, damaged ones too, in the order of their names."""
     return sorted(path for path in (folder / "evaluations").glob("*.jsonl") if re.fullmatch("[0-9a-f]{16}", path.stem))
 
+
 def strange_entries(folder):
     """Sentences on what is in a run folder and does not belong there, or is missing beside its files."""
     known = {folder / name for name in (*RUN_FILES, "manifest.json", "evaluations")} | set(record_files(folder))
@@ -108,6 +127,7 @@ class RunCheck(NamedTuple):
     def problems(self):
         return (*self.damage, *self.refused, *self.strange)
 
+
 def run_damage(folder):
     """The sentences on what is wrong with a run's own files."""
     remedy = f"delete the folder {folder} to compute it again"
@@ -115,7 +135,11 @@ def run_damage(folder):
     if os.path.lexists(folder / "model.safetensors"):
         readers["model.safetensors"] = check_checkpoint
     manifest = sentence_on(folder / "manifest.json", remedy, partial(read_manifest, folder))
-    sentences = [manifest] if manifest else [sentence_on(folder / name, remedy, partial(read, folder)) for name, read in readers.items()]
+    sentences = (
+        [manifest]
+        if manifest
+        else [sentence_on(folder / name, remedy, partial(read, folder)) for name, read in readers.items()]
+    )
     return tuple(sentence for sentence in sentences if sentence)
 
 # %% ../../nbs/5_runs/05_verify.ipynb #b7a56873
@@ -123,23 +147,38 @@ def verify_run(folder):
     """Check every file of the run in `folder`; never fails for what it finds. Returns a `RunCheck`."""
     folder, refused, records = Path(folder), [], {}
     for path in record_files(folder):
-        problem = sentence_on(path, "delete it to measure again", lambda: records.update({path.name: len(read_values(path))}))
+        problem = sentence_on(
+            path, "delete it to measure again", lambda: records.update({path.name: len(read_values(path))})
+        )
         refused += [problem] if problem else []
-    return RunCheck(os.path.lexists(folder / "model.safetensors"), records, run_damage(folder), tuple(refused), strange_entries(folder))
+    return RunCheck(
+        os.path.lexists(folder / "model.safetensors"),
+        records,
+        run_damage(folder),
+        tuple(refused),
+        strange_entries(folder),
+    )
 
 # %% ../../nbs/5_runs/05_verify.ipynb #35135aaa
 def index_differs(index, folder, check):
     """Does the `index` say something else than those files of the run in `folder` that are whole? check: what `verify_run` found there."""
-    for *row, stamp in [] if check.damage else index.execute("SELECT * FROM runs WHERE experiment = ?", (folder.name,)).fetchall():
+    for *row, stamp in (
+        [] if check.damage else index.execute("SELECT * FROM runs WHERE experiment = ?", (folder.name,)).fetchall()
+    ):
         if (folder / "manifest.json").stat().st_mtime_ns == stamp and [*row, stamp] != run_row(folder, stamp):
             return True
-    for file, evaluation, stamp in index.execute("SELECT file, evaluation, file_stamp FROM files WHERE experiment = ?", (folder.name,)).fetchall():
+    for file, evaluation, stamp in index.execute(
+        "SELECT file, evaluation, file_stamp FROM files WHERE experiment = ?", (folder.name,)
+    ).fetchall():
         path = folder / "evaluations" / f"{evaluation}.jsonl"
         if path.name in check.records and path.stat().st_mtime_ns == stamp:
-            rows = index.execute(f"SELECT {', '.join(KIND_COLUMNS)}, value FROM records JOIN kinds USING (kind) WHERE file = ?", (file,))
+            rows = index.execute(
+                f"SELECT {', '.join(KIND_COLUMNS)}, value FROM records JOIN kinds USING (kind) WHERE file = ?", (file,)
+            )
             if {tuple(kind): value for *kind, value in rows} != read_values(path):
                 return True
     return False
+
 
 def index_problems(root, checks):
     """Sentences on where the index of the runs under `root` differs from their files. checks: {run folder: what `verify_run` found}."""
@@ -153,7 +192,11 @@ def index_problems(root, checks):
             differing = sum(index_differs(index, folder, check) for folder, check in checks.items())
     except (sqlite3.Error, OSError, ValueError) as error:
         return (f"{path} cannot be compared with the run folders ({error}); delete it: it is built again from them",)
-    return (f"{path} differs from {differing} of the run folders; delete it: it is built again from them",) if differing else ()
+    return (
+        (f"{path} differs from {differing} of the run folders; delete it: it is built again from them",)
+        if differing
+        else ()
+    )
 
 # %% ../../nbs/5_runs/05_verify.ipynb #e29c9c18
 class Verification(NamedTuple):
@@ -165,16 +208,21 @@ class Verification(NamedTuple):
     records: int
     problems: tuple
 
+
 def run_folders(root):
     """The run folders in the folder `root`, damaged ones too, in the order of their names."""
     return sorted(path for path in Path(root).iterdir() if re.fullmatch("[0-9a-f]{16}", path.name) and path.is_dir())
+
 
 def verify(store, on_file=None):
     """Check every file of every run, and the index against them; no run is changed, and no damage makes it fail.
 
     on_file: called with each run folder when its files are checked. Returns a `Verification`.
     """
-    others, checks = sorted(store.root.iterdir()), dict.fromkeys(run_folders(store.root))  # in this order: a run may be finished at any moment
+    others, checks = (
+        sorted(store.root.iterdir()),
+        dict.fromkeys(run_folders(store.root)),
+    )  # in this order: a run may be finished at any moment
     others = [path for path in others if path not in checks and not path.name.startswith((".", "index.sqlite"))]
     problems = [f"{path} is no run; move it out of the store" for path in others if os.path.lexists(path)]
     for folder in checks:
@@ -184,7 +232,9 @@ def verify(store, on_file=None):
             on_file(folder)
     counts = [number for check in checks.values() for number in check.records.values()]
     without = sum(not check.checkpoint for check in checks.values())
-    return Verification(len(checks), without, len(counts), sum(counts), (*problems, *index_problems(store.root, checks)))
+    return Verification(
+        len(checks), without, len(counts), sum(counts), (*problems, *index_problems(store.root, checks))
+    )
 
 # %% ../../nbs/5_runs/05_verify.ipynb #7a61b537
 @contextmanager
@@ -202,6 +252,7 @@ def idle(folder):
             free = False
         yield free
 
+
 def is_idle(folder):
     """Is nobody at work on the attempt in `folder` at this moment?"""
     with idle(folder) as free:
@@ -215,14 +266,22 @@ class Leftover(NamedTuple):
     why: str
     bytes: int
 
+
 def leftover(path, why, older_than=float("-inf")):
     """A list with the `Leftover` at `path`; empty if anything in it changed in the last `older_than` seconds, or it has vanished: then somebody is at work on it."""
-    inside = [os.path.join(parent, name) for parent, folders, files in os.walk(path) for name in (*folders, *files)] if not path.is_symlink() else []
+    inside = (
+        [os.path.join(parent, name) for parent, folders, files in os.walk(path) for name in (*folders, *files)]
+        if not path.is_symlink()
+        else []
+    )
     try:
         found = [os.lstat(entry) for entry in (path, *inside)]
     except FileNotFoundError:
         return []
-    size, age = sum(entry.st_size for entry in found if not stat.S_ISDIR(entry.st_mode)), time.time() - max(entry.st_mtime for entry in found)
+    size, age = (
+        sum(entry.st_size for entry in found if not stat.S_ISDIR(entry.st_mode)),
+        time.time() - max(entry.st_mtime for entry in found),
+    )
     return [Leftover(path, why, size)] if age > older_than else []
 
 # %% ../../nbs/5_runs/05_verify.ipynb #3d914f93
@@ -234,6 +293,7 @@ def unfinished_writing(root, older_than):
             found += leftover(Path(parent, name), "its writing was broken off", older_than)
         folders[:] = [name for name in folders if not name.startswith(".writing-") and is_idle(Path(parent, name))]
     return found
+
 
 def finished_attempts(root):
     """The attempts at runs that are finished and whole now, and empty ones; those of living processes are left out.
@@ -266,6 +326,7 @@ def outdated_runs(root):
             found += leftover(folder, f"trained on other data of the name {dataset}")
     return found
 
+
 def leftovers(store, outdated=False, older_than=600):
     """What can go from a store, as a list of `Leftover`s: broken writing older than `older_than` seconds, and attempts at runs that are finished.
 
@@ -273,7 +334,9 @@ def leftovers(store, outdated=False, older_than=600):
     """
     found = finished_attempts(store.root) + (outdated_runs(store.root) if outdated else [])
     inside = {entry.path for entry in found}
-    return found + [entry for entry in unfinished_writing(store.root, older_than) if not inside & {entry.path, *entry.path.parents}]
+    return found + [
+        entry for entry in unfinished_writing(store.root, older_than) if not inside & {entry.path, *entry.path.parents}
+    ]
 
 # %% ../../nbs/5_runs/05_verify.ipynb #98010bd9
 def remove_one(root, path):
@@ -291,6 +354,7 @@ def remove_one(root, path):
             with suppress(FileNotFoundError):  # somebody else has removed it
                 path.rename(going / path.name)
             shutil.rmtree(going)
+
 
 def remove(store, found):
     """Delete what `leftovers` found and return the bytes that are free now. What a process has taken up meanwhile stays.

@@ -18,13 +18,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import data
-from ..networks import allocation, masks
-from ..robustness import attacks, class_recall, evaluation
-from ..robustness.corruptions import cifar_c, corruptions
-from ..networks import models, sparse_layers, training
-from ..robustness import weight_noise
-from . import versions
+from ..networks import allocation, masks, models, sparse_layers, training
 from ..networks.training import Recipe
+from ..robustness import attacks, class_recall, evaluation, weight_noise
+from ..robustness.corruptions import cifar_c, corruptions
+from . import versions
 
 # %% ../../nbs/4_study/02_experiments.ipynb #7902699b
 @cache
@@ -32,9 +30,16 @@ def counted_shapes(dataset, family, width, depth, repeat=1, batch_norm=True):
     """Shapes of the counted weights, in order, of a network for the images of `dataset`; nothing is allocated."""
     with torch.device("meta"):
         model = models.build_model(
-            family, data.IMAGE_SHAPES[dataset], data.CLASSES[dataset], width=width, depth=depth, repeat=repeat, batch_norm=batch_norm
+            family,
+            data.IMAGE_SHAPES[dataset],
+            data.CLASSES[dataset],
+            width=width,
+            depth=depth,
+            repeat=repeat,
+            batch_norm=batch_norm,
         )
     return tuple(tuple(weight.shape) for weight in models.counted_weights(model).values())
+
 
 @cache
 def counted_total(dataset, family, width, depth, repeat=1, batch_norm=True):
@@ -54,10 +59,12 @@ def without_meaning(experiment):
 # %% ../../nbs/4_study/02_experiments.ipynb #6b51d431
 SCHEDULES = ("static", "magnitude")
 
+
 def accept(name, value, accepted):
     """Raise ValueError naming `value` and what is accepted, unless it is among them."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(str, accepted))}")
+
 
 def check_experiment(experiment):
     """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be trained."""
@@ -70,12 +77,16 @@ def check_experiment(experiment):
         if type(getattr(e, name)) is not int:
             raise TypeError(f"{name} is {getattr(e, name)!r}; accepted: a whole number")
     if type(e.batch_norm) is not bool or type(e.recipe) is not Recipe:
-        raise TypeError(f"batch_norm is {e.batch_norm!r} and recipe {e.recipe!r}; accepted: True or False, and a training.Recipe")
+        raise TypeError(
+            f"batch_norm is {e.batch_norm!r} and recipe {e.recipe!r}; accepted: True or False, and a training.Recipe"
+        )
     shapes = counted_shapes(e.dataset, e.family, e.width, e.depth, e.repeat, e.batch_norm)
     most = data.SIZES[e.dataset]["train"]
     if e.train_images is not None and not (type(e.train_images) is int and 1 <= e.train_images <= most):
         raise ValueError(f"train_images is {e.train_images!r}; accepted: 1 to {most}, or None for all")
-    allocation.allocate(shapes, e.budget, allocation.RULES[0])  # is the budget possible? that does not depend on the rule
+    allocation.allocate(
+        shapes, e.budget, allocation.RULES[0]
+    )  # is the budget possible? that does not depend on the rule
     if e.rule is not None or "rule" not in without_meaning(e):
         accept("rule", e.rule, allocation.RULES)
 
@@ -138,6 +149,7 @@ def check_numbers(measurement, **least):
         if value is not None and value < smallest:
             raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
+
 @dataclass(frozen=True)
 class Clean:
     """Accuracy and loss without any disturbance. test_images: a random sample of the test set, None for all of it."""
@@ -195,7 +207,10 @@ class ClassRecall:
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
 
 # %% ../../nbs/4_study/02_experiments.ipynb #c2356069
-same_sample = lru_cache(maxsize=8)(evaluation.sample)  # the same object for the next network, by which corrupted images are remembered
+same_sample = lru_cache(maxsize=8)(
+    evaluation.sample
+)  # the same object for the next network, by which corrupted images are remembered
+
 
 @dataclass(frozen=True)
 class Corruption:
@@ -219,17 +234,29 @@ class Corruption:
 
     @property
     def passes(self):
-        pairs = [(origin, pair.rpartition(" ")[0]) for origin, of_origin in self.origins or () for pair in of_origin.split(", ")]
+        pairs = [
+            (origin, pair.rpartition(" ")[0])
+            for origin, of_origin in self.origins or ()
+            for pair in of_origin.split(", ")
+        ]
         pairs = pairs or [("", name) for name in self.names or cifar_c.CORRUPTIONS for _ in self.severities or (2, 4)]
         drawn = {name for benchmark in corruptions.BENCHMARKS.values() for name in benchmark if benchmark[name].draw}
         return 1 + sum(self.draws if name in drawn and origin != "official" else 1 for origin, name in pairs)
 
     def run(self, model, images):
-        found = corruptions.origins(images.name, names=self.names, severities=self.severities, source=self.source, root=images.root)
+        found = corruptions.origins(
+            images.name, names=self.names, severities=self.severities, source=self.source, root=images.root
+        )
         if self.origins is not None and found != self.origins:
             raise ValueError(f"corrupted images are {dict(found)}, planned were {dict(self.origins)}; plan again")
         return corruptions.evaluate(
-            model, same_sample(images, self.test_images), names=self.names, severities=self.severities, draws=self.draws, seed=self.seed, source=self.source
+            model,
+            same_sample(images, self.test_images),
+            names=self.names,
+            severities=self.severities,
+            draws=self.draws,
+            seed=self.seed,
+            source=self.source,
         )
 
 # %% ../../nbs/4_study/02_experiments.ipynb #670671cd
@@ -248,18 +275,29 @@ class Attack:
 
     def __post_init__(self):
         check_numbers(self, seed=0)
-        attacks.check_request(self.attacks, (0,) if self.epsilons is None else self.epsilons, self.steps, self.step_size, self.restarts)
+        attacks.check_request(
+            self.attacks, (0,) if self.epsilons is None else self.epsilons, self.steps, self.step_size, self.restarts
+        )
 
     @property
     def passes(self):
-        steps = sum({"fgsm": 1, "ffgsm": 1, "longer_pgd": attacks.LONGER * self.steps}.get(attack, self.steps) for attack in self.attacks)
+        steps = sum(
+            {"fgsm": 1, "ffgsm": 1, "longer_pgd": attacks.LONGER * self.steps}.get(attack, self.steps)
+            for attack in self.attacks
+        )
         radii = sum(epsilon > 0 for epsilon in (attacks.EPSILONS[1] if self.epsilons is None else self.epsilons))
         return 1 + 3 * steps * radii * self.restarts
 
     def run(self, model, images):
         return attacks.evaluate(
-            model, evaluation.sample(images, self.test_images), attacks=self.attacks, epsilons=self.epsilons, seed=self.seed, steps=self.steps,
-            step_size=self.step_size, restarts=self.restarts,
+            model,
+            evaluation.sample(images, self.test_images),
+            attacks=self.attacks,
+            epsilons=self.epsilons,
+            seed=self.seed,
+            steps=self.steps,
+            step_size=self.step_size,
+            restarts=self.restarts,
         )
 
 # %% ../../nbs/4_study/02_experiments.ipynb #5f17b5e7
@@ -288,6 +326,7 @@ def build(experiment):
         weightless=True,
     )
 
+
 def prepare(experiment):
     """The untrained network of `experiment` on the CPU, initialised; layers that lose weights are sparse."""
     model, rule = build(experiment), experiment.rule or allocation.RULES[0]
@@ -296,13 +335,16 @@ def prepare(experiment):
     masks.initialise(model, None, seed=experiment.seed, scale=experiment.initial_scale)
     return model
 
+
 def train(experiment, images, *, on_epoch=None, resume=None, keep=None):
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
 
     Returns (model, `History`). on_epoch, resume, keep: see `training.fit`.
     """
     model, images = prepare(experiment).to(images.pixels.device), evaluation.sample(images, experiment.train_images)
-    return model, training.fit(model, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep)
+    return model, training.fit(
+        model, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep
+    )
 
 # %% ../../nbs/4_study/02_experiments.ipynb #73475cb4
 def prune(experiment, model):
@@ -319,15 +361,19 @@ def experiment_identity(experiment):
     """Everything that shapes the weights, as plain data: settings, checksum of the data, version of training."""
     return versions.identity("experiment", experiment, versions.TRAINING, data=data.checksum(experiment.dataset))
 
+
 def evaluation_identity(evaluation):
     """Everything, beside the network and the data, that shapes the measurement, as plain data: settings and version of the measure."""
-    return versions.identity("evaluation", evaluation, versions.MEASURES[evaluation.measure], measure=evaluation.measure)
+    return versions.identity(
+        "evaluation", evaluation, versions.MEASURES[evaluation.measure], measure=evaluation.measure
+    )
 
 # %% ../../nbs/4_study/02_experiments.ipynb #1e521a6e
 @cache
 def experiment_hash(experiment):
     """The name of a run: 16 hexadecimal digits."""
     return versions.name_of("experiment", experiment_identity(experiment))
+
 
 @cache
 def evaluation_hash(evaluation):
@@ -340,6 +386,8 @@ def forward_cost(dataset, family, width, depth, repeat=1, batch_norm=True):
     """Floating-point operations of one dense forward pass for one image."""
     shape, classes = data.IMAGE_SHAPES[dataset], data.CLASSES[dataset]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = models.build_model(family, shape, classes, width=width, depth=depth, repeat=repeat, batch_norm=batch_norm)
+        model = models.build_model(
+            family, shape, classes, width=width, depth=depth, repeat=repeat, batch_norm=batch_norm
+        )
         model.eval()(torch.empty(1, *shape))
     return counter.get_total_flops()

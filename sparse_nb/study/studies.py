@@ -15,14 +15,24 @@ from dataclasses import dataclass, field
 
 from .. import data
 from ..networks import allocation, models
-from ..robustness import attacks
-from ..robustness.corruptions import corruptions
-from .experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise, accept, counted_total
 from ..networks.training import RECIPES, Recipe
 from ..results.captions import WORDS
+from ..robustness import attacks
+from ..robustness.corruptions import corruptions
+from sparse_nb.study.experiments import (
+    Attack,
+    ClassRecall,
+    Clean,
+    Corruption,
+    Experiment,
+    WeightNoise,
+    accept,
+    counted_total,
+)
 
 # %% ../../nbs/4_study/03_studies.ipynb #7902699b
 MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the test set through a network many times
+
 
 @dataclass(frozen=True)
 class FamilySetting:
@@ -47,6 +57,7 @@ class FamilySetting:
     dataset_epochs: tuple[tuple[str, int], ...] = ()
     pruned_widths: tuple[int, ...] = ()
 
+
 @dataclass(frozen=True)
 class Preset:
     """A grid of experiments and evaluations. seeds: number of networks behind each point; families: {family: FamilySetting}.
@@ -63,7 +74,9 @@ class Preset:
     class_recall: ClassRecall = ClassRecall()
     corruption: Corruption = Corruption(test_images=1000)
     attack: Attack = Attack(test_images=1000)
-    attack_epsilons: dict[int, tuple[float, ...]] = field(default_factory=lambda: attacks.EPSILONS)  # by the images' channels
+    attack_epsilons: dict[int, tuple[float, ...]] = field(
+        default_factory=lambda: attacks.EPSILONS
+    )  # by the images' channels
     only_rules: tuple[str, ...] = ()
 
 # %% ../../nbs/4_study/03_studies.ipynb #2c624232
@@ -74,36 +87,63 @@ RESNET_DEPTHS = ((18, 1), (34, 1), (50, 1), (50, 2), (50, 4))
 MLP_CONTROL, CONV_CONTROL = (128, 64, 32, 16), (16, 11, 8)
 BOTH_RULES = ("water_filling", "proportional")
 
+
 def shorter(family, **changes):
     """The paper's recipe for `family`, changed."""
     return dataclasses.replace(RECIPES[family], **changes)
 
+
 PRESETS = {
     "smoke": Preset(
-        "smoke", ("digits",), ("water_filling",), 2,
-        {
-            "mlp": FamilySetting(32, (32, 128, 512, 2048), 128, MLP_DEPTHS, shorter("mlp", epochs=12, batch_size=32), control=(32, 16, 8)),
-            "vgg": FamilySetting(4, (4, 6, 12), 4, ((11, 1), (16, 1), (16, 2)), shorter("vgg", epochs=6, batch_size=32), 448),
-            "resnet": FamilySetting(4, (4, 6, 12), 4, ((18, 1), (34, 1), (50, 1)), shorter("resnet", epochs=5, batch_size=32), 448),
-        },
-        WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3), corruption=Corruption(draws=2, test_images=1000),
-        attack=Attack(steps=4, step_size=0.625, test_images=32), attack_epsilons={1: (0.0, 0.1, 0.5), 3: (0.0, 8 / 255, 0.5)},
-    ),
-    "laptop": Preset(
-        "laptop", ("mnist", "cifar10", "cifar100"), BOTH_RULES, 5,
+        "smoke",
+        ("digits",),
+        ("water_filling",),
+        2,
         {
             "mlp": FamilySetting(
-                128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, shorter("mlp", epochs=50),
-                control=MLP_CONTROL, dataset_epochs=(("cifar10", 15), ("cifar100", 15)), pruned_widths=tuple(2**n for n in range(7, 12)),
+                32, (32, 128, 512, 2048), 128, MLP_DEPTHS, shorter("mlp", epochs=12, batch_size=32), control=(32, 16, 8)
+            ),
+            "vgg": FamilySetting(
+                4, (4, 6, 12), 4, ((11, 1), (16, 1), (16, 2)), shorter("vgg", epochs=6, batch_size=32), 448
+            ),
+            "resnet": FamilySetting(
+                4, (4, 6, 12), 4, ((18, 1), (34, 1), (50, 1)), shorter("resnet", epochs=5, batch_size=32), 448
+            ),
+        },
+        WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3),
+        corruption=Corruption(draws=2, test_images=1000),
+        attack=Attack(steps=4, step_size=0.625, test_images=32),
+        attack_epsilons={1: (0.0, 0.1, 0.5), 3: (0.0, 8 / 255, 0.5)},
+    ),
+    "laptop": Preset(
+        "laptop",
+        ("mnist", "cifar10", "cifar100"),
+        BOTH_RULES,
+        5,
+        {
+            "mlp": FamilySetting(
+                128,
+                tuple(2**n for n in range(7, 16)),
+                512,
+                MLP_DEPTHS,
+                shorter("mlp", epochs=50),
+                control=MLP_CONTROL,
+                dataset_epochs=(("cifar10", 15), ("cifar100", 15)),
+                pruned_widths=tuple(2**n for n in range(7, 12)),
             ),
             "vgg": FamilySetting(8, (8, 11, 16, 23, 32), 8, VGG_DEPTHS, shorter("vgg", epochs=10), 5000, 250),
             "resnet": FamilySetting(8, (8, 11, 16, 23), 8, RESNET_DEPTHS[:3], shorter("resnet", epochs=10), 5000, 250),
         },
     ),
     "paper": Preset(
-        "paper", ("mnist", "cifar10", "cifar100"), BOTH_RULES, 5,
+        "paper",
+        ("mnist", "cifar10", "cifar100"),
+        BOTH_RULES,
+        5,
         {
-            "mlp": FamilySetting(128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, RECIPES["mlp"], control=MLP_CONTROL),
+            "mlp": FamilySetting(
+                128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, RECIPES["mlp"], control=MLP_CONTROL
+            ),
             "vgg": FamilySetting(16, HALVING_WIDTHS, 64, VGG_DEPTHS, RECIPES["vgg"], control=CONV_CONTROL),
             "resnet": FamilySetting(16, HALVING_WIDTHS, 64, RESNET_DEPTHS, RECIPES["resnet"], control=CONV_CONTROL),
         },
@@ -118,6 +158,7 @@ def chosen(name, value, accepted, default):
         accept(name, part, accepted)
     return tuple(dict.fromkeys(parts)) or default
 
+
 def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=None, widths=()):
     """`preset` (a name of `PRESETS`) with some of its axes replaced; what is empty or None stays.
 
@@ -129,7 +170,9 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
     for name, value in [("seeds", seeds), ("epochs", epochs)]:
         if value is not None and not (type(value) is int and value >= 1):
             raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
-    widths = str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
+    widths = (
+        str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
+    )
     if not all(width.isdecimal() and int(width) for width in widths):
         raise ValueError(f"widths are {' '.join(widths)}; they must be whole numbers, at least 1, as in '128 256'")
     settings = {}
@@ -137,7 +180,10 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
         setting = preset.families[family]
         recipe = dataclasses.replace(setting.recipe, epochs=epochs or setting.recipe.epochs)
         settings[family] = dataclasses.replace(
-            setting, recipe=recipe, widths=tuple(sorted({int(w) for w in widths})) or setting.widths, dataset_epochs=() if epochs else setting.dataset_epochs,
+            setting,
+            recipe=recipe,
+            widths=tuple(sorted({int(w) for w in widths})) or setting.widths,
+            dataset_epochs=() if epochs else setting.dataset_epochs,
             pruned_widths=() if widths else setting.pruned_widths,
         )
     only_rules = chosen("rule", rules, allocation.RULES, ())
@@ -168,14 +214,18 @@ def curve_narrowings(ours, full, growth):
     if growth == "depth" and ours.depth_width != full.depth_width:
         parts.append(f"width {ours.depth_width}, not {full.depth_width}, by depth")
     if growth == "depth" and set(ours.depths) != set(full.depths):
-        parts.append("depths " + ", ".join(f"{depth}×{repeat}" if repeat > 1 else f"{depth}" for depth, repeat in ours.depths))
+        parts.append(
+            "depths " + ", ".join(f"{depth}×{repeat}" if repeat > 1 else f"{depth}" for depth, repeat in ours.depths)
+        )
     if growth == "control" and ours.control and set(ours.control) != set(full.control):
         parts.append(f"budgets of widths {', '.join(map(str, ours.control))}")
     return parts
 
+
 def spoken(names):
     """Names as people write them, with commas between."""
     return ", ".join(WORDS[name] for name in names)
+
 
 def epoch_narrowings(ours, full, datasets):
     """Where a `FamilySetting` trains for fewer epochs than the paper's on `datasets`, as a list of at most one text."""
@@ -198,6 +248,7 @@ def attack_narrowings(preset, paper):
         words.append(f"{ours.test_images:,} of {full.test_images:,} attacked images")
     return words
 
+
 def measure_narrowings(preset, paper, measures):
     """Where `measures` of a `Preset` are smaller than those of another, as a list of words."""
     words = []
@@ -213,6 +264,7 @@ def in_range(values):
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
+
 def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself.
 
@@ -226,7 +278,11 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
     if min(seeds) < paper.seeds:
         sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
     sentences += measure_narrowings(preset, paper, measures)
-    absent = [family for family, setting in preset.families.items() if "control" in growths and not setting.control and paper.families[family].control]
+    absent = [
+        family
+        for family, setting in preset.families.items()
+        if "control" in growths and not setting.control and paper.families[family].control
+    ]
     if absent:
         sentences.append(f"Budget against density without {spoken(absent)}")
     for family in (family for family in preset.families if family in families):
@@ -237,7 +293,9 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
             parts.append(f"batches of {ours.recipe.batch_size}")
         if any(sample_size(ours.train_images, dataset, "train") for dataset in preset.datasets):
             parts.append(f"{ours.train_images:,} training images")
-        if set(measures) & set(MANY_PASSES) and any(sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets):
+        if set(measures) & set(MANY_PASSES) and any(
+            sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets
+        ):
             parts.append(f"{ours.test_images:,} test images")
         if parts:
             sentences.append(f"{WORDS[family]}: " + "; ".join(parts))
@@ -256,28 +314,101 @@ class Figure:
     families: tuple[str, ...] = models.FAMILIES
     rules: tuple[str, ...] | None = None
 
+
 FIGURES = {
-    "fig01": Figure("fig01_weight_noise_width", "Robustness to weight noise; sparsity by width", ("width",), "static", "weight_noise"),
-    "fig02": Figure("fig02_corruption_width", "Robustness to corrupted images; sparsity by width", ("width",), "static", "corruption"),
-    "fig03": Figure("fig03_attacks_width", "Robustness to adversarial attacks; sparsity by width", ("width",), "static", "attack"),
+    "fig01": Figure(
+        "fig01_weight_noise_width",
+        "Robustness to weight noise; sparsity by width",
+        ("width",),
+        "static",
+        "weight_noise",
+    ),
+    "fig02": Figure(
+        "fig02_corruption_width",
+        "Robustness to corrupted images; sparsity by width",
+        ("width",),
+        "static",
+        "corruption",
+    ),
+    "fig03": Figure(
+        "fig03_attacks_width", "Robustness to adversarial attacks; sparsity by width", ("width",), "static", "attack"
+    ),
     "fig04": Figure(
-        "fig04_weight_noise_magnitude", "Robustness to weight noise; pruned after training, sparsity by width", ("width",), "magnitude", "weight_noise",
+        "fig04_weight_noise_magnitude",
+        "Robustness to weight noise; pruned after training, sparsity by width",
+        ("width",),
+        "magnitude",
+        "weight_noise",
         ("mlp", "vgg"),
     ),
     "fig05": Figure(
-        "fig05_corruption_magnitude", "Robustness to corrupted images; pruned after training, sparsity by width", ("width",), "magnitude", "corruption",
+        "fig05_corruption_magnitude",
+        "Robustness to corrupted images; pruned after training, sparsity by width",
+        ("width",),
+        "magnitude",
+        "corruption",
         ("mlp", "vgg"),
     ),
-    "fig06": Figure("fig06_weight_noise_depth", "Robustness to weight noise; sparsity by depth", ("depth",), "static", "weight_noise"),
-    "fig07": Figure("fig07_corruption_depth", "Robustness to corrupted images; sparsity by depth", ("depth",), "static", "corruption"),
-    "fig08": Figure("fig08_class_recall", "Lowest recall among all classes; sparsity by width and by depth", ("width", "depth"), "static", "class_recall"),
-    "fig09": Figure("fig09_corruption_types_mlp", "The MLP under each corruption; sparsity by width", ("width",), "static", "corruption", ("mlp",)),
-    "fig10": Figure("fig10_corruption_types_vgg", "VGG under each corruption; sparsity by width", ("width",), "static", "corruption", ("vgg",)),
-    "fig11": Figure("fig11_corruption_types_resnet", "ResNet under each corruption; sparsity by width", ("width",), "static", "corruption", ("resnet",)),
-    "fig12": Figure("fig12_budget_density", "Fewer weights, or the same number in a sparser network?", ("control",), "static", "weight_noise"),
+    "fig06": Figure(
+        "fig06_weight_noise_depth",
+        "Robustness to weight noise; sparsity by depth",
+        ("depth",),
+        "static",
+        "weight_noise",
+    ),
+    "fig07": Figure(
+        "fig07_corruption_depth",
+        "Robustness to corrupted images; sparsity by depth",
+        ("depth",),
+        "static",
+        "corruption",
+    ),
+    "fig08": Figure(
+        "fig08_class_recall",
+        "Lowest recall among all classes; sparsity by width and by depth",
+        ("width", "depth"),
+        "static",
+        "class_recall",
+    ),
+    "fig09": Figure(
+        "fig09_corruption_types_mlp",
+        "The MLP under each corruption; sparsity by width",
+        ("width",),
+        "static",
+        "corruption",
+        ("mlp",),
+    ),
+    "fig10": Figure(
+        "fig10_corruption_types_vgg",
+        "VGG under each corruption; sparsity by width",
+        ("width",),
+        "static",
+        "corruption",
+        ("vgg",),
+    ),
+    "fig11": Figure(
+        "fig11_corruption_types_resnet",
+        "ResNet under each corruption; sparsity by width",
+        ("width",),
+        "static",
+        "corruption",
+        ("resnet",),
+    ),
+    "fig12": Figure(
+        "fig12_budget_density",
+        "Fewer weights, or the same number in a sparser network?",
+        ("control",),
+        "static",
+        "weight_noise",
+    ),
     "fig13": Figure(
-        "fig13_effective_density", "Does connectivity explain the fall?", ("width",), "static", "weight_noise",
-        ("mlp", "vgg"), ("water_filling", "proportional", "erk"),
+        "fig13_effective_density",
+        "Does connectivity explain the fall?",
+        ("width",),
+        "static",
+        "weight_noise",
+        ("mlp", "vgg"),
+        ("water_filling", "proportional", "erk"),
     ),
 }
 
@@ -285,7 +416,12 @@ FIGURES = {
 def shown_families(figure, preset):
     """The families of a `Preset` of which `figure` (a name of `FIGURES`) has points, as a tuple; empty if none."""
     spec = FIGURES[figure]
-    return tuple(f for f, setting in preset.families.items() if f in spec.families and (setting.control or set(spec.growths) != {"control"}))
+    return tuple(
+        f
+        for f, setting in preset.families.items()
+        if f in spec.families and (setting.control or set(spec.growths) != {"control"})
+    )
+
 
 def shown_rules(figure, preset):
     """The rules of `figure` (a name of `FIGURES`) under a `Preset`: its own, of which the user may have asked for some only, or the preset's."""
@@ -298,6 +434,7 @@ def networks(setting, growth):
     if growth == "depth":
         return tuple((setting.depth_width, depth, repeat) for depth, repeat in setting.depths)
     return tuple((width, *setting.depths[0]) for width in dict.fromkeys((setting.base, *setting.widths)))
+
 
 @dataclass(frozen=True)
 class Point:
@@ -315,9 +452,11 @@ def control_grid(dataset, family, setting):
         return {}
     base, steps = setting.control[0], len(setting.control)
     widths = sorted({*setting.control, *(round(base * base / width) for width in setting.control)})
-    grid = {b: tuple(widths[widths.index(b):][:steps]) for b in setting.control}
+    grid = {b: tuple(widths[widths.index(b) :][:steps]) for b in setting.control}
     size = {width: counted_total(dataset, family, width, *setting.depths[0]) for width in (base, *setting.widths)}
-    along = [width for width in setting.widths if width > base and size[base] / size[width] > 1 / 20]  # to 1/16, which a width in whole numbers misses a little
+    along = [
+        width for width in setting.widths if width > base and size[base] / size[width] > 1 / 20
+    ]  # to 1/16, which a width in whole numbers misses a little
     return grid | {base: tuple(sorted({*grid[base], *along}))}
 
 # %% ../../nbs/4_study/03_studies.ipynb #624b60c5
@@ -326,11 +465,15 @@ def measurement_of(preset, measure, dataset, setting, root=None):
     measurement = getattr(preset, measure)
     if measure in MANY_PASSES:
         counts = [count for count in (measurement.test_images, setting.test_images) if count is not None]
-        measurement = dataclasses.replace(measurement, test_images=sample_size(min(counts, default=None), dataset, "test"))
+        measurement = dataclasses.replace(
+            measurement, test_images=sample_size(min(counts, default=None), dataset, "test")
+        )
     if measure == "attack":
         measurement = dataclasses.replace(measurement, epsilons=preset.attack_epsilons[data.IMAGE_SHAPES[dataset][0]])
     if measure == "corruption":
-        found = corruptions.origins(dataset, names=measurement.names, severities=measurement.severities, source=measurement.source, root=root)
+        found = corruptions.origins(
+            dataset, names=measurement.names, severities=measurement.severities, source=measurement.source, root=root
+        )
         measurement = dataclasses.replace(measurement, origins=found)
     return measurement
 
@@ -347,25 +490,51 @@ def budgets(dataset, family, setting, growth):
             for base, widths in control_grid(dataset, family, setting).items()
         ]
     nets = networks(setting, growth)
-    return [(counted_total(dataset, family, *nets[0]), [net for net in nets if growth == "depth" or net[0] in setting.widths])]
+    return [
+        (
+            counted_total(dataset, family, *nets[0]),
+            [net for net in nets if growth == "depth" or net[0] in setting.widths],
+        )
+    ]
 
 # %% ../../nbs/4_study/03_studies.ipynb #c0de2311
 def recipe_on(setting, dataset):
     """The `Recipe` of a `FamilySetting` for a dataset."""
     return dataclasses.replace(setting.recipe, epochs=dict(setting.dataset_epochs).get(dataset, setting.recipe.epochs))
 
+
 def scheduled(setting, schedule):
     """A `FamilySetting` as it holds for a schedule: for "magnitude" with its `pruned_widths`."""
-    return dataclasses.replace(setting, widths=setting.pruned_widths or setting.widths) if schedule == "magnitude" else setting
+    return (
+        dataclasses.replace(setting, widths=setting.pruned_widths or setting.widths)
+        if schedule == "magnitude"
+        else setting
+    )
+
 
 def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
     """The points of one curve, or of the control, of a `Figure`, for one seed, as a list."""
     return [
-        Point(growth, rule, Experiment(
-            dataset, family, width, depth, budget, seed, recipe_on(setting, dataset), rule, spec.schedule,
-            train_images=sample_size(setting.train_images, dataset, "train"), repeat=repeat,
-        ), measurement)
-        for budget, nets in budgets(dataset, family, setting, growth) for width, depth, repeat in nets
+        Point(
+            growth,
+            rule,
+            Experiment(
+                dataset,
+                family,
+                width,
+                depth,
+                budget,
+                seed,
+                recipe_on(setting, dataset),
+                rule,
+                spec.schedule,
+                train_images=sample_size(setting.train_images, dataset, "train"),
+                repeat=repeat,
+            ),
+            measurement,
+        )
+        for budget, nets in budgets(dataset, family, setting, growth)
+        for width, depth, repeat in nets
     ]
 
 # %% ../../nbs/4_study/03_studies.ipynb #c0de2313
@@ -380,7 +549,9 @@ def plan(figure, preset, *, root=None):
     spec, points, families = FIGURES[figure], [], shown_families(figure, preset)
     if not families:
         accepted = shown_families(figure, PRESETS[preset.name])
-        raise ValueError(f"families are {', '.join(preset.families)}; {figure} shows {', '.join(accepted)} in preset {preset.name}")
+        raise ValueError(
+            f"families are {', '.join(preset.families)}; {figure} shows {', '.join(accepted)} in preset {preset.name}"
+        )
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family in families:
@@ -390,6 +561,7 @@ def plan(figure, preset, *, root=None):
                     for rule in shown_rules(figure, preset):
                         points += curve(spec, growth, rule, dataset, family, setting, seed, measurement)
     return tuple(points)
+
 
 def measurements(points):
     """{experiment: its evaluations, each once, a tuple} of the points of one or several plans."""

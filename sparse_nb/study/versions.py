@@ -34,6 +34,7 @@ def canonical(description):
 
     return json.dumps(plain(description), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
+
 def digest(description):
     """The first 16 hexadecimal digits of the SHA-256 of the canonical text."""
     return hashlib.sha256(canonical(description).encode()).hexdigest()[:16]
@@ -48,9 +49,11 @@ MEASURES = {
     "class_recall": "015d051b8d774e42",
 }
 
+
 def versions_now():
     """The declared versions: {"training" or a measure: version}."""
     return {"training": TRAINING, **MEASURES}
+
 
 def is_finished(version):
     """Whether results of a version may be published: one that ends in "-dev" is still being worked on."""
@@ -69,6 +72,7 @@ def _at_default(description):
             found.append(field.name)
     return found
 
+
 def identity(what, description, version, **more):
     """Everything that a name is made of, as plain data: the complete settings, the version, and `more`.
 
@@ -78,11 +82,13 @@ def identity(what, description, version, **more):
     made = {what: dataclasses.asdict(description), **more, "code": version}
     return made | ({} if _hashes_all_fields(version) else {"unnamed": _at_default(description)})
 
+
 def _hashes_all_fields(version):
     return re.fullmatch("[0-9a-f]{16}", version) is not None
 
 # %% ../../nbs/4_study/01_versions.ipynb #554adb8c
 _NAMED = {"experiment": ("data", "code"), "evaluation": ("measure", "code")}
+
 
 def _without(settings, names):
     """Nested `settings` without the entries `names`, dots between levels. Raises KeyError for one that is not there."""
@@ -91,6 +97,7 @@ def _without(settings, names):
         outer, _, inner = name.partition(".")
         del (settings[outer] if inner else settings)[inner or outer]
     return settings
+
 
 def name_of(what, identity):
     """The name of a run or a measurement, 16 hexadecimal digits, from its `identity`, or from a file that holds one among other things.
@@ -105,12 +112,16 @@ def name_of(what, identity):
 # %% ../../nbs/4_study/01_versions.ipynb #5aa0e204
 _SILENT_FIELDS = {"annotation", "returns", "type_comment", "kind", "type_params", "ctx", "simple"}
 
+
 def _is_silent(node):
     """Whether a statement cannot shape numbers: an import, a text on its own, the list of exported names."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    names_all = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    names_all = (
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__"
+    )
     return names_all or isinstance(node, (ast.Import, ast.ImportFrom))
+
 
 def _shape(node):
     """A syntax tree as nested tuples of texts, without what cannot shape numbers."""
@@ -121,9 +132,14 @@ def _shape(node):
     if isinstance(node, ast.AnnAssign) and node.value is not None:
         node = ast.Assign([node.target], node.value)
     if isinstance(node, ast.AST):
-        fields = [(name, value) for name, value in ast.iter_fields(node) if name not in _SILENT_FIELDS and value not in (None, [])]
+        fields = [
+            (name, value)
+            for name, value in ast.iter_fields(node)
+            if name not in _SILENT_FIELDS and value not in (None, [])
+        ]
         return type(node).__name__, *((name, _shape(value)) for name, value in fields)
     return type(node).__name__, repr(node)
+
 
 def _definition(tree, path):
     """The function, class or method `path`, such as "fit" or "Clean.run", in a syntax tree. Raises ValueError if it is not there."""
@@ -134,13 +150,18 @@ def _definition(tree, path):
         tree = found[-1]
     return tree
 
+
 def code_hash(source, definition=None, without=()):
     """16 hexadecimal digits for what Python `source` does, equal on Python 3.10 to 3.14. Comments, docstrings, annotations, imports and layout do not count.
 
     definition: only this function, class or method, as "fit" or "Clean.run". without: names of functions and classes to leave out.
     """
     tree = ast.parse(source)
-    tree = _definition(tree, definition) if definition else ast.Module([n for n in tree.body if getattr(n, "name", None) not in without], [])
+    tree = (
+        _definition(tree, definition)
+        if definition
+        else ast.Module([n for n in tree.body if getattr(n, "name", None) not in without], [])
+    )
     return hashlib.sha256(repr(_shape(tree)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/4_study/01_versions.ipynb #24066a19
@@ -148,22 +169,30 @@ _NETWORK = ("randomness", "data", *(f"networks.{name}" for name in ("models", "a
 _MEASURING = (*_NETWORK, "robustness.evaluation")
 _PARTS = {
     "training": (
-        *_NETWORK, "networks.training", "networks.captured_steps:captured", "robustness.evaluation:sample",
-        *(f"study.experiments:{name}" for name in ("build", "prepare", "train", "prune")), "sweep.jobs:sound_kernels",
+        *_NETWORK,
+        "networks.training",
+        "networks.captured_steps:captured",
+        "robustness.evaluation:sample",
+        *(f"study.experiments:{name}" for name in ("build", "prepare", "train", "prune")),
+        "sweep.jobs:sound_kernels",
     ),
     "clean": (*_MEASURING, "study.experiments:Clean.run"),
     "weight_noise": (*_MEASURING, "robustness.weight_noise", "study.experiments:WeightNoise.run"),
     "corruption": (
-        *_MEASURING, "robustness.corruptions.archives:load_official",
-        *(f"robustness.corruptions.{name}" for name in ("filters", "cifar_c", "mnist_c", "corruptions")), "study.experiments:Corruption.run",
+        *_MEASURING,
+        "robustness.corruptions.archives:load_official",
+        *(f"robustness.corruptions.{name}" for name in ("filters", "cifar_c", "mnist_c", "corruptions")),
+        "study.experiments:Corruption.run",
     ),
     "attack": (*_MEASURING, "robustness.attacks", "study.experiments:Attack.run"),
     "class_recall": (*_MEASURING, "robustness.class_recall", "study.experiments:ClassRecall.run"),
 }
 GPU_ONLY = ("networks.captured_steps:captured",)
 
+
 def _module_file(module):
     return Path(sparse_nb.__path__[0], *module.split(".")).with_suffix(".py")
+
 
 def part_hash(part, text_of):
     """`code_hash` of a part such as "networks.training" or "study.experiments:build". text_of: module -> its source."""
@@ -175,16 +204,20 @@ def part_hash(part, text_of):
 _MODULES = sorted({part.partition(":")[0] for parts in _PARTS.values() for part in parts})
 _LOADED = {module: _module_file(module).read_text(encoding="utf-8") for module in _MODULES}
 
+
 def lock_file():
     """Where the lock lies: in the package, so that an installed copy has it too."""
     return Path(sparse_nb.__path__[0]) / "study/versions.lock"
 
+
 _LOADED_LOCK = json.loads(lock_file().read_text(encoding="utf-8"))
+
 
 @cache
 def code_now():
     """The code that this process has loaded: {"training" or a measure: {part: hash}}."""
     return {key: {part: part_hash(part, _LOADED.__getitem__) for part in parts} for key, parts in _PARTS.items()}
+
 
 def changed_on_disk():
     """The parts whose code on the disk is no longer the code that this process has loaded, as a sorted list."""
@@ -193,6 +226,7 @@ def changed_on_disk():
         return []
     loaded = {part: found for parts in code_now().values() for part, found in parts.items()}
     return sorted(part for part, found in loaded.items() if part_hash(part, texts.__getitem__) != found)
+
 
 def out_of_step(lock=None):
     """Where the loaded code is not as the lock has it: {part, or "version NAME": the measures that it shapes, and "training"}. lock: as in the file."""
@@ -207,11 +241,15 @@ def out_of_step(lock=None):
                     wrong.setdefault(part, []).append(key)
     return wrong
 
+
 def check_in_step():
     """Raise RuntimeError, in one sentence, if the loaded code is not the code that the lock was made for."""
     if wrong := out_of_step():
         parts = "; ".join(f"{part} (shapes {', '.join(keys)})" for part, keys in wrong.items())
-        raise RuntimeError(f"code that shapes numbers is not what versions.lock was made for: {parts}; `make versions` finds out whether the numbers changed too")
+        raise RuntimeError(
+            f"code that shapes numbers is not what versions.lock was made for: {parts}; `make versions` finds out whether the numbers changed too"
+        )
+
 
 def fingerprint():
     """One name for all versions and the loaded code, by which a sweep and its workers find out whether they run the same."""
@@ -242,7 +280,9 @@ def source_provenance():
     try:
         asked = dict(cwd=folder.parent, capture_output=True, text=True, check=True, timeout=10)
         top, commit = subprocess.run(["git", "rev-parse", "--show-toplevel", "HEAD"], **asked).stdout.split()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "--", folder.name], **asked).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", folder.name], **asked
+        ).stdout
     except (OSError, ValueError, subprocess.SubprocessError):
         return {"text": text, "commit": None}
     return {"text": text, "commit": commit + "+" * bool(changed) if folder.parent.samefile(top) else None}

@@ -17,11 +17,11 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Callable
 from urllib.parse import urlsplit
 
 import psutil
@@ -29,6 +29,7 @@ import torch
 
 # %% ../../nbs/6_sweep/03_engines.ipynb #7902699b
 ENGINES = ("local", "dask")
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -48,6 +49,7 @@ def call_here(function, *args):
         future.set_exception(error)
     return future
 
+
 HERE = Engine(call_here, lambda: 1, remote=False)
 
 # %% ../../nbs/6_sweep/03_engines.ipynb #6b51d431
@@ -60,6 +62,7 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
 
 def begin_worker(threads, memory):
     """What a worker process does first. threads: for PyTorch; memory: bytes that it may take, None for no limit."""
@@ -84,7 +87,9 @@ def local_processes(workers, *, threads=None, memory=None, seconds=None):
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
     pool = ProcessPool(workers, initializer=begin_worker, initargs=(threads, memory), context=context)
     try:
-        yield Engine(lambda function, *args: pool.schedule(function, args=args, timeout=seconds), lambda: workers, remote=True)
+        yield Engine(
+            lambda function, *args: pool.schedule(function, args=args, timeout=seconds), lambda: workers, remote=True
+        )
     finally:
         pool.stop()
         pool.join()
@@ -93,6 +98,7 @@ def local_processes(workers, *, threads=None, memory=None, seconds=None):
 def memory_share(workers, total=None):
     """Bytes that each of `workers` processes may take. total: of the machine, in bytes, if not this one's."""
     return int(0.9 * (total or psutil.virtual_memory().total) / workers)
+
 
 def gpu_share(slot, workers, gpus):
     """(GPU, the share of its memory, in (0, 1]) of the worker in `slot`, 0 … workers - 1, where there are `gpus`."""
@@ -107,6 +113,7 @@ def exit_words(status):
     by = signal.Signals(-status).name
     return f"was killed by {by}" + (", as the system does when memory runs out" if by == "SIGKILL" else "")
 
+
 def judge(error):
     """(verdict, reason in words) on the exception of a call.
 
@@ -118,10 +125,19 @@ def judge(error):
         return "again", "it took longer than the limit"
     if type(error).__name__ == "KilledWorker":
         workers = error.allowed_failures + 1  # Dask has tried it again by itself
-        return "never", f"each of the {workers} workers that tried it died: it crashed, took all memory or longer than the limit"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        return (
+            "never",
+            f"each of the {workers} workers that tried it died: it crashed, took all memory or longer than the limit",
+        )
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "not enough memory" in str(error)
+        or "can't allocate memory" in str(error)
+    ):
         return "again", f"memory ran out: {str(error) or type(error).__name__}"
-    return "everywhere" if isinstance(error, OSError) else "never", str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return "everywhere" if isinstance(error, OSError) else "never", str(error) if isinstance(
+        error, ValueError
+    ) else f"{type(error).__name__}: {error}"
 
 # %% ../../nbs/6_sweep/03_engines.ipynb #59e19706
 @contextmanager
@@ -149,11 +165,14 @@ def is_here(host):
     own = {found.address.partition("%")[0] for interface in psutil.net_if_addrs().values() for found in interface}
     return all(address.is_loopback or str(address) in own for address in addresses)
 
+
 def check_scheduler(address):
     """Raise ValueError unless `address`, such as "tls://node7:8786" or "tcp://127.0.0.1:8786", is of this machine or talks TLS."""
     parts = urlsplit(address)
     if parts.scheme not in ("tcp", "tls") or not parts.hostname:
-        raise ValueError(f"scheduler is {address!r}; it must look like tls://HOST:PORT, or tcp://127.0.0.1:PORT on this machine")
+        raise ValueError(
+            f"scheduler is {address!r}; it must look like tls://HOST:PORT, or tcp://127.0.0.1:PORT on this machine"
+        )
     try:
         if parts.scheme == "tls" or is_here(parts.hostname):
             return
@@ -174,17 +193,30 @@ def call_within(seconds, function, *args):
     finally:
         watchdog.cancel()
 
+
 @contextmanager
 def own_cluster(workers, memory):
     """A Dask cluster of `workers` processes with one thread each on this machine, all its ports on the loopback address."""
     import dask
     import distributed
 
-    settings = {"distributed.scheduler.allowed-failures": 2, "distributed.comm.timeouts.connect": "60s"}  # one try and two more
-    with dask.config.set(settings), distributed.LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0", memory_limit=memory or 0, silence_logs=50,
-    ) as cluster:
+    settings = {
+        "distributed.scheduler.allowed-failures": 2,
+        "distributed.comm.timeouts.connect": "60s",
+    }  # one try and two more
+    with (
+        dask.config.set(settings),
+        distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+            memory_limit=memory or 0,
+            silence_logs=50,
+        ) as cluster,
+    ):
         yield cluster
 
 # %% ../../nbs/6_sweep/03_engines.ipynb #76a50887
@@ -222,7 +254,9 @@ def dask_cluster(scheduler=None, workers=None, *, memory=None, seconds=None):
         with distributed.Client(cluster, set_as_default=False, timeout=30) as client:
 
             def submit(function, *args):
-                return delivered(client.submit(*((call_within, seconds) if seconds else ()), function, *args, pure=False))
+                return delivered(
+                    client.submit(*((call_within, seconds) if seconds else ()), function, *args, pure=False)
+                )
 
             def slots():
                 try:

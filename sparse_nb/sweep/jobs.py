@@ -25,20 +25,30 @@ import numba
 import torch
 
 from .. import data
-from ..study import versions
-from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
-from ..networks.captured_steps import captured
-from ..robustness.corruptions.cifar_c import frost_textures
 from ..data import as_float
-from .engines import logged
-from ..robustness.evaluation import sample
-from ..study.experiments import check_measurable, dense_parent, forward_cost, prepare, prune, train
+from ..networks.captured_steps import captured
 from ..networks.sparse_layers import CONVOLUTION_WALK_BELOW, WALK_BELOW
-from ..runs.store import Store, load_history, load_run, other_weights, restore_checkpoint, run_status, save_records, save_run
 from ..networks.training import fit
+from ..robustness.corruptions.cifar_c import frost_textures
+from ..robustness.evaluation import sample
+from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
+from sparse_nb.runs.store import (
+    Store,
+    load_history,
+    load_run,
+    other_weights,
+    restore_checkpoint,
+    run_status,
+    save_records,
+    save_run,
+)
+from ..study import versions
+from ..study.experiments import check_measurable, dense_parent, forward_cost, prepare, prune, train
+from .engines import logged
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #ef2d127d
 DEVICES = ("auto", "cpu", "cuda")
+
 
 def resolve_device(device):
     """The `torch.device` for "auto" (a GPU where there is one), "cpu" or "cuda". Raises ValueError for others, or for "cuda" without a GPU."""
@@ -48,11 +58,14 @@ def resolve_device(device):
         raise ValueError("device is 'cuda', but PyTorch finds no GPU here; accepted: auto, cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
+
 def environment(device):
     """What a run is computed on and with, for the record: plain data."""
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -69,6 +82,7 @@ class Job:
     experiment: object
     train: bool
     evaluations: tuple
+
 
 def missing_jobs(experiments, evaluations, store):
     """The jobs left to do, in the order of `experiments`, each network once.
@@ -94,26 +108,40 @@ def missing_jobs(experiments, evaluations, store):
 # %% ../../nbs/6_sweep/02_jobs.ipynb #4fc82b26
 RATE = {"cpu": 3e10, "cuda": 3e12}  # operations per second, a guess where nothing was measured yet
 
+
 def pass_cost(run):
     """Floating-point operations of one forward pass for one image, of the weights that are executed. run: an `Experiment`, or a row of `Store.runs`."""
-    walked = min(1, run.density / (WALK_BELOW if run.family == "mlp" else CONVOLUTION_WALK_BELOW))  # at that density as dear as dense
-    return walked * forward_cost(run.dataset, run.family, int(run.width), int(run.depth), int(run.repeat), bool(run.batch_norm))
+    walked = min(
+        1, run.density / (WALK_BELOW if run.family == "mlp" else CONVOLUTION_WALK_BELOW)
+    )  # at that density as dear as dense
+    return walked * forward_cost(
+        run.dataset, run.family, int(run.width), int(run.depth), int(run.repeat), bool(run.batch_norm)
+    )
+
 
 def training_work(run, epochs):
     """Floating-point operations of `epochs` of training."""
-    images = data.SIZES[run.dataset]["train"] if run.train_images is None or run.train_images != run.train_images else int(run.train_images)
+    images = (
+        data.SIZES[run.dataset]["train"]
+        if run.train_images is None or run.train_images != run.train_images
+        else int(run.train_images)
+    )
     return 3 * images * epochs * pass_cost(run)
+
 
 def job_work(job):
     """(operations of the training at its longest, of the measurements) of a `Job`."""
     e, test = job.experiment, data.SIZES[job.experiment.dataset]["test"]
-    measuring = sum(evaluation.passes * (evaluation.test_images or test) for evaluation in job.evaluations) * pass_cost(e)
+    measuring = sum(evaluation.passes * (evaluation.test_images or test) for evaluation in job.evaluations) * pass_cost(
+        e
+    )
     return (training_work(e, e.recipe.epochs) if job.train and dense_parent(e) is None else 0), measuring + pass_cost(e)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #3fdba35f
 def shape_of(run):
     """What networks that cost the same have in common."""
     return (run.dataset, run.family, int(run.width), int(run.depth), int(run.repeat), run.density < 1)
+
 
 def rates_of(runs):
     """{shape or family or None: operations per second} of the trainings in `runs`, rows of `Store.runs` of one kind of device."""
@@ -126,9 +154,11 @@ def rates_of(runs):
             rates[name] = sum(work[i] for i in which) / sum(runs.seconds.iloc[i] for i in which)
     return rates
 
+
 def measured_rates(store, device):
     """`rates_of` the runs in the store on this kind of device; empty if there are none."""
     return rates_of(store.runs(device=device.type)) if any(store.root.glob("[0-9a-f]*/manifest.json")) else {}
+
 
 def seconds_for(job, rates, device):
     """About how many seconds a `Job` takes at its longest. rates: of `measured_rates`."""
@@ -140,14 +170,21 @@ def seconds_for(job, rates, device):
 def train_captured(experiment, images, **how):
     """`experiments.train`, with captured steps if the images are on a GPU. how: as there. Returns (model, `History`)."""
     images = sample(images, experiment.train_images)
-    model = captured(prepare(experiment).to(images.pixels.device), as_float(images.pixels[:experiment.recipe.batch_size]))
+    model = captured(
+        prepare(experiment).to(images.pixels.device), as_float(images.pixels[: experiment.recipe.batch_size])
+    )
     return model, fit(model, images, experiment.recipe, seed=experiment.seed, **how)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #369f1c84
 @contextmanager
 def sound_kernels(experiment, device):
     """A context in which the network of an `Experiment` is computed without oneDNN where that is known to write past its memory."""
-    faulty = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2" and experiment.family == "resnet" and experiment.width < 8
+    faulty = (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and experiment.family == "resnet"
+        and experiment.width < 8
+    )
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and not faulty
     try:
@@ -158,6 +195,7 @@ def sound_kernels(experiment, device):
 # %% ../../nbs/6_sweep/02_jobs.ipynb #e629fa65
 KEEP_EVERY = 120  # seconds between training states
 
+
 class Outcome(NamedTuple):
     """What became of a job. status: "done", "elsewhere" (another process is at it) or "late" (no time left); made: was the network made now; measured: measurements made."""
 
@@ -165,8 +203,10 @@ class Outcome(NamedTuple):
     made: bool = False
     measured: int = 0
 
+
 class NoTimeLeft(Exception):
     """The sweep's time is over; the training state is kept."""
+
 
 def train_on(experiment, store, images, device, *, report, deadline, keep_every):
     """Train an `Experiment` from its last state to its end, keeping states.
@@ -188,7 +228,9 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
     def on_epoch(epoch):
         for then in before[epoch.epoch - 1 : epoch.epoch]:
             if (epoch.loss, epoch.accuracy) != (then.loss, then.accuracy):
-                raise other_weights(store.folder(experiment), f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}")
+                raise other_weights(
+                    store.folder(experiment), f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}"
+                )
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
     make = train if device.type == "cpu" else train_captured
@@ -210,6 +252,7 @@ def make_network(experiment, store, load, device, **how):
     if finished:
         restore_checkpoint(store, experiment, model)
     return finished or save_run(store, experiment, model, history, environment(device) | versions.source_provenance())
+
 
 def measure(job, store, load, device, report):
     """Make the measurements of a job that are still missing; returns their number."""
@@ -234,7 +277,10 @@ def words(experiment):
     kind = "dense" if e.density == 1 else f"{e.density:.2%} {e.schedule} {e.rule or e.pruning}"
     return f"{e.dataset} {e.family} width {e.width} depth {e.depth}{repeat} {kind} seed {e.seed}"
 
-def run_job(job, store, load, device, *, report=lambda share, said: None, deadline=None, keep_every=KEEP_EVERY, log=None):
+
+def run_job(
+    job, store, load, device, *, report=lambda share, said: None, deadline=None, keep_every=KEEP_EVERY, log=None
+):
     """Make the network of a job if it is still missing, then its measurements; returns an `Outcome`.
 
     load: (dataset, split) -> `ImageSet` on the device. report: called with the share of the job that is done, in [0, 1], and a few words.
@@ -247,10 +293,22 @@ def run_job(job, store, load, device, *, report=lambda share, said: None, deadli
             return Outcome("elsewhere")
         try:
             with logged(log), sound_kernels(e, device):
-                made = job.train and not store.has_checkpoint(e) and make_network(
-                    e, store, load, device, report=lambda share, said: report(first * share, said), deadline=deadline, keep_every=keep_every
+                made = (
+                    job.train
+                    and not store.has_checkpoint(e)
+                    and make_network(
+                        e,
+                        store,
+                        load,
+                        device,
+                        report=lambda share, said: report(first * share, said),
+                        deadline=deadline,
+                        keep_every=keep_every,
+                    )
                 )
-                measured = measure(job, store, load, device, lambda share, said: report(first + (1 - first) * share, said))
+                measured = measure(
+                    job, store, load, device, lambda share, said: report(first + (1 - first) * share, said)
+                )
         except NoTimeLeft:
             return Outcome("late")
         except OSError:  # of the machine, not of this network; the disk may be full
@@ -268,6 +326,7 @@ def images_of(dataset, split, root, device):
     """`data.load_images`, remembered for this process."""
     return data.load_images(dataset, split, root=root, device=device)
 
+
 @contextmanager
 def data_in(root):
     """A context in which `root` is the default data folder, where frost looks for its textures; None changes nothing."""
@@ -282,14 +341,19 @@ def data_in(root):
             os.environ.pop("SPARSE_NB_DATA")
             os.environ.update({"SPARSE_NB_DATA": before} if before is not None else {})
 
+
 def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own_process, code):
     """`run_job` in another process. root: of the store. gpu: (index, share of its memory) or None. own_process: does this process belong to the sweep?
     code: the sweep's `versions.fingerprint`. Raises RuntimeError if this process has other code.
     """
     if code != versions.fingerprint():
-        raise RuntimeError(f"the worker on {platform.node()} has other code than the sweep that asks it; install the same package there, or start its workers again")
+        raise RuntimeError(
+            f"the worker on {platform.node()} has other code than the sweep that asks it; install the same package there, or start its workers again"
+        )
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"the runs folder {root} is not there on {platform.node()}; workers need it, and the datasets, on a filesystem shared with the sweep")
+        raise FileNotFoundError(
+            f"the runs folder {root} is not there on {platform.node()}; workers need it, and the datasets, on a filesystem shared with the sweep"
+        )
     device = torch.device(device)
     if gpu and device.type == "cuda":
         device = torch.device("cuda", gpu[0])
@@ -298,6 +362,12 @@ def run_elsewhere(job, root, images_root, device, gpu, deadline, keep_every, own
     store, e = Store(root), job.experiment
     with data_in(images_root):
         return run_job(
-            job, store, lambda dataset, split: images_of(dataset, split, images_root, device), device, report=partial(note_progress, store, e),
-            deadline=deadline, keep_every=keep_every, log=log_path(store, e) if own_process else None,
+            job,
+            store,
+            lambda dataset, split: images_of(dataset, split, images_root, device),
+            device,
+            report=partial(note_progress, store, e),
+            deadline=deadline,
+            keep_every=keep_every,
+            log=log_path(store, e) if own_process else None,
         )

@@ -19,12 +19,24 @@ from functools import cache, partial
 import torch
 from tqdm import tqdm
 
-from ..study import versions
 from ..runs.attempts import read_progress, save_failure
-from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
-from ..study.experiments import accept, dense_parent
-from .jobs import KEEP_EVERY, data_in, images_of, job_work, measured_rates, missing_jobs, resolve_device, run_elsewhere, run_job, seconds_for, words
 from ..runs.store import run_status
+from ..study import versions
+from ..study.experiments import accept, dense_parent
+from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
+from sparse_nb.sweep.jobs import (
+    KEEP_EVERY,
+    data_in,
+    images_of,
+    job_work,
+    measured_rates,
+    missing_jobs,
+    resolve_device,
+    run_elsewhere,
+    run_job,
+    seconds_for,
+    words,
+)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #e7f6c011
 @dataclass
@@ -43,6 +55,7 @@ class Board:
     def __str__(self):
         return f"{len(self.done)} done, {len(self.running)} running, {len(self.failed)} failed, {len(self.waiting) + len(self.late)} left"
 
+
 class Progress:
     """One progress bar over the jobs of a `Board`, in units of estimated work. A context manager; silent if there is nothing to do or `show` is false."""
 
@@ -51,8 +64,12 @@ class Progress:
         self.count, self.settled = 0, 0
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar = tqdm(
-            total=sum(self.work.values()), disable=not (self.work and show), leave=True, mininterval=0.2 if watched else 10,
-            desc=str(board), bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed} gone, {remaining} left]{postfix}",
+            total=sum(self.work.values()),
+            disable=not (self.work and show),
+            leave=True,
+            mininterval=0.2 if watched else 10,
+            desc=str(board),
+            bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed} gone, {remaining} left]{postfix}",
         )
 
     def __enter__(self):
@@ -70,10 +87,13 @@ class Progress:
         newest = [f"{words(job.experiment)} · {said}" for job, (_, said) in shares.items() if said]
         self.bar.set_description_str(str(self.board), refresh=False)
         self.bar.set_postfix_str(newest[-1] if newest else "", refresh=False)
-        self.bar.update(min(self.settled + underway, self.bar.total) - self.bar.n)  # a sum of shares can exceed the whole by its last digit
+        self.bar.update(
+            min(self.settled + underway, self.bar.total) - self.bar.n
+        )  # a sum of shares can exceed the whole by its last digit
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #19581e27
 TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds
+
 
 def ready(board, most, in_time):
     """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network cannot or failed, are taken off the list."""
@@ -105,6 +125,7 @@ def fail(board, store, job, error):
     else:
         board.failed[job] = reason
         save_failure(store, job.experiment, words(job.experiment), reason, board.tries[job])
+
 
 def settle(board, store, job, future):
     """The call of a job is over. Raises OSError for an error of the machine."""
@@ -169,6 +190,7 @@ class Summary:
             parts.append(f"{self.late} left for want of time")
         return "; ".join(parts)
 
+
 def summarise(experiments, board, store):
     """The `Summary` of a sweep over `experiments` whose `Board` is done."""
     jobs = [*board.done, *board.failed, *board.late]
@@ -191,10 +213,15 @@ def check_engine(engine, workers, scheduler, minutes=None, limit=None):
     if workers is not None and not (type(workers) is int and workers >= 1):
         raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1, or None")
     if scheduler is not None and (engine != "dask" or workers is not None):
-        raise ValueError(f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; a scheduler needs engine 'dask' and brings its own workers")
+        raise ValueError(
+            f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; a scheduler needs engine 'dask' and brings its own workers"
+        )
     for name, time_given, least in (("minutes", minutes, 0), ("limit", limit, 1 / 60)):
         if time_given is not None and not (isinstance(time_given, (int, float)) and least <= time_given < math.inf):
-            raise ValueError(f"{name} is {time_given!r}; it must be a number of minutes{', at least a second' if least else ', not negative'}, or None")
+            raise ValueError(
+                f"{name} is {time_given!r}; it must be a number of minutes{', at least a second' if least else ', not negative'}, or None"
+            )
+
 
 def open_engine(engine, workers, scheduler, device, seconds):
     """A context manager of the `Engine` that `run` asks for."""
@@ -211,12 +238,30 @@ def check_code(remote):
     versions.check_in_step()
     if changed := versions.changed_on_disk():
         if remote:
-            raise RuntimeError(f"{', '.join(changed)} changed on disk since this process loaded it, and workers would load the new code; start again")
-        print(f"{', '.join(changed)} changed on disk since this process loaded it; this sweep runs, and records, the code that is loaded", file=sys.stderr)
+            raise RuntimeError(
+                f"{', '.join(changed)} changed on disk since this process loaded it, and workers would load the new code; start again"
+            )
+        print(
+            f"{', '.join(changed)} changed on disk since this process loaded it; this sweep runs, and records, the code that is loaded",
+            file=sys.stderr,
+        )
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4ec9599f
-def run(experiments, evaluations, *, store, engine="local", workers=None, scheduler=None, device="auto", root=None, minutes=None, limit=None,
-        keep_every=KEEP_EVERY, show=True):
+def run(
+    experiments,
+    evaluations,
+    *,
+    store,
+    engine="local",
+    workers=None,
+    scheduler=None,
+    device="auto",
+    root=None,
+    minutes=None,
+    limit=None,
+    keep_every=KEEP_EVERY,
+    show=True,
+):
     """Train the `Experiment`s that `store` lacks and make the evaluations that it lacks; what is there is not computed again.
 
     evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}.
@@ -238,18 +283,35 @@ def run(experiments, evaluations, *, store, engine="local", workers=None, schedu
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
     deadline = time.time() + 60 * minutes if minutes is not None else None
-    with data_in(root), Progress(board, show) as progress, open_engine(engine, workers, scheduler, device, limit and 60 * limit) as place:
+    with (
+        data_in(root),
+        Progress(board, show) as progress,
+        open_engine(engine, workers, scheduler, device, limit and 60 * limit) as place,
+    ):
 
         def load(dataset, split):
             return images_of(dataset, split, root, device)
 
         def here(job, slot):
             report = lambda share, said: progress.show({job: (share, said)})
-            return place.submit(partial(run_job, job, store, load, device, report=report, deadline=deadline, keep_every=keep_every))
+            return place.submit(
+                partial(run_job, job, store, load, device, report=report, deadline=deadline, keep_every=keep_every)
+            )
 
         def elsewhere(job, slot):
             gpu = gpu_share(slot, workers, torch.cuda.device_count()) if device.type == "cuda" and workers else None
-            return place.submit(run_elsewhere, job, str(store.root.absolute()), root, device.type, gpu, deadline, keep_every, engine == "local", versions.fingerprint())
+            return place.submit(
+                run_elsewhere,
+                job,
+                str(store.root.absolute()),
+                root,
+                device.type,
+                gpu,
+                deadline,
+                keep_every,
+                engine == "local",
+                versions.fingerprint(),
+            )
 
         rates = cache(lambda done: measured_rates(store, device))
 

@@ -32,7 +32,9 @@ def idx(tensor):
 
 def contents(folder):
     """Every file below the folder with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -41,8 +43,10 @@ def mnist(tmp_path, monkeypatch):
     digits = torch.randint(256, (17, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(17) % 10
     files = {
-        "train-images-idx3-ubyte.gz": idx(digits[:12]), "train-labels-idx1-ubyte.gz": idx(labels[:12]),
-        "t10k-images-idx3-ubyte.gz": idx(digits[12:]), "t10k-labels-idx1-ubyte.gz": idx(labels[12:]),
+        "train-images-idx3-ubyte.gz": idx(digits[:12]),
+        "train-labels-idx1-ubyte.gz": idx(labels[:12]),
+        "t10k-images-idx3-ubyte.gz": idx(digits[12:]),
+        "t10k-labels-idx1-ubyte.gz": idx(labels[12:]),
     }
     raw = tmp_path / "root" / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -58,7 +62,9 @@ def small_cifar(reader):
     key = "fine_labels" if reader is CIFAR100 else "labels"
     files = {name: {"data": pixels, key: list(range(10))} for name, _ in reader.train_list}
     files |= {name: {"data": pixels * 0, key: list(range(10))[::-1]} for name, _ in reader.test_list}
-    files[reader.meta["filename"]] = {reader.meta["key"]: [f"kind {i}" for i in range(100 if reader is CIFAR100 else 10)]}
+    files[reader.meta["filename"]] = {
+        reader.meta["key"]: [f"kind {i}" for i in range(100 if reader is CIFAR100 else 10)]
+    }
     return {f"{reader.base_folder}/{name}": pickle.dumps(content) for name, content in files.items()}
 
 
@@ -113,13 +119,16 @@ def no_network(monkeypatch):
 
 # MNIST ------------------------------------------------------------------------------------------------------------------
 
+
 def test_mnist_is_read_as_it_was_written(mnist):
     train, test = (data.load_images("mnist", split, root=mnist) for split in data.SPLITS)
     assert train.shape == test.shape == (1, 28, 28) and (len(train), len(test)) == (12, 5)
     assert train.pixels.dtype == torch.uint8 and train.labels.dtype == torch.int64
     everything = torch.randint(256, (17, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.cat([train.pixels, test.pixels])[:, 0], everything)
-    assert test.labels.tolist() == [2, 3, 4, 5, 6] and test.name == "mnist" and test.split == "test" and test.classes == 10
+    assert (
+        test.labels.tolist() == [2, 3, 4, 5, 6] and test.name == "mnist" and test.split == "test" and test.classes == 10
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "one bit", "longer", "not gzip"])
@@ -129,8 +138,13 @@ def test_a_damaged_mnist_file_is_refused_by_name_and_left_alone(mnist, no_networ
     good = path.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 0b0001_0000
-    bad = {"truncated": good[: len(good) // 2], "empty": b"", "one bit": bytes(flipped), "longer": good + b"\0",
-           "not gzip": b"x" * 99}[damage]
+    bad = {
+        "truncated": good[: len(good) // 2],
+        "empty": b"",
+        "one bit": bytes(flipped),
+        "longer": good + b"\0",
+        "not gzip": b"x" * 99,
+    }[damage]
     path.write_bytes(bad)
     before = contents(mnist)
     with pytest.raises(ValueError) as caught:
@@ -180,19 +194,31 @@ def test_what_is_missing_is_downloaded_once_and_nothing_else(mnist, monkeypatch)
 
 def test_a_first_download_makes_its_own_folders(tmp_path, mnist, monkeypatch):
     source = contents(mnist / "MNIST" / "raw")
-    monkeypatch.setattr("torchvision.datasets.utils.download_url", lambda url, folder, name, md5: (Path(folder) / name).write_bytes(source[name]))
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_url",
+        lambda url, folder, name, md5: (Path(folder) / name).write_bytes(source[name]),
+    )
     monkeypatch.setenv("SPARSE_NB_DATA", str(tmp_path / "new" / "place"))
     assert len(data.load_images("mnist", "test")) == 5
-    assert sorted(contents(tmp_path / "new")) == [f"place/MNIST/raw/t10k-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]
+    assert sorted(contents(tmp_path / "new")) == [
+        f"place/MNIST/raw/t10k-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")
+    ]
 
 
 # CIFAR ------------------------------------------------------------------------------------------------------------------
 
+
 def test_cifar_comes_out_of_its_archive(cifar, no_network):
     name, root, reader, files = cifar
     train, test = (data.load_images(name, split, root=root) for split in data.SPLITS)
-    assert len(train) == 10 * len(reader.train_list) and len(test) == 10 and train.classes == (100 if reader is CIFAR100 else 10)
-    assert train.shape == (3, 32, 32) and train.pixels.is_contiguous() and train.pixels[0, :, 5, 7].tolist() == list(RED)
+    assert (
+        len(train) == 10 * len(reader.train_list)
+        and len(test) == 10
+        and train.classes == (100 if reader is CIFAR100 else 10)
+    )
+    assert (
+        train.shape == (3, 32, 32) and train.pixels.is_contiguous() and train.pixels[0, :, 5, 7].tolist() == list(RED)
+    )
     assert train.labels[:10].tolist() == list(range(10)) and test.labels.tolist() == list(range(10))[::-1]
     assert test.class_names[2] == "kind 2" and no_network == []
     assert contents(root) == files | {reader.filename: (root / reader.filename).read_bytes()}
@@ -265,9 +291,17 @@ def test_a_hostile_archive_writes_nothing_outside(tmp_path, monkeypatch):
     files = small_cifar(CIFAR10)
     root, outside = tmp_path / "root", tmp_path / "outside"
     root.mkdir(), outside.mkdir()
-    packed = archive({
-        str(outside / "absolute"): b"!", "../outside/dots": b"!", "cifar-10-batches-py/../../outside/inner": b"!",
-        "cifar-10-batches-py/link": outside, "cifar-10-batches-py/link/through": b"!", "more": b"!"} | files)
+    packed = archive(
+        {
+            str(outside / "absolute"): b"!",
+            "../outside/dots": b"!",
+            "cifar-10-batches-py/../../outside/inner": b"!",
+            "cifar-10-batches-py/link": outside,
+            "cifar-10-batches-py/link/through": b"!",
+            "more": b"!",
+        }
+        | files
+    )
     publish(monkeypatch, CIFAR10, files, packed)
     (root / CIFAR10.filename).write_bytes(packed)
     assert len(data.load_images("cifar10", "test", root=root)) == 10
@@ -298,6 +332,7 @@ def test_a_missing_cifar_without_network(cifar, no_network):
 
 # Folders ----------------------------------------------------------------------------------------------------------------
 
+
 def test_the_root_is_the_argument_then_the_variable_then_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -324,7 +359,10 @@ def test_read_only_roots(mnist, cifar):
     try:
         if os.access(root, os.W_OK):
             pytest.skip("this user may write into read-only folders (a superuser), so they cannot be tried")
-        assert len(data.load_images("mnist", "test", root=root)) == 5 and len(data.load_images(name, "test", root=root)) == 10
+        assert (
+            len(data.load_images("mnist", "test", root=root)) == 5
+            and len(data.load_images(name, "test", root=root)) == 10
+        )
     finally:
         for path in folders:
             path.chmod(0o755)
@@ -344,10 +382,14 @@ def test_a_complete_root_is_never_written_to(mnist, cifar, monkeypatch):
 
 # Without files ----------------------------------------------------------------------------------------------------------
 
+
 def test_importing_is_light():
     """Nothing but the digits needs scikit-learn, which takes a second to import."""
     code = "import sys, sparse_nb.data as d; d.checksum('digits'); d.checksum('mnist'); print('sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )
 
 
 def test_checksums_never_change():
@@ -356,7 +398,8 @@ def test_checksums_never_change():
         "digits": "eaf8f003dea1218f1b399d379705c39cadbe0c47d20182c8ce7b1f2f4ac4b0e2",
         "mnist": "cd31fb6748fdceb4ab80bd6a616c9bb2c8516b951b5d8e347d307ddd706e144a",
         "cifar10": "030ea44caf03cf7f20acfa74d8d265ae7d4637a46ce8eca33e76c36e209f1ce5",
-        "cifar100": "218f03adb7efef6be76e56f063ffad0ba55c7685ef5f1601cf2d2bd7c7347c8a"}
+        "cifar100": "218f03adb7efef6be76e56f063ffad0ba55c7685ef5f1601cf2d2bd7c7347c8a",
+    }
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -369,6 +412,7 @@ def test_the_same_bits_on_a_gpu():
 
 
 # The real sets ----------------------------------------------------------------------------------------------------------
+
 
 def real(dataset, split):
     missing = [path for path in data.published(dataset) if not (data.data_root() / path).exists()]
@@ -391,10 +435,25 @@ def test_the_real_cifar10():
     train, test = real("cifar10", "train"), real("cifar10", "test")
     assert train.pixels.shape == (50_000, 3, 32, 32) and test.pixels.shape == (10_000, 3, 32, 32)
     assert train.labels.bincount().tolist() == [5000] * 10 and test.labels.bincount().tolist() == [1000] * 10
-    assert test.class_names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert test.class_names == (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     means = train.pixels.float().mean((0, 2, 3), dtype=torch.float64) / 255
     assert [round(mean, 4) for mean in means.tolist()] == [0.4914, 0.4822, 0.4465]
-    assert train.labels[0] == 6 and train.pixels[0, :, 0, 0].tolist() == [59, 62, 63]  # a frog; the first pixel's R, G, B
+    assert train.labels[0] == 6 and train.pixels[0, :, 0, 0].tolist() == [
+        59,
+        62,
+        63,
+    ]  # a frog; the first pixel's R, G, B
 
 
 def test_the_real_cifar100():

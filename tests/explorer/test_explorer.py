@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 from tornado.websocket import websocket_connect
 
-from sparse_nb.sweep import sweep
-from sparse_nb.runs.attempts import save_failure
-from sparse_nb.study.studies import narrow, plan
 from sparse_nb.explorer.serve import start_server
+from sparse_nb.runs.attempts import save_failure
 from sparse_nb.runs.store import Store
+from sparse_nb.study.studies import narrow, plan
+from sparse_nb.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "nbs" / "explore.ipynb"
@@ -81,10 +81,19 @@ def ended(process):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Width curves of an MLP on digits under weight noise, of two seeds; one network of the plan is missing, and one of another width failed."""
-    store, points = Store(tmp_path_factory.mktemp("explorer") / "runs"), plan("fig01", narrow("smoke", families="mlp", widths="32 128 512"))
+    store, points = (
+        Store(tmp_path_factory.mktemp("explorer") / "runs"),
+        plan("fig01", narrow("smoke", families="mlp", widths="32 128 512")),
+    )
     points = [p for p in points if (p.experiment.width, p.experiment.seed) != (512, 1)]
     sweep.run([p.experiment for p in points], [points[0].evaluation], store=store, device="cpu", show=False)
-    save_failure(store, dataclasses.replace(points[-1].experiment, width=256), "digits mlp width 256", "its process was killed by SIGSEGV", 3)
+    save_failure(
+        store,
+        dataclasses.replace(points[-1].experiment, width=256),
+        "digits mlp width 256",
+        "its process was killed by SIGSEGV",
+        3,
+    )
     return store
 
 
@@ -148,7 +157,9 @@ def move_slider(page, store):
     for key, sigma in [("ArrowRight", 0.2), ("ArrowRight", 0.3), ("End", 0.5), ("Home", 0.1)]:
         page.keyboard.press(key)
         wanted = expected(store, sigma)
-        page.wait_for_function("y => Math.abs(document.querySelector('.js-plotly-plot').data[1].y[0] - y) < 1e-6", arg=wanted[0])
+        page.wait_for_function(
+            "y => Math.abs(document.querySelector('.js-plotly-plot').data[1].y[0] - y) < 1e-6", arg=wanted[0]
+        )
         assert drawn(page) == pytest.approx(wanted)
 
 
@@ -180,7 +191,12 @@ def test_served_page(browser, served, store):
         page.wait_for_function("document.querySelector('pre').innerText.includes('width=128')")
         keep_picture(page, "served")
         code = page.locator("pre").inner_text()
-    loaded = subprocess.run([sys.executable, "-c", code + "\nprint(sum(p.numel() for p in model.parameters()))"], cwd=ROOT, capture_output=True, text=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(sum(p.numel() for p in model.parameters()))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert loaded.returncode == 0 and int(loaded.stdout) > 1000, loaded.stderr  # what was shown, pasted
 
 
@@ -192,9 +208,14 @@ def test_a_cell_of_the_heat_map_is_chosen_by_click(browser, served, store):
         cells = page.locator(".js-plotly-plot .heatmaplayer image")
         cells.wait_for()
         box = cells.bounding_box()
-        columns, rows = page.evaluate("(({x, y}) => [x.length, y.length])(document.querySelector('.js-plotly-plot').data[0])")
+        columns, rows = page.evaluate(
+            "(({x, y}) => [x.length, y.length])(document.querySelector('.js-plotly-plot').data[0])"
+        )
         assert (columns, rows) == (4, 5)  # a column for the network that failed as well
-        at = box["x"] + 1.5 * box["width"] / columns, box["y"] + 1.5 * box["height"] / rows  # the second column, the fourth strength
+        at = (
+            box["x"] + 1.5 * box["width"] / columns,
+            box["y"] + 1.5 * box["height"] / rows,
+        )  # the second column, the fourth strength
         page.mouse.move(*at)
         page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
         page.mouse.click(*at)
@@ -209,9 +230,15 @@ def test_what_failed_has_a_mark_at_its_place(browser, served):
     with watched_page(browser) as page:
         page.goto(served)
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
-        failed = page.evaluate("(({x, y, name, text}) => ({x: [...x], name, text}))(document.querySelector('.js-plotly-plot').data[5])")
+        failed = page.evaluate(
+            "(({x, y, name, text}) => ({x: [...x], name, text}))(document.querySelector('.js-plotly-plot').data[5])"
+        )
         assert failed == {"x": [12.5], "name": "failed", "text": ["1 failed"]}
-        page.mouse.move(*page.evaluate(POINT.replace("plot.data[1]", "plot.data[5]").replace("x[1]", "x[0]").replace("y[1]", "y[0]")))
+        page.mouse.move(
+            *page.evaluate(
+                POINT.replace("plot.data[1]", "plot.data[5]").replace("x[1]", "x[0]").replace("y[1]", "y[0]")
+            )
+        )
         page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
         assert "SIGSEGV" in page.text_content(".js-plotly-plot .hoverlayer")
 
@@ -226,8 +253,12 @@ print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", 
 
 @pytest.mark.timed
 def test_first_view_is_drawn_without_torch(store):
-    said = subprocess.run([sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, said  # seconds of this process alone, whatever else the machine does
+    said = subprocess.run(
+        [sys.executable, "-c", FIRST_VIEW, store.root], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert len(said) == 1 and float(said[0]) < FIRST_PAINT / 2, (
+        said
+    )  # seconds of this process alone, whatever else the machine does
 
 
 @pytest.mark.timed
@@ -236,10 +267,25 @@ def test_in_jupyterlab(browser, store, tmp_path):
     port, page_copy = free_port(), tmp_path / "explore.ipynb"
     shutil.copy(PAGE, page_copy)
     command = [
-        sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}", "--ip=127.0.0.1", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}", "--allow-root",
-        "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", f"--LabApp.workspaces_dir={tmp_path / 'workspaces'}", f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        f"--port={port}",
+        "--ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--allow-root",
+        "--LabApp.news_url=",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        f"--LabApp.workspaces_dir={tmp_path / 'workspaces'}",
+        f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
     ]
-    environment = os.environ | {"SPARSE_NB_RUNS": str(store.root), "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = os.environ | {
+        "SPARSE_NB_RUNS": str(store.root),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     with ended(subprocess.Popen(command, env=environment, cwd=tmp_path)) as process:
         wait_for_port(port, process)
         with watched_page(browser) as page:
@@ -252,7 +298,9 @@ def test_in_jupyterlab(browser, store, tmp_path):
             page.wait_for_selector(".js-plotly-plot .scatterlayer .trace path.point")
             seconds = time.perf_counter() - start
             busy = max(busy, slowness())
-            print(f"first paint {seconds:.1f} s after the kernel was ready, on a machine {busy:.1f} times slower than alone")
+            print(
+                f"first paint {seconds:.1f} s after the kernel was ready, on a machine {busy:.1f} times slower than alone"
+            )
             assert seconds < 1.5 * FIRST_PAINT * busy
             move_slider(page, store)
             keep_picture(page, "lab")
@@ -261,9 +309,24 @@ def test_in_jupyterlab(browser, store, tmp_path):
 def test_server_gives_no_code(served):
     """Neither sources, nor files, nor an interface to them, nor anything under another host's name."""
     assert "import" not in answer(f"{served}/voila/files/explore.ipynb")[1]
-    for path in ("api/contents", "api/contents/explore.ipynb", "api/kernels", "api/sessions", "api/terminals", "terminals/1", "lab", "files/explore.ipynb", "voila/files/explore.ipynb"):
+    for path in (
+        "api/contents",
+        "api/contents/explore.ipynb",
+        "api/kernels",
+        "api/sessions",
+        "api/terminals",
+        "terminals/1",
+        "lab",
+        "files/explore.ipynb",
+        "voila/files/explore.ipynb",
+    ):
         status, body = answer(f"{served}/{path}")
-        assert status in (403, 404, 405) or "sparse_nb.explorer.widgets" not in body and '"cells"' not in body and "[{" not in body, (path, status)
+        assert (
+            status in (403, 404, 405)
+            or "sparse_nb.explorer.widgets" not in body
+            and '"cells"' not in body
+            and "[{" not in body
+        ), (path, status)
     assert answer(served, Host="evil.example")[0] == 403
 
 
@@ -271,13 +334,33 @@ def test_server_executes_nothing_that_is_sent(served):
     """A kernel's channel, which the page needs, does not take code."""
     kernel = re.search(r'"kernelId": ?"([0-9a-f-]{36})"', answer(served)[1])[1]
     session, identity = uuid.uuid4().hex, uuid.uuid4().hex
-    header = {"msg_id": identity, "msg_type": "execute_request", "session": session, "username": "", "version": "5.3", "date": ""}
-    message = {"header": header, "parent_header": {}, "metadata": {}, "channel": "shell", "buffers": [], "content": {"code": "print(6 * 7)", "silent": False, "user_expressions": {}}}
+    header = {
+        "msg_id": identity,
+        "msg_type": "execute_request",
+        "session": session,
+        "username": "",
+        "version": "5.3",
+        "date": "",
+    }
+    message = {
+        "header": header,
+        "parent_header": {},
+        "metadata": {},
+        "channel": "shell",
+        "buffers": [],
+        "content": {"code": "print(6 * 7)", "silent": False, "user_expressions": {}},
+    }
 
     async def say():
-        channel = await websocket_connect(f"{served.replace('http', 'ws')}/api/kernels/{kernel}/channels?session_id={session}")
+        channel = await websocket_connect(
+            f"{served.replace('http', 'ws')}/api/kernels/{kernel}/channels?session_id={session}"
+        )
         await channel.write_message(json.dumps(message))
-        asked = {**message, "header": {**header, "msg_id": uuid.uuid4().hex, "msg_type": "kernel_info_request"}, "content": {}}
+        asked = {
+            **message,
+            "header": {**header, "msg_id": uuid.uuid4().hex, "msg_type": "kernel_info_request"},
+            "content": {},
+        }
         await channel.write_message(json.dumps(asked))
         seen = []
         while not seen or seen[-1]["msg_type"] != "kernel_info_reply":
@@ -290,7 +373,9 @@ def test_server_executes_nothing_that_is_sent(served):
 
     with ThreadPoolExecutor(1) as elsewhere:  # playwright keeps this thread's loop busy
         seen = elsewhere.submit(asyncio.run, talk()).result()
-    assert not any(m["parent_header"].get("msg_id") == identity or m["msg_type"] in ("execute_reply", "stream") for m in seen)
+    assert not any(
+        m["parent_header"].get("msg_id") == identity or m["msg_type"] in ("execute_reply", "stream") for m in seen
+    )
 
 
 @needs_browser
@@ -307,5 +392,7 @@ def test_one_more_point_from_the_page(browser, served, store):
         page.get_by_role("button", name="train one more point").click()
         page.get_by_text("done", exact=True).wait_for()
         assert len(store.runs()) == before + 1 and store.table(width=[512, 2048]).experiment.nunique() == 2
-        page.wait_for_function("y => document.querySelector('.js-plotly-plot').data[1].y.includes(y)", arg=expected_last(store))
+        page.wait_for_function(
+            "y => document.querySelector('.js-plotly-plot').data[1].y.includes(y)", arg=expected_last(store)
+        )
         keep_picture(page, "grown")

@@ -12,9 +12,9 @@ from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 from scipy import stats
 
-from sparse_nb.results import plots
 from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
+from sparse_nb.results import plots
 from sparse_nb.study.studies import FIGURES, narrow, plan
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
@@ -28,10 +28,21 @@ def kinds_of_records(point):
         return [("accuracy", "", sigma, draw) for sigma in e.sigmas for draw in range(2)]
     if measure == "corruption":
         pairs = [pair.rpartition(" ") for _, pairs in e.origins for pair in pairs.split(", ")]
-        return [("accuracy", "", 0.0, 0), *(("accuracy", name, float(severity), draw) for name, _, severity in pairs for draw in range(2 if "noise" in name else 1))]
+        return [
+            ("accuracy", "", 0.0, 0),
+            *(
+                ("accuracy", name, float(severity), draw)
+                for name, _, severity in pairs
+                for draw in range(2 if "noise" in name else 1)
+            ),
+        ]
     if measure == "attack":
         return [("accuracy", name, epsilon, 0) for name in e.attacks for epsilon in e.epsilons]
-    return [("accuracy", "", 0.0, 0), ("lowest_recall", "", 0.0, 0), *(("recall", str(k), 0.0, 0) for k in range(CLASSES[point.experiment.dataset]))]
+    return [
+        ("accuracy", "", 0.0, 0),
+        ("lowest_recall", "", 0.0, 0),
+        *(("recall", str(k), 0.0, 0) for k in range(CLASSES[point.experiment.dataset])),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,9 @@ def table(tmp_path_factory):
     preset, rows, plans = narrow("laptop", datasets="mnist cifar10", families="mlp vgg", seeds=3), [], {}
     for name, figure in FIGURES.items():
         if figure.families != ("resnet",) and figure.growths != ("control",):
-            plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=tmp_path_factory.mktemp("no_data"))))
+            plans.setdefault((figure.schedule, figure.measure), {}).update(
+                dict.fromkeys(plan(name, preset, root=tmp_path_factory.mktemp("no_data")))
+            )
     for (schedule, measure), points in plans.items():
         for point in points:
             place = {**plots.place_of(point), "schedule": schedule, "measure": measure, "effective_density": 1.0}
@@ -52,9 +65,14 @@ def table(tmp_path_factory):
                 rows.append({**place, "status": "diverged"})
                 continue
             status = "epochs" if mnist and place["width"] == 256 and place["seed"] == 2 else "converged"
-            rows += [{**place, "status": status, "quantity": q, "name": n, "strength": s, "draw": d} for q, n, s, d in kinds_of_records(point)]
+            rows += [
+                {**place, "status": status, "quantity": q, "name": n, "strength": s, "draw": d}
+                for q, n, s, d in kinds_of_records(point)
+            ]
     table = pd.DataFrame(rows)
-    return table.assign(value=np.random.default_rng(0).random(len(table))).assign(value=lambda t: t.value.where(t.quantity.notna()))
+    return table.assign(value=np.random.default_rng(0).random(len(table))).assign(
+        value=lambda t: t.value.where(t.quantity.notna())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +97,9 @@ def open_page(browser):
     contexts, said, asked = [], [], []
 
     def opened(path, *, width=1000, height=900, scheme="light"):
-        contexts.append(browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True))
+        contexts.append(
+            browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True)
+        )
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -96,8 +116,12 @@ def open_page(browser):
 
 def drawn(page):
     """What the plotly element holds, {name of the trace: trace}, the bars together as a list under "bars"."""
-    traces = page.evaluate("""() => document.getElementById("chart").data.map(t => ({name: t.name, x: [...t.x], y: [...t.y], text: t.text, marker: t.marker, error: t.error_y}))""")
-    return {trace["name"]: trace for trace in traces if trace["name"] != "bar"} | {"bars": [trace["error"] for trace in traces if trace["name"] == "bar"]}
+    traces = page.evaluate(
+        """() => document.getElementById("chart").data.map(t => ({name: t.name, x: [...t.x], y: [...t.y], text: t.text, marker: t.marker, error: t.error_y}))"""
+    )
+    return {trace["name"]: trace for trace in traces if trace["name"] != "bar"} | {
+        "bars": [trace["error"] for trace in traces if trace["name"] == "bar"]
+    }
 
 
 def by_hand(rows):
@@ -112,7 +136,9 @@ def assert_draws(page, rows, expected):
     places = rows.drop_duplicates("width").sort_values("density", ascending=False)
     found = drawn(page)
     assert len(found["points"]["y"]) == len(places) > 1
-    for width, density, x, y, bar in zip(places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"]):
+    for width, density, x, y, bar in zip(
+        places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"]
+    ):
         assert x == pytest.approx(100 * density, rel=1e-5)
         mean, half = expected.get(width, (None, None))
         assert y is None if mean is None else y == pytest.approx(mean, abs=0.0051)
@@ -146,8 +172,14 @@ def choose(page, name, words):
 
 def test_slider_by_keyboard_draws_what_pandas_finds(table, path, open_page):
     page = open_page(path)
-    noise = table[(table.dataset == "mnist") & (table.family == "mlp") & (table.growth == "width") & (table.schedule == "static")
-                  & (table.rule == "water_filling") & (table.measure == "weight_noise")]
+    noise = table[
+        (table.dataset == "mnist")
+        & (table.family == "mlp")
+        & (table.growth == "width")
+        & (table.schedule == "static")
+        & (table.rule == "water_filling")
+        & (table.measure == "weight_noise")
+    ]
     sigmas = sorted(noise.strength.dropna().unique())
     keyboard_to(page, "strength")
     seen = []
@@ -159,7 +191,9 @@ def test_slider_by_keyboard_draws_what_pandas_finds(table, path, open_page):
         assert f"σ = {words}" in page.inner_text("#title")
         assert_draws(page, noise, by_hand(noise[noise.strength == sigma]))
         clean = by_hand(noise[noise.strength == 0])
-        assert [y for y in drawn(page)["clean"]["y"] if y is not None] == pytest.approx([clean[width][0] for width in sorted(clean)], abs=0.0051)
+        assert [y for y in drawn(page)["clean"]["y"] if y is not None] == pytest.approx(
+            [clean[width][0] for width in sorted(clean)], abs=0.0051
+        )
         seen.append(tuple(drawn(page)["points"]["y"]))
     assert len(set(seen)) == len(sigmas) == 11
 
@@ -173,22 +207,58 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
     assert marked[100] == found["points"]["y"][0] and max(measured) in marked.values()
     symbols = dict(zip(widths, found["points"]["marker"]["symbol"]))
     assert {width for width, symbol in symbols.items() if symbol == "circle-open"} == {256, 1024, 2048}
-    assert found["diverged"]["text"] == ["1 of 3 diverged", "3 of 3 diverged"] and found["points"]["y"][widths.index(2048)] is None
+    assert (
+        found["diverged"]["text"] == ["1 of 3 diverged", "3 of 3 diverged"]
+        and found["points"]["y"][widths.index(2048)] is None
+    )
     assert found["points"]["marker"]["color"] == [plots.density_colour(128 / width) for width in widths]
-    place = table[(table.dataset == "mnist") & (table.family == "mlp") & (table.width == 512) & (table.schedule == "static") & (table.rule == "water_filling") & (table.growth == "width")]
+    place = table[
+        (table.dataset == "mnist")
+        & (table.family == "mlp")
+        & (table.width == 512)
+        & (table.schedule == "static")
+        & (table.rule == "water_filling")
+        & (table.growth == "width")
+    ]
     hover = found["points"]["text"][2]
-    assert "3 seeds" in hover and "remaining weights 25\u00a0%" in hover and all(run in hover for run in place.experiment.unique())
-    page.mouse.move(*page.evaluate("""() => {const box = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point")).find(p => p.length > 2)[2].getBoundingClientRect();
-        return [box.x + box.width / 2, box.y + box.height / 2]}"""))
+    assert (
+        "3 seeds" in hover
+        and "remaining weights 25\u00a0%" in hover
+        and all(run in hover for run in place.experiment.unique())
+    )
+    page.mouse.move(
+        *page.evaluate("""() => {const box = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point")).find(p => p.length > 2)[2].getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2]}""")
+    )
     page.wait_for_selector("#chart .hoverlayer .hovertext")
     assert "3 seeds" in page.text_content("#chart .hoverlayer .hovertext")
 
 
 QUESTIONS = [
-    ("corrupted images", "mean of all", "4", lambda t: t[(t.measure == "corruption") & (t.strength == 4)].groupby(["width", "seed", "name"]).value.mean().reset_index()),
-    ("corrupted images", "gaussian noise", "2", lambda t: t[(t.measure == "corruption") & (t.strength == 2) & (t.name == "gaussian_noise")]),
+    (
+        "corrupted images",
+        "mean of all",
+        "4",
+        lambda t: (
+            t[(t.measure == "corruption") & (t.strength == 4)]
+            .groupby(["width", "seed", "name"])
+            .value.mean()
+            .reset_index()
+        ),
+    ),
+    (
+        "corrupted images",
+        "gaussian noise",
+        "2",
+        lambda t: t[(t.measure == "corruption") & (t.strength == 2) & (t.name == "gaussian_noise")],
+    ),
     ("corrupted images", "fog", "0 (clean)", lambda t: t[(t.measure == "corruption") & (t.strength == 0)]),
-    ("adversarial attacks", "PGD", "8/255", lambda t: t[(t.measure == "attack") & (t.strength == 8 / 255) & (t.name == "pgd")]),
+    (
+        "adversarial attacks",
+        "PGD",
+        "8/255",
+        lambda t: t[(t.measure == "attack") & (t.strength == 8 / 255) & (t.name == "pgd")],
+    ),
     ("none (class recall)", "lowest of all", "", lambda t: t[t.quantity == "lowest_recall"]),
     ("none (class recall)", "class 3", "", lambda t: t[(t.quantity == "recall") & (t.name == "3")]),
 ]
@@ -197,7 +267,13 @@ QUESTIONS = [
 @pytest.mark.parametrize("measure, question, stop, records", QUESTIONS)
 def test_every_measure_by_keyboard(table, path, open_page, measure, question, stop, records):
     page = open_page(path)
-    for name, words in [("dataset", "CIFAR-10"), ("family", "VGG"), ("rule", "proportional"), ("measure", measure), ("question", question)]:
+    for name, words in [
+        ("dataset", "CIFAR-10"),
+        ("family", "VGG"),
+        ("rule", "proportional"),
+        ("measure", measure),
+        ("question", question),
+    ]:
         choose(page, name, words)
     if stop:
         keyboard_to(page, "strength")
@@ -207,7 +283,13 @@ def test_every_measure_by_keyboard(table, path, open_page, measure, question, st
                 page.keyboard.press("ArrowRight")
         assert page.inner_text("#value") == stop
     assert page.is_visible("#strength") == bool(stop)
-    curve = table[(table.dataset == "cifar10") & (table.family == "vgg") & (table.rule == "proportional") & (table.schedule == "static") & (table.growth == "width")]
+    curve = table[
+        (table.dataset == "cifar10")
+        & (table.family == "vgg")
+        & (table.rule == "proportional")
+        & (table.schedule == "static")
+        & (table.growth == "width")
+    ]
     assert_draws(page, curve, by_hand(records(curve)))
     assert question in page.inner_text("#title")
 
@@ -237,8 +319,12 @@ def test_every_select_changes_by_keyboard_and_only_what_exists_can_be_chosen(tab
       walk(0);
       return found;
     }""")
-    words = {tuple(CONTROLS[name][1][value] for name, value in zip(CONTROLS, combination)) for combination in combinations}
-    assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * (2 * (4 + 3 + 2) + 1)  # measures by width, by depth, after pruning; of ERK, noise by width
+    words = {
+        tuple(CONTROLS[name][1][value] for name, value in zip(CONTROLS, combination)) for combination in combinations
+    }
+    assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * (
+        2 * (4 + 3 + 2) + 1
+    )  # measures by width, by depth, after pruning; of ERK, noise by width
 
 
 def test_depth_has_evenly_spaced_steps(table, path, open_page):
@@ -258,10 +344,20 @@ def test_numbers_are_in_a_table_and_titles_in_words(path, open_page):
     assert len(rows) == 9 and rows[0].startswith("100\u00a0%") and "3 diverged" in rows[4]
     means = [None if "–" in row.split("\t")[3] else float(row.split("\t")[3].split("\u00a0")[0]) for row in rows]
     assert means == [None if y is None else pytest.approx(y, abs=0.051) for y in drawn(page)["points"]["y"]]
-    layout = page.evaluate("(({xaxis, yaxis}) => [xaxis.title.text, yaxis.title.text, xaxis.type, xaxis.range])(document.getElementById('chart').layout)")
+    layout = page.evaluate(
+        "(({xaxis, yaxis}) => [xaxis.title.text, yaxis.title.text, xaxis.type, xaxis.range])(document.getElementById('chart').layout)"
+    )
     assert layout[:3] == ["remaining weights (%)", "accuracy (%)", "log"] and layout[3][0] > layout[3][1]
     assert page.inner_text("#title") == "MLP on MNIST, growing in width: accuracy under weight noise, σ = 0.5"
-    for label in ("Images", "Network", "Sparser by growing in", "Weights removed", "Shared out over layers by", "Disturbance", "Noise σ"):
+    for label in (
+        "Images",
+        "Network",
+        "Sparser by growing in",
+        "Weights removed",
+        "Shared out over layers by",
+        "Disturbance",
+        "Noise σ",
+    ):
         assert page.get_by_label(label, exact=True).is_visible()
 
 
@@ -272,16 +368,22 @@ def test_phone(path, open_page, width):
     for measure in ("weight noise", "corrupted images", "adversarial attacks", "none (class recall)"):
         page.select_option("#measure", label=measure)
         assert page.evaluate("document.documentElement.scrollWidth") == width
-    sizes = page.evaluate("[...document.querySelectorAll('select, input, button')].filter(e => e.offsetParent).map(e => e.getBoundingClientRect().height)")
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('select, input, button')].filter(e => e.offsetParent).map(e => e.getBoundingClientRect().height)"
+    )
     assert min(sizes) >= 40
     assert page.evaluate("document.querySelector('#chart .main-svg').getBoundingClientRect().width") <= width
 
 
 def test_dark(path, open_page):
     page = open_page(path, scheme="dark")
-    grounds = "[getComputedStyle(document.body).backgroundColor, document.getElementById('chart')._fullLayout.paper_bgcolor]"
+    grounds = (
+        "[getComputedStyle(document.body).backgroundColor, document.getElementById('chart')._fullLayout.paper_bgcolor]"
+    )
     dark = drawn(page)["points"]["marker"]["color"]
-    assert [plots.luminance(colour) for colour in page.evaluate(grounds)] == [plots.luminance(plots.DARK_BACKGROUND)] * 2
+    assert [plots.luminance(colour) for colour in page.evaluate(grounds)] == [
+        plots.luminance(plots.DARK_BACKGROUND)
+    ] * 2
     ink = page.evaluate("getComputedStyle(document.body).color")
     assert plots.contrast(ink, plots.DARK_BACKGROUND) > 7
     page.emulate_media(color_scheme="light")
@@ -326,7 +428,9 @@ write_page(pd.read_csv(sys.argv[1], keep_default_na=False), sys.argv[2], include
 def test_bytes_repeat_in_another_process(table, tmp_path):
     some = table[(table.measure == "class_recall") & (table.dataset == "cifar10")]
     some.to_csv(tmp_path / "table.csv", index=False)
-    written = write_page(pd.read_csv(tmp_path / "table.csv", keep_default_na=False), tmp_path / "here.html", include_plotlyjs="directory")[0].read_bytes()
+    written = write_page(
+        pd.read_csv(tmp_path / "table.csv", keep_default_na=False), tmp_path / "here.html", include_plotlyjs="directory"
+    )[0].read_bytes()
     for seed in "12":
         words = [sys.executable, "-c", AGAIN, tmp_path / "table.csv", tmp_path / f"{seed}.html"]
         subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed})

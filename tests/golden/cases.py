@@ -13,11 +13,11 @@ import torch
 
 from sparse_nb import data
 from sparse_nb.networks import models, sparse_layers
-from sparse_nb.study import experiments
-from sparse_nb.sweep import jobs
-from sparse_nb.study.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
 from sparse_nb.networks.training import Recipe
+from sparse_nb.study import experiments
+from sparse_nb.study.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
 from sparse_nb.study.versions import canonical
+from sparse_nb.sweep import jobs
 
 BITS = Path(__file__).with_name("bits.json")
 TOLERANCE = 1e-5  # of losses, on a machine whose bits are not listed
@@ -29,7 +29,9 @@ def machine():
 
 
 def _experiment(family, width, depth, budget, rule="water_filling", schedule="static", images=160, epochs=2, **more):
-    settings = {name: more.pop(name) for name in list(more) if name in {field.name for field in dataclasses.fields(Recipe)}}
+    settings = {
+        name: more.pop(name) for name in list(more) if name in {field.name for field in dataclasses.fields(Recipe)}
+    }
     recipe = Recipe(**{"epochs": epochs, "batch_size": 32, "learning_rate": 0.05, **settings})
     return Experiment("digits", family, width, depth, budget, 3, recipe, rule, schedule, train_images=images, **more)
 
@@ -43,14 +45,20 @@ TRAININGS = {
     "mlp, dense matrices": _experiment("mlp", 24, 2, 1500, initial_scale="dense"),
     "mlp pruned by layer": _experiment("mlp", 64, 1, 1000, schedule="magnitude"),
     "mlp pruned globally": _experiment("mlp", 64, 1, 1000, None, "magnitude", pruning="global"),
-    "mlp augmented, cosine, weight decay": _experiment("mlp", 64, 1, 2000, augment=True, decay="cosine", weight_decay=1e-3),
+    "mlp augmented, cosine, weight decay": _experiment(
+        "mlp", 64, 1, 2000, augment=True, decay="cosine", weight_decay=1e-3
+    ),
     "mlp that converges": _experiment("mlp", 64, 1, 2000, epochs=9, stop_loss=2.0, momentum=0.0),
     "vgg dense": _experiment("vgg", 4, 11, experiments.counted_total("digits", "vgg", 4, 11), images=64),
     "vgg walked, water-filling": _experiment("vgg", 16, 11, 12_000, images=64, epochs=1),
-    "vgg walked, proportional, CSR at the end": _experiment("vgg", 16, 11, 12_000, "proportional", images=64, decay="cosine"),
+    "vgg walked, proportional, CSR at the end": _experiment(
+        "vgg", 16, 11, 12_000, "proportional", images=64, decay="cosine"
+    ),
     "vgg without batch norm": _experiment("vgg", 8, 13, 9000, "erk", images=64, batch_norm=False),
     "vgg pruned by layer": _experiment("vgg", 6, 11, 9000, schedule="magnitude", images=64, epochs=1),
-    "resnet dense": _experiment("resnet", 8, 18, experiments.counted_total("digits", "resnet", 8, 18), images=64, epochs=1),
+    "resnet dense": _experiment(
+        "resnet", 8, 18, experiments.counted_total("digits", "resnet", 8, 18), images=64, epochs=1
+    ),
     "resnet walked, water-filling": _experiment("resnet", 12, 18, 12_000, images=64, epochs=1),
     "resnet walked, proportional": _experiment("resnet", 16, 18, 12_000, "proportional", images=64, epochs=1),
     "resnet50 repeated": _experiment("resnet", 8, 50, 12_000, images=32, epochs=1, repeat=2),
@@ -89,7 +97,13 @@ def network(family, shape):
     model = sparse_layers.sparse_network(model, kept)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 6 / math.sqrt(max(1, parameter.numel() / len(getattr(model.get_submodule(name.rpartition(".")[0]), "shape", parameter.shape))))
+            scale = 6 / math.sqrt(
+                max(
+                    1,
+                    parameter.numel()
+                    / len(getattr(model.get_submodule(name.rpartition(".")[0]), "shape", parameter.shape)),
+                )
+            )
             parameter.copy_((_numbers(parameter.numel()) * scale).view(parameter.shape).to(parameter))
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -127,11 +141,16 @@ def _of_measurement(name, family, dataset):
     return {"version": measurement.measure, "losses": losses, "bits": _sha(canonical(records).encode())}
 
 
-_CASES = {name: (_of_training, name) for name in TRAININGS} | {
-    f"{name}, {family}, {dataset}": (_of_measurement, name, family, dataset)
-    for name in MEASUREMENTS for family, dataset in (("mlp", "digits"), ("vgg", "cifar10"))
-    if name != "corruption" or (family, dataset) == ("vgg", "cifar10")
-} | {"corruption, mlp, digits": (_of_measurement, "corruption", "mlp", "digits")}
+_CASES = (
+    {name: (_of_training, name) for name in TRAININGS}
+    | {
+        f"{name}, {family}, {dataset}": (_of_measurement, name, family, dataset)
+        for name in MEASUREMENTS
+        for family, dataset in (("mlp", "digits"), ("vgg", "cifar10"))
+        if name != "corruption" or (family, dataset) == ("vgg", "cifar10")
+    }
+    | {"corruption, mlp, digits": (_of_measurement, "corruption", "mlp", "digits")}
+)
 
 
 def compute(name):
@@ -159,6 +178,14 @@ def compare(name, found, golden):
         return f"{name} is not among the golden cases"
     wanted = golden[name]
     if machine() in wanted["bits"]:
-        return None if found["bits"] == wanted["bits"][machine()] else f"{name}: bits {found['bits']}, golden {wanted['bits'][machine()]} ({machine()})"
+        return (
+            None
+            if found["bits"] == wanted["bits"][machine()]
+            else f"{name}: bits {found['bits']}, golden {wanted['bits'][machine()]} ({machine()})"
+        )
     apart = [abs(a - b) / max(1, abs(b)) for a, b in zip(found["losses"], wanted["losses"], strict=True)]
-    return None if max(apart, default=0) <= TOLERANCE else f"{name}: losses differ by {max(apart):.1e} from golden ones, {TOLERANCE:g} is allowed"
+    return (
+        None
+        if max(apart, default=0) <= TOLERANCE
+        else f"{name}: losses differ by {max(apart):.1e} from golden ones, {TOLERANCE:g} is allowed"
+    )

@@ -28,14 +28,14 @@ from playwright.sync_api import sync_playwright
 from scipy import stats
 
 from sparse_nb import cli, data
-from sparse_nb.results import provenance
-from sparse_nb.sweep import sweep
-from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.networks.models import counted_weights
-from sparse_nb.study.studies import narrow, plan
 from sparse_nb.networks.sparse_layers import pattern
-from sparse_nb.runs.store import Store, load_history, load_run, parse_records
 from sparse_nb.networks.training import Recipe
+from sparse_nb.results import provenance
+from sparse_nb.runs.store import Store, load_history, load_run, parse_records
+from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
+from sparse_nb.study.studies import narrow, plan
+from sparse_nb.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -51,7 +51,11 @@ processes.set_forkserver_preload(["pytest", "nbclient", "sparse_nb.cli"])
 
 def contents(folder):
     """Every file below the folder, with its content and the time of its last change."""
-    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns)
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 def notebooks(folder, *cells):
@@ -108,7 +112,18 @@ def until(condition, seconds=30):
 def drawn(tmp_path_factory):
     """A folder with `runs`, `out` and `words` of one real command; read it, copy it, do not change it."""
     folder = tmp_path_factory.mktemp("drawn")
-    asked = [BIN / "sparse-nb", "figures", "fig01", "--preset", "smoke", *SMALL, "--runs", folder / "runs", "--out", folder / "out"]
+    asked = [
+        BIN / "sparse-nb",
+        "figures",
+        "fig01",
+        "--preset",
+        "smoke",
+        *SMALL,
+        "--runs",
+        folder / "runs",
+        "--out",
+        folder / "out",
+    ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (folder / "words").write_text(done.stdout)
@@ -117,13 +132,20 @@ def drawn(tmp_path_factory):
 
 def test_command_publishes_five_files_and_leaves_nothing_else(drawn):
     published = sorted((drawn / "out").rglob("*"))
-    assert [str(p.relative_to(drawn / "out")) for p in published] == ["smoke", *(f"smoke/fig01.{ending}" for ending in ENDINGS)]
+    assert [str(p.relative_to(drawn / "out")) for p in published] == [
+        "smoke",
+        *(f"smoke/fig01.{ending}" for ending in ENDINGS),
+    ]
     words = (drawn / "words").read_text().splitlines()
     assert words[0] == "4 networks: 4 made now, 0 already there; 4 measurements made now"
     assert sorted(words[1:]) == [str(p) for p in published[1:]]
     kept = {p.name for p in (drawn / "runs").iterdir()}
     assert len({name for name in kept if RUN.fullmatch(name)}) == 4
-    assert {name for name in kept if not RUN.fullmatch(name)} <= {"index.sqlite", "index.sqlite-wal", "index.sqlite-shm"}
+    assert {name for name in kept if not RUN.fullmatch(name)} <= {
+        "index.sqlite",
+        "index.sqlite-wal",
+        "index.sqlite-shm",
+    }
 
 
 def test_png_is_a_picture(drawn):
@@ -142,7 +164,13 @@ def test_svg_says_what_it_shows_and_where_it_comes_from(drawn):
     text = " ".join(" ".join(tree.getroot().itertext()).split())
     code = json.loads(next(drawn.glob("runs/*/experiment.json")).read_bytes())["code"][:8]
     panel = ["MLP, digits", "Figure 1.", "noise σ", "0 (clean)", "remaining weights (%)", "accuracy (%)"]
-    footer = ["Preset smoke", "mean over 2 seeds", "Smaller than the preset paper", "2 of 5 seeds", "at most 2 of 300 epochs"]
+    footer = [
+        "Preset smoke",
+        "mean over 2 seeds",
+        "Smaller than the preset paper",
+        "2 of 5 seeds",
+        "at most 2 of 300 epochs",
+    ]
     source = [f"data digits {data.checksum('digits')[:8]}", f"code {code}", "4 networks"]
     assert [words for words in panel + footer + source if words not in text] == []
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
@@ -171,28 +199,40 @@ def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_pat
     assert set(listed) == {p.name for p in (drawn / "runs").iterdir() if RUN.fullmatch(p.name)} and len(listed) == 4
     for run, line in listed.items():
         about = json.loads((drawn / "runs" / run / "experiment.json").read_bytes())["experiment"]
-        assert f"digits mlp width {about['width']} depth 1 " in line and f"seed {about['seed']}: not converged by its last epoch, 2;" in line
+        assert (
+            f"digits mlp width {about['width']} depth 1 " in line
+            and f"seed {about['seed']}: not converged by its last epoch, 2;" in line
+        )
         assert line.endswith(str(drawn / "runs" / run))
     if ending != "csv":
         (evaluation,) = {path for path in drawn.glob("runs/*/evaluations/*") if path.parent.parent.name == run}
         code = json.loads(evaluation.read_text().splitlines()[0])["code"]
         head = [" ".join(line.split()) for line in lines]
-        assert f"code weight_noise {code} (as here)" in head and f"data digits {data.checksum('digits')}" in head and "seeds 0, 1" in head
+        assert (
+            f"code weight_noise {code} (as here)" in head
+            and f"data digits {data.checksum('digits')}" in head
+            and "seeds 0, 1" in head
+        )
 
     cli.main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(tmp_path / "nowhere")])
-    assert {line for line in capfd.readouterr().out.splitlines() if "is not in" in line} == {f"{run} is not in {tmp_path / 'nowhere'}" for run in listed}
+    assert {line for line in capfd.readouterr().out.splitlines() if "is not in" in line} == {
+        f"{run} is not in {tmp_path / 'nowhere'}" for run in listed
+    }
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("fig.pdf", "", "accepted: .svg, .png, .html, .csv"),
-    ("fig.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>", "carries no provenance"),
-    ("fig.svg", "<svg", "cannot be read"),
-    ("fig.png", "", "cannot be read"),
-    ("fig.html", '<script type="application/json" id="provenance">[]</script>', "cannot be read"),
-    ("fig.csv", "mean\n0.9\n", "carries no provenance"),
-    ("fig.csv", None, "there is no file"),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("fig.pdf", "", "accepted: .svg, .png, .html, .csv"),
+        ("fig.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>", "carries no provenance"),
+        ("fig.svg", "<svg", "cannot be read"),
+        ("fig.png", "", "cannot be read"),
+        ("fig.html", '<script type="application/json" id="provenance">[]</script>', "cannot be read"),
+        ("fig.csv", "mean\n0.9\n", "carries no provenance"),
+        ("fig.csv", None, "there is no file"),
+    ],
+)
 def test_trace_says_in_one_sentence_what_cannot_be_traced(name, content, words, tmp_path, capfd):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -207,7 +247,9 @@ def test_every_figure_is_published_with_its_provenance_in_sight(notebook):
     cells = nbformat.read(notebook, as_version=4).cells
     text = "\n".join(cell.source for cell in cells)
     assert len(cells) <= 12
-    assert "made = provenance.of_points(chosen, points, store)" in text and re.search(r"footer ?= ?\[.*made\.line\]", text)
+    assert "made = provenance.of_points(chosen, points, store)" in text and re.search(
+        r"footer ?= ?\[.*made\.line\]", text
+    )
     published = re.findall(r"provenance\.publish\(.*\)", text)
     assert published and all(call.endswith(", made)") for call in published)
 
@@ -227,7 +269,9 @@ def test_html_asks_no_other_host(drawn):
 
     class Links(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            asked.extend((tag, name, value) for name, value in attributes if name in ("src", "href", "srcset", "data", "action"))
+            asked.extend(
+                (tag, name, value) for name, value in attributes if name in ("src", "href", "srcset", "data", "action")
+            )
 
     page = (drawn / "out/smoke/fig01.html").read_text(encoding="utf-8")
     Links().feed(page)
@@ -249,7 +293,9 @@ def plain_accuracy(checkpoint, images):
         return torch.from_numpy(dense.reshape(len(bias), inputs)), bias
 
     x = ((images.pixels.float() / 255 - 0.1307) / 0.3081).flatten(1)
-    return float((F.linear(F.relu(F.linear(x, *weight("hidden1"))), *weight("classifier")).argmax(1) == images.labels).sum()) / len(x)
+    return float(
+        (F.linear(F.relu(F.linear(x, *weight("hidden1"))), *weight("classifier")).argmax(1) == images.labels).sum()
+    ) / len(x)
 
 
 def test_csv_holds_the_numbers_of_the_stored_networks(drawn):
@@ -261,17 +307,27 @@ def test_csv_holds_the_numbers_of_the_stored_networks(drawn):
         means = []  # of each network, over the draws of its noise
         for run in row.runs.split():
             about = json.loads((drawn / "runs" / run / "experiment.json").read_bytes())
-            assert (about["experiment"]["width"], about["experiment"]["budget"], about["result"]["epochs"]) == (row.width, 25_408, 2)
+            assert (about["experiment"]["width"], about["experiment"]["budget"], about["result"]["epochs"]) == (
+                row.width,
+                25_408,
+                2,
+            )
             (stored,) = (drawn / "runs" / run / "evaluations").iterdir()
             records = [json.loads(line) for line in stored.read_text().splitlines()[1:]]
             values = [r["value"] for r in records if (r["quantity"], r["strength"]) == (row.quantity, row.strength)]
             assert len(values) == 3
             if row.strength == 0:
-                clean = plain_accuracy(drawn / "runs" / run / "model.safetensors", images) if row.quantity == "accuracy" else 0.0
+                clean = (
+                    plain_accuracy(drawn / "runs" / run / "model.safetensors", images)
+                    if row.quantity == "accuracy"
+                    else 0.0
+                )
                 assert values == [clean] * 3
             means.append(np.mean(values))
         half = stats.t.ppf(0.975, df=1) * np.std(means, ddof=1) / np.sqrt(2)
-        assert (row.mean, row.low, row.high) == pytest.approx((np.mean(means), np.mean(means) - half, np.mean(means) + half), abs=1e-12)
+        assert (row.mean, row.low, row.high) == pytest.approx(
+            (np.mean(means), np.mean(means) - half, np.mean(means) + half), abs=1e-12
+        )
 
 
 def test_published_notebook_ran_whole_with_what_was_asked(drawn):
@@ -283,7 +339,20 @@ def test_published_notebook_ran_whole_with_what_was_asked(drawn):
     found = {}
     exec(injected.source, found)
     del found["__builtins__"]
-    asked = dict(preset="smoke", datasets="", families="mlp", rules="", widths="32 128", seeds=None, epochs=2, device="auto", finished=False, engine="local", workers=None, data=None)
+    asked = dict(
+        preset="smoke",
+        datasets="",
+        families="mlp",
+        rules="",
+        widths="32 128",
+        seeds=None,
+        epochs=2,
+        device="auto",
+        finished=False,
+        engine="local",
+        workers=None,
+        data=None,
+    )
     assert {name: found[name] for name in asked} == asked and found.keys() - asked.keys() == {"runs", "out"}
     assert Path(found["runs"]) == drawn / "runs"
 
@@ -297,7 +366,11 @@ def test_second_command_trains_nothing(drawn, tmp_path):
     arguments = ["figures", "fig01", *SMALL, "--runs", drawn / "runs", "--out", tmp_path / "out"]
     process = start([*arguments, "--notebooks", notebooks(tmp_path / "notebooks", DRAW)], tmp_path / "words")
     assert ended(process) == 0
-    assert (tmp_path / "words").read_text().startswith("4 networks: 0 made now, 4 already there; 0 measurements made now\n")
+    assert (
+        (tmp_path / "words")
+        .read_text()
+        .startswith("4 networks: 0 made now, 4 already there; 0 measurements made now\n")
+    )
     assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
     after = contents(drawn / "runs")
     assert {name: after[name] for name in after if not name.startswith("index")} == {
@@ -324,10 +397,25 @@ def test_a_machine_that_forgets_draws_from_what_is_published_without_training(dr
 
 def test_what_is_finished_of_a_larger_plan_is_drawn_and_nothing_is_trained(drawn, tmp_path):
     before = {name: found for name, found in contents(drawn / "runs").items() if not name.startswith("index")}
-    asked = ["figures", "fig01", "fig06", *SMALL, "--seeds", "3", "--finished", "--runs", drawn / "runs", "--out", tmp_path / "out"]
+    asked = [
+        "figures",
+        "fig01",
+        "fig06",
+        *SMALL,
+        "--seeds",
+        "3",
+        "--finished",
+        "--runs",
+        drawn / "runs",
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run([BIN / "sparse-nb", *asked], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == ["fig01: 4 of 6 points are finished in whole curves", "fig06: 0 of 12 points are finished"]
+    assert done.stdout.splitlines()[:2] == [
+        "fig01: 4 of 6 points are finished in whole curves",
+        "fig06: 0 of 12 points are finished",
+    ]
     assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
     assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
     assert "mean over 2 seeds" in " ".join((tmp_path / "out/smoke/fig01.svg").read_text(encoding="utf-8").split())
@@ -335,7 +423,14 @@ def test_what_is_finished_of_a_larger_plan_is_drawn_and_nothing_is_trained(drawn
 
 
 def test_plain_papermill_draws_the_same_numbers(drawn, tmp_path):
-    parameters = {"preset": "smoke", "families": "mlp", "epochs": "2", "widths": "32 128", "runs": drawn / "runs", "out": tmp_path / "out"}
+    parameters = {
+        "preset": "smoke",
+        "families": "mlp",
+        "epochs": "2",
+        "widths": "32 128",
+        "runs": drawn / "runs",
+        "out": tmp_path / "out",
+    }
     flags = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
     asked = [BIN / "papermill", f"figures/{NOTEBOOK}", tmp_path / "out.ipynb", *flags]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -351,28 +446,36 @@ def test_in_jupyterlab_everything_lands_in_the_projects_folder(drawn, tmp_path):
     notebook = nbformat.read(ROOT / "figures" / NOTEBOOK, as_version=4)
     at = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
     notebook.cells.insert(at + 1, nbformat.v4.new_code_cell("families, epochs, widths = 'mlp', 2, '32 128'"))
-    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "figures")}}).execute()
-    assert sorted(p.name for p in (tmp_path / "figures/rendered/smoke").iterdir()) == [f"fig01.{e}" for e in ENDINGS if e != "ipynb"]
+    NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "figures")}}
+    ).execute()
+    assert sorted(p.name for p in (tmp_path / "figures/rendered/smoke").iterdir()) == [
+        f"fig01.{e}" for e in ENDINGS if e != "ipynb"
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures", "runs"]
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["rendered"]
     assert "0 made now" in str(notebook)  # it found the project's runs
 
 
-@pytest.mark.parametrize("wrong, accepted", [
-    (["fig99"], ["fig01"]),
-    (["--preset", "labtop"], ["smoke", "laptop", "paper"]),
-    (["--datasets", "imagenet"], ["digits", "mnist", "cifar10", "cifar100"]),
-    (["--families", "mlp", "transformer"], ["mlp", "vgg", "resnet"]),
-    (["--rules", "uniform"], ["water_filling", "proportional", "erk"]),
-    (["--device", "tpu"], ["auto", "cpu", "cuda"]),
-    (["--famlies", "mlp"], ["--families"]),
-    (["--seeds", "two"], ["--seeds"]),
-    (["--seeds", "0"], ["at least 1"]),
-    (["--epochs", "-1"], ["at least 1"]),
-    (["--families", "mlp", "--widths", "0"], ["at least 1"]),
-    (["--families", "mlp", "--widths", "8"], ["budget"]),  # narrower than the base: it cannot hold the budget
-    (["--notebooks", "nowhere"], ["--notebooks"]),
-], ids=lambda words: words[-1])
+@pytest.mark.parametrize(
+    "wrong, accepted",
+    [
+        (["fig99"], ["fig01"]),
+        (["--preset", "labtop"], ["smoke", "laptop", "paper"]),
+        (["--datasets", "imagenet"], ["digits", "mnist", "cifar10", "cifar100"]),
+        (["--families", "mlp", "transformer"], ["mlp", "vgg", "resnet"]),
+        (["--rules", "uniform"], ["water_filling", "proportional", "erk"]),
+        (["--device", "tpu"], ["auto", "cpu", "cuda"]),
+        (["--famlies", "mlp"], ["--families"]),
+        (["--seeds", "two"], ["--seeds"]),
+        (["--seeds", "0"], ["at least 1"]),
+        (["--epochs", "-1"], ["at least 1"]),
+        (["--families", "mlp", "--widths", "0"], ["at least 1"]),
+        (["--families", "mlp", "--widths", "8"], ["budget"]),  # narrower than the base: it cannot hold the budget
+        (["--notebooks", "nowhere"], ["--notebooks"]),
+    ],
+    ids=lambda words: words[-1],
+)
 def test_wrong_words_are_refused_before_any_work(wrong, accepted, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
@@ -386,18 +489,28 @@ def test_wrong_words_are_refused_before_any_work(wrong, accepted, tmp_path, capf
 
 def test_dry_run_says_what_is_missing_and_does_nothing(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    cli.main(["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    cli.main(
+        ["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    )
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("4 networks to do")
-    assert any("digits mlp width 128 depth 1 25.00% static water_filling seed 1, at most 2 epochs: train, weight_noise; about" in line for line in lines)
+    assert any(
+        "digits mlp width 128 depth 1 25.00% static water_filling seed 1, at most 2 epochs: train, weight_noise; about"
+        in line
+        for line in lines
+    )
     assert contents(tmp_path) == {}
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("cell, words", [
-    ("raise ArithmeticError('seven is not prime')", "seven is not prime"),
-    ("import os; os.kill(os.getpid(), 9)", "fig01 was not drawn"),
-], ids=["failed cell", "killed kernel"])
+@pytest.mark.parametrize(
+    "cell, words",
+    [
+        ("raise ArithmeticError('seven is not prime')", "seven is not prime"),
+        ("import os; os.kill(os.getpid(), 9)", "fig01 was not drawn"),
+    ],
+    ids=["failed cell", "killed kernel"],
+)
 def test_a_notebook_that_stops_publishes_nothing(cell, words, drawn, tmp_path):
     shutil.copytree(drawn / "out", tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -427,7 +540,9 @@ def test_ctrl_c_while_a_notebook_runs(drawn, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     status = ended(process, 20)
     kernel = Path(f"/proc/{running.read_text()}")
-    until(lambda: not kernel.exists() or "\nState:\tZ" in (kernel / "status").read_text(), 10)  # no orphan is left computing
+    until(
+        lambda: not kernel.exists() or "\nState:\tZ" in (kernel / "status").read_text(), 10
+    )  # no orphan is left computing
     assert contents(tmp_path / "out") == before
     assert status == 130 and "interrupted" in (tmp_path / "words").read_text()
 
@@ -436,7 +551,11 @@ LONGER = dict(families=("mlp",), seeds=2, epochs=6, widths=(32, 128, 512))  # si
 
 
 def longer_command(folder):
-    flags = [word for name, value in LONGER.items() for word in (f"--{name}", *(value if isinstance(value, tuple) else [value]))]
+    flags = [
+        word
+        for name, value in LONGER.items()
+        for word in (f"--{name}", *(value if isinstance(value, tuple) else [value]))
+    ]
     paths = ["--runs", folder / "runs", "--out", folder / "out", "--notebooks", notebooks(folder / "notebooks", DRAW)]
     return ["figures", "fig01", *flags, *paths]
 
@@ -452,7 +571,11 @@ def undisturbed(tmp_path_factory):
 
 def numbers(runs):
     """Contents of checkpoints and record files, which are the same whoever computed them when."""
-    return {str(p.relative_to(runs)): p.read_bytes() for g in ("*/model.safetensors", "*/evaluations/*") for p in Path(runs).glob(g)}
+    return {
+        str(p.relative_to(runs)): p.read_bytes()
+        for g in ("*/model.safetensors", "*/evaluations/*")
+        for p in Path(runs).glob(g)
+    }
 
 
 FILES = ("experiment.json", "history.jsonl", "manifest.json", "model.safetensors")
@@ -514,13 +637,20 @@ def test_kill_9_at_any_moment_loses_at_most_the_network_in_hand(undisturbed, tmp
 def test_convolutions_go_through_the_store(family, depth, tmp_path):
     store, budget = Store(tmp_path / "runs"), counted_total("digits", family, 4, depth)
     recipe = Recipe(epochs=1, batch_size=32)
-    wanted = [Experiment("digits", family, 6, depth, budget, 0, recipe, schedule=s, train_images=64) for s in ("static", "magnitude")]
-    summary = sweep.run(wanted, [WeightNoise(sigmas=(0, 0.1), draws=1, test_images=50)], store=store, device="cpu", show=False)
+    wanted = [
+        Experiment("digits", family, 6, depth, budget, 0, recipe, schedule=s, train_images=64)
+        for s in ("static", "magnitude")
+    ]
+    summary = sweep.run(
+        wanted, [WeightNoise(sigmas=(0, 0.1), draws=1, test_images=50)], store=store, device="cpu", show=False
+    )
     assert (summary.made, summary.measured) == (3, 2)  # the dense parent of the pruned one is the third
     for experiment in wanted:
         model = load_run(store, experiment)
         kept = {name: int(weight.count_nonzero()) for name, weight in counted_weights(model).items()}
-        assert sum(kept.values()) == budget and kept == {name: len(positions) for name, positions in pattern(model).items()}
+        assert sum(kept.values()) == budget and kept == {
+            name: len(positions) for name, positions in pattern(model).items()
+        }
 
 
 def noisy_accuracy(folder):
@@ -532,20 +662,47 @@ def noisy_accuracy(folder):
 
 def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
     """Figures 12 and 13: the three ways begin at one network, every point is the mean of its runs, and the networks of figure 1 are not made twice."""
-    asked = [BIN / "sparse-nb", "figures", "fig12", "fig13", "--preset", "smoke", "--families", "mlp", "--epochs", "1", "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    asked = [
+        BIN / "sparse-nb",
+        "figures",
+        "fig12",
+        "fig13",
+        "--preset",
+        "smoke",
+        "--families",
+        "mlp",
+        "--epochs",
+        "1",
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"{figure}.{e}" for figure in ("fig12", "fig13") for e in ENDINGS]
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [
+        f"{figure}.{e}" for figure in ("fig12", "fig13") for e in ENDINGS
+    ]
     control, rules = (pd.read_csv(tmp_path / f"out/smoke/{figure}.csv") for figure in ("fig12", "fig13"))
     control, rules = control[control.quantity == "noisy_accuracy"], rules[rules.quantity == "noisy_accuracy"]
     for row in [*control.itertuples(), *rules.itertuples()]:
-        assert row.mean == pytest.approx(np.mean([noisy_accuracy(tmp_path / "runs" / run) for run in row.runs.split()]), abs=1e-12)
+        assert row.mean == pytest.approx(
+            np.mean([noisy_accuracy(tmp_path / "runs" / run) for run in row.runs.split()]), abs=1e-12
+        )
     first = control[control.step == 0]
     assert set(first.arm) == {"fewer", "sparser", "both"} and first.runs.nunique() == 1 and set(first.width) == {32}
-    assert set(control[control.arm == "fewer"].density) == {1} and control[control.arm == "sparser"].budget.nunique() == 1
-    assert set(rules.rule) == {"water_filling", "proportional", "erk"} and (rules.effective_density <= rules.density + 1e-12).all()
+    assert (
+        set(control[control.arm == "fewer"].density) == {1} and control[control.arm == "sparser"].budget.nunique() == 1
+    )
+    assert (
+        set(rules.rule) == {"water_filling", "proportional", "erk"}
+        and (rules.effective_density <= rules.density + 1e-12).all()
+    )
     again = rules[rules.rule == "water_filling"].set_index("width").runs
-    assert all(again[row.width] == row.runs for row in control[(control.arm == "sparser") & control.width.isin([32, 128, 512])].itertuples())
+    assert all(
+        again[row.width] == row.runs
+        for row in control[(control.arm == "sparser") & control.width.isin([32, 128, 512])].itertuples()
+    )
     assert "Mean distance between the rules" in (tmp_path / "out/smoke/fig13.svg").read_text()
 
 
@@ -558,12 +715,16 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
     judged = pd.read_csv(folder / "claims.csv", dtype={"claim": str})
     final = judged[judged.verdict != "unfinished"]
     assert set(final.claim) == {"1", "10"} and set(final.verdict) == {"undecided"} and set(final.seeds) == {2}
-    assert {"2", "9"} <= set(judged.claim) - set(final.claim) and judged[judged.verdict == "unfinished"].p_for.isna().all()
+    assert {"2", "9"} <= set(judged.claim) - set(final.claim) and judged[
+        judged.verdict == "unfinished"
+    ].p_for.isna().all()
     runs = {path.parent.name for path in (drawn / "runs").glob("*/manifest.json")}
     assert set(" ".join(final.runs).split()) <= runs == set(provenance.read(folder / "claims.svg").runs)
 
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):
     with pytest.raises(SystemExit):
-        cli.main(["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")])
+        cli.main(
+            ["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")]
+        )
     assert "no claim can be judged by what is in" in capfd.readouterr().err

@@ -26,8 +26,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparse_nb.robustness.corruptions import archives as ca
 from sparse_nb import data
+from sparse_nb.robustness.corruptions import archives as ca
 
 COUNT = 6  # test images of the small archives
 
@@ -44,7 +44,11 @@ def saved(array, **how):
 
 def contents(folder):
     """Every file below the folder with its content, but for the list of verified files."""
-    files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file() or path.is_symlink()}
+    files = {
+        str(path.relative_to(folder)): path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() or path.is_symlink()
+    }
     return {name: path.read_bytes() for name, path in files.items() if path.name != ".verified.json"}
 
 
@@ -77,10 +81,16 @@ def pixels(*shape, seed=0):
 
 CIFAR_LABELS, MNIST_LABELS = np.tile(np.arange(COUNT, dtype=np.uint8), 5), np.arange(COUNT)
 FOG = pixels(5 * COUNT, 4, 4, 3)
-CIFAR_FILES = {"CIFAR-10-C/fog.npy": saved(FOG), "CIFAR-10-C/snow.npy": saved(pixels(5 * COUNT, 4, 4, 3, seed=1)),
-               "CIFAR-10-C/labels.npy": saved(CIFAR_LABELS)}
-MNIST_FILES = {f"mnist_c/{name}/test_{part}.npy": content for i, name in enumerate(("fog", "zigzag"))
-               for part, content in (("images", saved(pixels(COUNT, 4, 4, 1, seed=i))), ("labels", saved(MNIST_LABELS)))}
+CIFAR_FILES = {
+    "CIFAR-10-C/fog.npy": saved(FOG),
+    "CIFAR-10-C/snow.npy": saved(pixels(5 * COUNT, 4, 4, 3, seed=1)),
+    "CIFAR-10-C/labels.npy": saved(CIFAR_LABELS),
+}
+MNIST_FILES = {
+    f"mnist_c/{name}/test_{part}.npy": content
+    for i, name in enumerate(("fog", "zigzag"))
+    for part, content in (("images", saved(pixels(COUNT, 4, 4, 1, seed=i))), ("labels", saved(MNIST_LABELS)))
+}
 CIFAR_TAR = tar_of({"CIFAR-10-C/README.txt": b"words"} | CIFAR_FILES)
 MNIST_ZIP = zip_of({"mnist_c/fog/train_images.npy": b"not needed"} | MNIST_FILES)
 
@@ -88,7 +98,9 @@ MNIST_ZIP = zip_of({"mnist_c/fog/train_images.npy": b"not needed"} | MNIST_FILES
 def cifar(packed=CIFAR_TAR, **facts):
     """A CIFAR-10-C of six images, whose published facts are those of `packed`."""
     sums = {path: md5(content) for path, content in CIFAR_FILES.items()}
-    small = dict(bytes=len(packed), md5=md5(packed), names=("snow", "fog"), image_shape=(4, 4, 3), count=COUNT, sums=sums)
+    small = dict(
+        bytes=len(packed), md5=md5(packed), names=("snow", "fog"), image_shape=(4, 4, 3), count=COUNT, sums=sums
+    )
     return replace(ca.ARCHIVES["cifar10"], **(small | facts))
 
 
@@ -128,15 +140,21 @@ class Bomb:
 
 # What is read ---------------------------------------------------------------------------------------------------------------
 
+
 def test_every_row_comes_out_where_it_belongs(unpacked):
-    assert ca.available("cifar10", root=unpacked) == ("snow", "fog") and ca.available("mnist", root=unpacked) == ("fog", "zigzag")
+    assert ca.available("cifar10", root=unpacked) == ("snow", "fog") and ca.available("mnist", root=unpacked) == (
+        "fog",
+        "zigzag",
+    )
     for severity in range(1, 6):
         images = ca.load_official("cifar10", "fog", severity, root=unpacked)
         assert images.dtype == torch.uint8 and images.shape == (COUNT, 3, 4, 4) and images.is_contiguous()
         for i in range(COUNT):
             assert np.array_equal(images[i].permute(1, 2, 0).numpy(), FOG[(severity - 1) * COUNT + i])
     images = ca.load_official("mnist", "zigzag", None, root=unpacked)
-    assert images.shape == (COUNT, 1, 4, 4) and np.array_equal(images[:, 0].numpy(), pixels(COUNT, 4, 4, 1, seed=1)[..., 0])
+    assert images.shape == (COUNT, 1, 4, 4) and np.array_equal(
+        images[:, 0].numpy(), pixels(COUNT, 4, 4, 1, seed=1)[..., 0]
+    )
     images.zero_()  # a copy: the file is not written to
     assert ca.load_official("mnist", "zigzag", None, root=unpacked).any()
     assert contents(unpacked) == CIFAR_FILES | MNIST_FILES | {"CIFAR-10-C.tar": CIFAR_TAR, "mnist_c.zip": MNIST_ZIP}
@@ -154,10 +172,20 @@ def test_each_array_stands_alone(root):
     assert ca.verify("cifar10", root=root) == {"CIFAR-10-C/fog.npy": "md5"}
 
 
-@pytest.mark.parametrize("dataset, name, severity, said", [
-    ("digits", "fog", 1, "'digits'"), ("cifar-10", "fog", 1, "cifar10, cifar100, mnist"), ("cifar10", "zigzag", 1, "snow, fog"),
-    ("cifar10", "fog", 0, "1 or 2 or 3 or 4 or 5"), ("cifar10", "fog", 6, "severity is 6"), ("cifar10", "fog", None, "severity is None"),
-    ("cifar10", "fog", 1.5, "severity is 1.5"), ("cifar10", "../fog", 1, "'../fog'"), ("mnist", "fog", 1, "must be None")])
+@pytest.mark.parametrize(
+    "dataset, name, severity, said",
+    [
+        ("digits", "fog", 1, "'digits'"),
+        ("cifar-10", "fog", 1, "cifar10, cifar100, mnist"),
+        ("cifar10", "zigzag", 1, "snow, fog"),
+        ("cifar10", "fog", 0, "1 or 2 or 3 or 4 or 5"),
+        ("cifar10", "fog", 6, "severity is 6"),
+        ("cifar10", "fog", None, "severity is None"),
+        ("cifar10", "fog", 1.5, "severity is 1.5"),
+        ("cifar10", "../fog", 1, "'../fog'"),
+        ("mnist", "fog", 1, "must be None"),
+    ],
+)
 def test_wrong_arguments(unpacked, dataset, name, severity, said):
     with pytest.raises(ValueError, match=said):
         ca.load_official(dataset, name, severity, root=unpacked)
@@ -175,9 +203,16 @@ def test_the_order_is_compared_with_the_clean_test_set(unpacked, monkeypatch):
     monkeypatch.setattr(ca, "published", lambda dataset: {})
     labels = {"cifar10": torch.arange(COUNT), "mnist": torch.arange(COUNT)}
     monkeypatch.setattr(ca, "clean_labels", lambda dataset, root: labels[dataset])
-    assert len(ca.load_official("cifar10", "fog", 5, root=unpacked)) == len(ca.load_official("mnist", "fog", None, root=unpacked)) == COUNT
+    assert (
+        len(ca.load_official("cifar10", "fog", 5, root=unpacked))
+        == len(ca.load_official("mnist", "fog", None, root=unpacked))
+        == COUNT
+    )
     labels["cifar10"] = labels["mnist"] = torch.tensor([0, 1, 2, 4, 3, 5])
-    for dataset, severity, file in (("cifar10", 5, "CIFAR-10-C/labels.npy"), ("mnist", None, "mnist_c/fog/test_labels.npy")):
+    for dataset, severity, file in (
+        ("cifar10", 5, "CIFAR-10-C/labels.npy"),
+        ("mnist", None, "mnist_c/fog/test_labels.npy"),
+    ):
         with pytest.raises(ValueError) as caught:
             ca.load_official(dataset, "fog", severity, root=unpacked)
         for fact in (str(unpacked / file), "2 labels differ", "image 3", "is 3 and must be 4"):
@@ -186,12 +221,13 @@ def test_the_order_is_compared_with_the_clean_test_set(unpacked, monkeypatch):
 
 # Damage ---------------------------------------------------------------------------------------------------------------------
 
+
 def damages(content, number, seed):
     """`number` truncations and `number` single flipped bits of `content`, half of them in the first 200 bytes."""
     draw = random.Random(seed)
     for i in range(number):
         end = min(200, len(content)) if i % 2 else len(content)
-        yield content[:draw.randrange(end)]
+        yield content[: draw.randrange(end)]
         bit, flipped = draw.randrange(8 * end), bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         yield bytes(flipped)
@@ -221,13 +257,20 @@ def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, datas
         path.write_bytes(damaged)
         with pytest.raises(ValueError) as caught:
             ca.fetch(dataset, root=root)
-        assert str(path) in str(caught.value) and contents(root) == {path.name: damaged} and list(root.iterdir()) == [path]
+        assert (
+            str(path) in str(caught.value) and contents(root) == {path.name: damaged} and list(root.iterdir()) == [path]
+        )
         with pytest.raises(ValueError, match=path.name):
             ca.verify(dataset, root=root)
-    report(f"archive {path.name}", "102 of 102 truncations, flipped bits and other lengths refused by name, nothing written")
+    report(
+        f"archive {path.name}",
+        "102 of 102 truncations, flipped bits and other lengths refused by name, nothing written",
+    )
 
 
-@pytest.mark.parametrize("dataset, good, files", [("cifar10", CIFAR_TAR, CIFAR_FILES), ("mnist", MNIST_ZIP, MNIST_FILES)])
+@pytest.mark.parametrize(
+    "dataset, good, files", [("cifar10", CIFAR_TAR, CIFAR_FILES), ("mnist", MNIST_ZIP, MNIST_FILES)]
+)
 def test_a_damaged_archive_with_a_forged_sum_gives_whole_arrays_or_its_name(root, monkeypatch, dataset, good, files):
     """The second line of defence: each array is checked again. What a zip lets pass (its own sum guards the content) has the right form."""
     make = cifar if dataset == "cifar10" else mnist
@@ -245,11 +288,28 @@ def test_a_damaged_archive_with_a_forged_sum_gives_whole_arrays_or_its_name(root
             (root / name).unlink()
 
 
-@pytest.mark.parametrize("content", [
-    saved(FOG[:-1]), saved(FOG.astype(np.int8)), saved(FOG.astype(np.float32)), saved(np.asfortranarray(FOG)), saved(FOG[..., :1]),
-    saved(FOG.reshape(-1)), saved(FOG) + b"\0", saved(FOG.reshape(1, *FOG.shape)), b"", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + bytes(200),
-    b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 500, zip_of({"fog.npy": saved(FOG)}),
-    saved(FOG).replace(b"(30, 4, 4, 3)", b"(-30,4, 4, 3)"), saved(FOG).replace(b"'descr'", b"'other'"), saved(FOG.astype("V1"))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(FOG[:-1]),
+        saved(FOG.astype(np.int8)),
+        saved(FOG.astype(np.float32)),
+        saved(np.asfortranarray(FOG)),
+        saved(FOG[..., :1]),
+        saved(FOG.reshape(-1)),
+        saved(FOG) + b"\0",
+        saved(FOG.reshape(1, *FOG.shape)),
+        b"",
+        b"\x93NUMPY",
+        b"\x93NUMPY\x09\x00" + bytes(200),
+        b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535,
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 500,
+        zip_of({"fog.npy": saved(FOG)}),
+        saved(FOG).replace(b"(30, 4, 4, 3)", b"(-30,4, 4, 3)"),
+        saved(FOG).replace(b"'descr'", b"'other'"),
+        saved(FOG.astype("V1")),
+    ],
+)
 def test_wrong_forms_are_refused_even_without_a_sum(root, monkeypatch, content):
     monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar(sums={}))
     file = root / "CIFAR-10-C" / "fog.npy"
@@ -268,7 +328,9 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
     pickle.loads(pickle.dumps(Bomb(mark))).close()
     assert mark.exists(), "the bomb works"
     mark.unlink()
-    dataset, make, pack, files = ("cifar10", cifar, tar_of, CIFAR_FILES) if path in CIFAR_FILES else ("mnist", mnist, zip_of, MNIST_FILES)
+    dataset, make, pack, files = (
+        ("cifar10", cifar, tar_of, CIFAR_FILES) if path in CIFAR_FILES else ("mnist", mnist, zip_of, MNIST_FILES)
+    )
     for bomb in (pickle.dumps(Bomb(mark)), saved(np.array([Bomb(mark)] * 30), allow_pickle=True)):
         packed = pack(files | {path: bomb})
         archive = make(packed, sums={})
@@ -286,6 +348,7 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
 
 
 # What is remembered ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def sums_taken(monkeypatch):
@@ -338,7 +401,9 @@ def test_a_change_within_one_tick_of_the_clock(unpacked, monkeypatch):
         ca.load_official("mnist", "fog", None, root=unpacked)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b'{"a": 1}', b'{"a": {"md5": 1, "state": []}}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"7", b'{"a": 1}', b'{"a": {"md5": 1, "state": []}}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_damaged_memory_is_refused_by_name(unpacked, content):
     file = unpacked / "CIFAR-10-C" / ".verified.json"
     file.write_bytes(content)
@@ -362,6 +427,7 @@ def test_a_forged_memory_does_not_help_a_wrong_file(unpacked, sums_taken):
 def test_a_folder_that_cannot_be_written_to_is_read(unpacked, sums_taken, monkeypatch):
     def refuse(folder, verified):
         raise PermissionError(13, "Permission denied", str(folder))
+
     monkeypatch.setattr(ca, "write_verified", refuse)
     for _ in range(2):
         assert len(ca.load_official("cifar10", "fog", 1, root=unpacked)) == COUNT
@@ -376,6 +442,7 @@ def test_mnist_copied_by_hand_is_checked_for_its_form(unpacked):
 
 
 # Hostile archives -----------------------------------------------------------------------------------------------------------
+
 
 def special(name, kind, target=""):
     member = tarfile.TarInfo(name)
@@ -394,8 +461,11 @@ TARS = {
     "dots first": tar_of({"../outside/dots": b"!"} | CIFAR_FILES),
     "backslashes": tar_of(CIFAR_FILES | {"CIFAR-10-C\\..\\..\\outside": b"!"}),
     "drive": tar_of(CIFAR_FILES | {"C:/outside": b"!"}),
-    "symlink in place of the folder": tar_of({}, more=[special("CIFAR-10-C", tarfile.SYMTYPE, "../outside")])[:512] + tar_of(CIFAR_FILES),
-    "symlink in place of an array": tar_of(CIFAR_FILES, more=[special("CIFAR-10-C/fog.npy", tarfile.SYMTYPE, "/etc/passwd")]),
+    "symlink in place of the folder": tar_of({}, more=[special("CIFAR-10-C", tarfile.SYMTYPE, "../outside")])[:512]
+    + tar_of(CIFAR_FILES),
+    "symlink in place of an array": tar_of(
+        CIFAR_FILES, more=[special("CIFAR-10-C/fog.npy", tarfile.SYMTYPE, "/etc/passwd")]
+    ),
     "hard link": tar_of(CIFAR_FILES, more=[special("CIFAR-10-C/fog.npy", tarfile.LNKTYPE, "../../outside/kept")]),
     "character device": tar_of(CIFAR_FILES, more=[special("CIFAR-10-C/zero", tarfile.CHRTYPE)]),
     "block device": tar_of(CIFAR_FILES, more=[special("CIFAR-10-C/disk", tarfile.BLKTYPE)]),
@@ -407,20 +477,31 @@ ZIPS = {
     "backslashes": zip_of(MNIST_FILES, more=[(entry("mnist_c\\..\\..\\outside"), b"!")]),
     "drive": zip_of(MNIST_FILES, more=[(entry("C:\\outside"), b"!")]),
     "symlink": zip_of(MNIST_FILES, more=[(entry("mnist_c/link", stat.S_IFLNK | 0o777), b"../../outside")]),
-    "symlink named like a folder": zip_of(MNIST_FILES, more=[(entry("mnist_c/link/", stat.S_IFLNK | 0o777), b"../../outside")]),
+    "symlink named like a folder": zip_of(
+        MNIST_FILES, more=[(entry("mnist_c/link/", stat.S_IFLNK | 0o777), b"../../outside")]
+    ),
     "device": zip_of(MNIST_FILES, more=[(entry("mnist_c/zero", stat.S_IFCHR | 0o666), b"")]),
     "pipe": zip_of(MNIST_FILES, more=[(entry("mnist_c/pipe", stat.S_IFIFO | 0o666), b"")]),
 }
 
 
-@pytest.mark.parametrize("dataset, kind", [("cifar10", "absolute"), *(("cifar10", kind) for kind in TARS),
-                                           ("mnist", "absolute"), *(("mnist", kind) for kind in ZIPS)])
+@pytest.mark.parametrize(
+    "dataset, kind",
+    [
+        ("cifar10", "absolute"),
+        *(("cifar10", kind) for kind in TARS),
+        ("mnist", "absolute"),
+        *(("mnist", kind) for kind in ZIPS),
+    ],
+)
 def test_a_hostile_archive_is_named_and_writes_nothing(root, tmp_path, monkeypatch, dataset, kind):
     """Even with the published sum, which cannot be."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "kept").write_bytes(b"before")
-    made, pack, files, make = (TARS, tar_of, CIFAR_FILES, cifar) if dataset == "cifar10" else (ZIPS, zip_of, MNIST_FILES, mnist)
+    made, pack, files, make = (
+        (TARS, tar_of, CIFAR_FILES, cifar) if dataset == "cifar10" else (ZIPS, zip_of, MNIST_FILES, mnist)
+    )
     packed = pack(files | {f"{outside}/absolute": b"!"}) if kind == "absolute" else made[kind]
     archive = make(packed)
     monkeypatch.setitem(ca.ARCHIVES, dataset, archive)
@@ -446,11 +527,18 @@ def test_rights_are_not_taken_from_the_archive(root, monkeypatch):
     assert (root / member.name).stat().st_mode & 0o6022 == 0
 
 
-@pytest.mark.parametrize("packed, said", [
-    (tar_of({"CIFAR-10-C/fog.npy": CIFAR_FILES["CIFAR-10-C/fog.npy"]}), "no array"),
-    (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": bytes(200_000)}), "no array CIFAR-10-C/fog.npy of at most"),
-    (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": saved(FOG[:5])}), "holds uint8"),
-    (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": saved(FOG ^ 1)}), "md5"), (b"", ""), (bytes(4000), ""), (MNIST_ZIP, "")])
+@pytest.mark.parametrize(
+    "packed, said",
+    [
+        (tar_of({"CIFAR-10-C/fog.npy": CIFAR_FILES["CIFAR-10-C/fog.npy"]}), "no array"),
+        (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": bytes(200_000)}), "no array CIFAR-10-C/fog.npy of at most"),
+        (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": saved(FOG[:5])}), "holds uint8"),
+        (tar_of(CIFAR_FILES | {"CIFAR-10-C/fog.npy": saved(FOG ^ 1)}), "md5"),
+        (b"", ""),
+        (bytes(4000), ""),
+        (MNIST_ZIP, ""),
+    ],
+)
 def test_archives_with_other_content(root, monkeypatch, packed, said):
     monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar(packed))
     (root / "CIFAR-10-C.tar").write_bytes(packed)
@@ -471,13 +559,14 @@ def test_a_python_without_the_filter_is_refused_before_any_work(root, monkeypatc
 
 # Downloads ------------------------------------------------------------------------------------------------------------------
 
+
 class Site(BaseHTTPRequestHandler):
     """A server after the plan of its owner: `cut` bytes per answer, `ranges` honoured or not, `length` told or not, `status` if not 200."""
 
     def do_GET(self):
         plan, wish = self.server.plan, self.headers.get("Range")
         self.server.log.append(wish)
-        start = int(wish[len("bytes="):-1]) if wish and plan.get("ranges", True) else 0
+        start = int(wish[len("bytes=") : -1]) if wish and plan.get("ranges", True) else 0
         start += plan.get("shift", 0) if start else 0
         if plan.get("status"):
             return self.send_error(plan["status"])
@@ -488,7 +577,7 @@ class Site(BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        self.wfile.write(content[start:][:plan.get("cut")])
+        self.wfile.write(content[start:][: plan.get("cut")])
         self.wfile.flush()
         if plan.get("reset"):  # not a polite end: a reset
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -501,7 +590,11 @@ class Site(BaseHTTPRequestHandler):
 @contextmanager
 def serving(content, **plan):
     with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
-        server.plan, server.log, server.url = plan | {"content": content}, [], f"http://127.0.0.1:{server.server_port}/CIFAR-10-C.tar"
+        server.plan, server.log, server.url = (
+            plan | {"content": content},
+            [],
+            f"http://127.0.0.1:{server.server_port}/CIFAR-10-C.tar",
+        )
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         try:
             yield server
@@ -539,7 +632,11 @@ def test_a_line_that_breaks_is_taken_up_again(online, capfd, reset, length):
         publish(server.url)
         ca.fetch("cifar10", root=root)
     assert contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
-    assert server.log[0] is None and len(server.log) >= len(CIFAR_TAR) / 7000 and all(wish.startswith("bytes=") for wish in server.log[1:])
+    assert (
+        server.log[0] is None
+        and len(server.log) >= len(CIFAR_TAR) / 7000
+        and all(wish.startswith("bytes=") for wish in server.log[1:])
+    )
     assert capfd.readouterr().err.count("\n") == 1, "one bar"
 
 
@@ -569,9 +666,17 @@ def test_a_server_that_ignores_range(online, part):
     assert len(server.log) == (part != CIFAR_TAR) and contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
 
 
-@pytest.mark.parametrize("content, plan", [
-    (CIFAR_TAR[:-1] + b"?", {}), (CIFAR_TAR[:-1] + b"?", {"length": False}), (CIFAR_TAR + b"?", {"length": False}),
-    (CIFAR_TAR[:-512], {}), (CIFAR_TAR + bytes(512), {}), (b"", {})])
+@pytest.mark.parametrize(
+    "content, plan",
+    [
+        (CIFAR_TAR[:-1] + b"?", {}),
+        (CIFAR_TAR[:-1] + b"?", {"length": False}),
+        (CIFAR_TAR + b"?", {"length": False}),
+        (CIFAR_TAR[:-512], {}),
+        (CIFAR_TAR + bytes(512), {}),
+        (b"", {}),
+    ],
+)
 def test_wrong_content_or_length_is_not_kept(online, content, plan):
     root, publish = online
     with serving(content, **plan) as server:
@@ -612,7 +717,11 @@ def test_a_server_that_gives_nothing(online, plan):
         publish(server.url)
         with pytest.raises(FileNotFoundError) as caught:
             ca.fetch("cifar10", root=root)
-    assert str(root / "CIFAR-10-C.tar") in str(caught.value) and len(server.log) == 1 and set(contents(root).values()) <= {b""}
+    assert (
+        str(root / "CIFAR-10-C.tar") in str(caught.value)
+        and len(server.log) == 1
+        and set(contents(root).values()) <= {b""}
+    )
 
 
 def test_a_server_that_gives_another_stretch(online):
@@ -649,6 +758,7 @@ def test_a_truncated_archive_can_be_continued_as_its_error_says(online):
 
 # Full disks -----------------------------------------------------------------------------------------------------------------
 
+
 def test_room_is_asked_for_before_the_first_byte(root, monkeypatch):
     monkeypatch.setattr(ca.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="CIFAR-10-C.tar and its arrays need") as caught:
@@ -658,7 +768,7 @@ def test_room_is_asked_for_before_the_first_byte(root, monkeypatch):
 
 FULL = """
     import resource, signal, sys
-    import test_corruption_archives as small
+    import test_archives as small
     from sparse_nb.robustness.corruptions import archives as ca
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     ca.ARCHIVES["cifar10"] = small.cifar(url=sys.argv[1])
@@ -681,12 +791,19 @@ def test_a_full_disk_leaves_no_half_file_under_a_final_name(tmp_path):
         environment = os.environ | {"no_proxy": "127.0.0.1", "PYTHONPATH": str(Path(__file__).parent)}
         run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
     first, second = run.stdout.splitlines()
-    assert "File too large" in first and str(download / "CIFAR-10-C.tar.part") in first and "call again to continue" in first
+    assert (
+        "File too large" in first
+        and str(download / "CIFAR-10-C.tar.part") in first
+        and "call again to continue" in first
+    )
     assert "File too large" in second and str(array / "CIFAR-10-C.tar") in second
-    assert contents(download) == {"CIFAR-10-C.tar.part": CIFAR_TAR[:3000]} and contents(array) == {"CIFAR-10-C.tar": CIFAR_TAR}
+    assert contents(download) == {"CIFAR-10-C.tar.part": CIFAR_TAR[:3000]} and contents(array) == {
+        "CIFAR-10-C.tar": CIFAR_TAR
+    }
 
 
 # The frost ------------------------------------------------------------------------------------------------------------------
+
 
 def test_frost_photographs(tmp_path, monkeypatch):
     colours = {name: pixels(5, 7, 3, seed=i) for i, name in enumerate(ca.FROST_MD5)}

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparse_nb import data
-from sparse_nb.robustness import attacks, evaluation
-from sparse_nb.study.experiments import Attack, evaluation_hash
 from sparse_nb.networks.masks import initialise, random_masks
 from sparse_nb.networks.models import build_model
+from sparse_nb.robustness import attacks, evaluation
 from sparse_nb.runs.store import Store, load_run
+from sparse_nb.study.experiments import Attack, evaluation_hash
 from sparse_nb.study.studies import narrow, plan
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,11 @@ def digits():
 def drawn(tmp_path_factory):
     """A folder with `runs` and `out` of one real command that draws figure 3."""
     folder = tmp_path_factory.mktemp("drawn")
-    flags = [word for name, value in SMALL.items() for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))]
+    flags = [
+        word
+        for name, value in SMALL.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, tuple) else [value]))
+    ]
     asked = [BIN / "sparse-nb", "figures", "fig03", *flags, "--runs", folder / "runs", "--out", folder / "out"]
     done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -54,8 +58,20 @@ def test_both_views_are_published(drawn):
     names = {path.name for path in (drawn / "out/smoke").iterdir()}
     both = {f"{view}.{ending}" for view in ("fig03", "fig03_epsilon") for ending in ("csv", "html", "png", "svg")}
     assert names == both | {"fig03.ipynb"}
-    text = re.sub(r"</tspan><tspan[^>]*>", " ", (drawn / "out/smoke/fig03.svg").read_text(encoding="utf-8"))  # a line ends where it is full
-    words = ["clean", "FGSM", "FFGSM", "BIM", "PGD", "APGD", "Attacks of 4 of 10 steps", "32 of 1,000 attacked images", "Signs of gradient masking"]
+    text = re.sub(
+        r"</tspan><tspan[^>]*>", " ", (drawn / "out/smoke/fig03.svg").read_text(encoding="utf-8")
+    )  # a line ends where it is full
+    words = [
+        "clean",
+        "FGSM",
+        "FFGSM",
+        "BIM",
+        "PGD",
+        "APGD",
+        "Attacks of 4 of 10 steps",
+        "32 of 1,000 attacked images",
+        "Signs of gradient masking",
+    ]
     assert [word for word in words if word not in text] == []
 
 
@@ -118,7 +134,11 @@ def test_an_interrupted_attack_leaves_everything_as_it_was(attack, digits):
     model.network.classifier.requires_grad_(False)
 
     def all_of_it():
-        return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], torch.get_rng_state().tolist()
+        return (
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            torch.get_rng_state().tolist(),
+        )
 
     before, values = all_of_it(), {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +148,13 @@ def test_an_interrupted_attack_leaves_everything_as_it_was(attack, digits):
 
 
 OTHERS = {
-    "attacks": ("pgd",), "epsilons": (0.0, 0.1), "steps": 9, "step_size": 0.5, "restarts": 2, "seed": 1, "test_images": 10,
+    "attacks": ("pgd",),
+    "epsilons": (0.0, 0.1),
+    "steps": 9,
+    "step_size": 0.5,
+    "restarts": 2,
+    "seed": 1,
+    "test_images": 10,
 }
 
 
@@ -143,10 +169,15 @@ def test_the_name_of_a_measurement_changes_with_every_field():
 def test_autoattack_keeps_the_promises_on_every_family(family, depth, digits):
     model, few = network(family, 32 if family == "mlp" else 4, depth), digits.take(slice(6))
     before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    found = {(r.quantity, r.strength): r.value for r in attacks.evaluate(model, few, attacks=("autoattack",), epsilons=(0.0, 0.01))}
+    found = {
+        (r.quantity, r.strength): r.value
+        for r in attacks.evaluate(model, few, attacks=("autoattack",), epsilons=(0.0, 0.01))
+    }
     assert found["accuracy", 0.01] <= found["accuracy", 0.0] == evaluation.evaluate(model, few)[0].value
     assert found["largest_perturbation", 0.01] <= 0.01 + 1e-6
-    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state()) and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
 
 
 @pytest.mark.gpu

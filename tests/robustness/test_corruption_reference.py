@@ -15,18 +15,39 @@ import torch
 from PIL import Image
 from scipy.stats import poisson
 
+from sparse_nb.data import load_images
 from sparse_nb.robustness.corruptions import cifar_c, mnist_c
 from sparse_nb.robustness.corruptions.cifar_c import frosted
 from sparse_nb.robustness.corruptions.corruptions import corrupt
-from sparse_nb.data import load_images
 
 REFERENCE = os.environ.get("SPARSE_NB_REFERENCE")
-pytestmark = pytest.mark.skipif(not REFERENCE, reason="needs outputs of the original programs: SPARSE_NB_REFERENCE names no folder")
+pytestmark = pytest.mark.skipif(
+    not REFERENCE, reason="needs outputs of the original programs: SPARSE_NB_REFERENCE names no folder"
+)
 
 CIFAR, MNIST, PUBLISHED = cifar_c.CORRUPTIONS, mnist_c.CORRUPTIONS, mnist_c.PUBLISHED
 # the order of the original, by which the reference counts its seeds
-CIFAR_ORDER = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",
-               "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate")
+CIFAR_ORDER = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+)
 
 
 @cache
@@ -37,7 +58,12 @@ def originals(name):
 
 @cache
 def textures():
-    return [torch.from_numpy(np.array(Image.open(Path(REFERENCE) / "frost" / f"frost{k}_x0.2.png").convert("RGB"))).permute(2, 0, 1) for k in range(1, 6)]
+    return [
+        torch.from_numpy(np.array(Image.open(Path(REFERENCE) / "frost" / f"frost{k}_x0.2.png").convert("RGB"))).permute(
+            2, 0, 1
+        )
+        for k in range(1, 6)
+    ]
 
 
 def middle(counts, rates):
@@ -46,6 +72,7 @@ def middle(counts, rates):
 
 
 # What the original takes from np.random for one image, in its order, under our names: (random, image (H, W, …), parameters) -> {name: array} ---------
+
 
 def channels_first(array):
     return np.ascontiguousarray(array.transpose(2, 0, 1))
@@ -77,7 +104,11 @@ def cifar_glass(random, image, parameters):
 
 def cifar_elastic(random, image, parameters):
     jitter = parameters[2]
-    return {"corners": random.uniform(-jitter, jitter, (3, 2)), "across": random.uniform(-1, 1, (32, 32)), "down": random.uniform(-1, 1, (32, 32))}
+    return {
+        "corners": random.uniform(-jitter, jitter, (3, 2)),
+        "across": random.uniform(-1, 1, (32, 32)),
+        "down": random.uniform(-1, 1, (32, 32)),
+    }
 
 
 def cifar_frost(random, image, parameters):
@@ -92,7 +123,10 @@ CIFAR_REPLAY = {
     "impulse_noise": cifar_impulses,
     "glass_blur": cifar_glass,
     "motion_blur": lambda random, image, parameters: {"angle": random.uniform(-45, 45)},
-    "snow": lambda random, image, parameters: {"layer": random.standard_normal((32, 32)), "angle": random.uniform(-135, -45)},
+    "snow": lambda random, image, parameters: {
+        "layer": random.standard_normal((32, 32)),
+        "angle": random.uniform(-135, -45),
+    },
     "frost": cifar_frost,
     "fog": lambda random, image, parameters: {"uniforms": random.uniform(-1, 1, 1023)},
     "elastic_transform": cifar_elastic,
@@ -117,7 +151,9 @@ def mnist_glass(random, image, parameters):
 
 MNIST_REPLAY = {
     "shot_noise": mnist_shot,
-    "impulse_noise": lambda random, image, parameters: {name: random.random_sample((1, 28, 28)) for name in ("struck", "white")},
+    "impulse_noise": lambda random, image, parameters: {
+        name: random.random_sample((1, 28, 28)) for name in ("struck", "white")
+    },
     "glass_blur": mnist_glass,
     "motion_blur": lambda random, image, parameters: {"angle": random.uniform(-45, 45)},
     "shear": lambda random, image, parameters: {"sign": random.choice([-1, 1], 1)[0]},
@@ -134,16 +170,22 @@ def replayed(replay, seed, arrays, parameters):
     """The draws that the original made for the reference images; seed: of image 0."""
     if replay is None:
         return {}
-    one = [replay(np.random.RandomState(seed + int(index)), image, parameters) for index, image in zip(arrays["indices"], arrays["clean"])]
+    one = [
+        replay(np.random.RandomState(seed + int(index)), image, parameters)
+        for index, image in zip(arrays["indices"], arrays["clean"])
+    ]
     return {kind: torch.from_numpy(np.stack([draws[kind] for draws in one])) for kind in one[0]}
 
 
 def assert_equal(ours, theirs):
     difference = np.abs(ours.astype(int) - theirs)
-    assert difference.max() == 0, f"{(difference > 0).sum()} of {difference.size} values differ, by up to {difference.max()}"
+    assert difference.max() == 0, (
+        f"{(difference > 0).sum()} of {difference.size} values differ, by up to {difference.max()}"
+    )
 
 
 # Every value ------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("severity", range(1, 6))
 @pytest.mark.parametrize("name", CIFAR)
@@ -174,13 +216,22 @@ def channels_last_to_first(images):
 
 def test_nothing_is_left_out():
     """What has draws of its own is replayed, and the tables hold what the reference holds."""
-    assert sorted(CIFAR_REPLAY) == sorted(name for name in CIFAR if CIFAR[name].draw) and sorted(CIFAR) == sorted(CIFAR_ORDER)
+    assert sorted(CIFAR_REPLAY) == sorted(name for name in CIFAR if CIFAR[name].draw) and sorted(CIFAR) == sorted(
+        CIFAR_ORDER
+    )
     assert sorted(MNIST_REPLAY) == sorted(name for name in MNIST if MNIST[name].draw)
-    assert {f"{name}_{severity}" for name in CIFAR for severity in range(1, 6)} == set(originals("cifar10c.npz")) - {"clean", "labels", "indices"}
-    assert list(MNIST) == [name for name in originals("mnistc.npz") if name not in ("clean", "labels", "indices", "identity")]
+    assert {f"{name}_{severity}" for name in CIFAR for severity in range(1, 6)} == set(originals("cifar10c.npz")) - {
+        "clean",
+        "labels",
+        "indices",
+    }
+    assert list(MNIST) == [
+        name for name in originals("mnistc.npz") if name not in ("clean", "labels", "indices", "identity")
+    ]
 
 
 # Statistics ---------------------------------------------------------------------------------------------------------------------
+
 
 def statistics(clean, ours):
     """The statistics of the reference, those of each channel as an array; clean and ours float64 (N, C, H, W), 0 to 255."""
@@ -188,10 +239,18 @@ def statistics(clean, ours):
     absolute, squared = np.abs(change).mean((1, 2, 3)), (change**2).mean((1, 2, 3))
     psnr = 10 * np.log10(255**2 / squared[squared > 0])
     return {
-        "mad_mean": absolute.mean(), "psnr_mean": psnr.mean(), "mse_mean": squared.mean(), "bias_mean": change.mean(),
-        "channel_mean": ours.mean((0, 2, 3)), "channel_std": ours.std((0, 2, 3)), "frac_0": (ours == 0).mean(), "frac_255": (ours == 255).mean(),
-        "frac_saturated": ((ours == 0) | (ours == 255)).mean(), "frac_unchanged": (change == 0).mean(),
-        "grad_h": np.abs(np.diff(ours, axis=3)).mean(), "grad_v": np.abs(np.diff(ours, axis=2)).mean(),
+        "mad_mean": absolute.mean(),
+        "psnr_mean": psnr.mean(),
+        "mse_mean": squared.mean(),
+        "bias_mean": change.mean(),
+        "channel_mean": ours.mean((0, 2, 3)),
+        "channel_std": ours.std((0, 2, 3)),
+        "frac_0": (ours == 0).mean(),
+        "frac_255": (ours == 255).mean(),
+        "frac_saturated": ((ours == 0) | (ours == 255)).mean(),
+        "frac_unchanged": (change == 0).mean(),
+        "grad_h": np.abs(np.diff(ours, axis=3)).mean(),
+        "grad_v": np.abs(np.diff(ours, axis=2)).mean(),
     }  # the reference has some more, without a standard error
 
 
@@ -202,7 +261,9 @@ def assert_close(dataset, key, name, severity, monkeypatch):
     shares of values 10 values more or less, since counts of rare values are not normal. Deterministic corruptions have nothing but these.
     """
     monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (textures(), "photographs"))
-    entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())["cifar10c" if dataset == "cifar10" else "mnistc"]["corruptions"][key]
+    entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())[
+        "cifar10c" if dataset == "cifar10" else "mnistc"
+    ]["corruptions"][key]
     images = load_images(dataset, "test").take(slice(1000))
     ours = corrupt(images, name, severity, seed=0).pixels
     assert entry["deterministic"] == ((CIFAR if dataset == "cifar10" else MNIST)[name].draw is None)
@@ -210,7 +271,11 @@ def assert_close(dataset, key, name, severity, monkeypatch):
     for kind, value in statistics(images.pixels.double().numpy(), ours.double().numpy()).items():
         mean = np.array(entry["summary"][kind]["mean"])
         error = 0 if entry["deterministic"] else np.array(entry["summary"][kind]["se_one_run"])
-        allowed = 4.5 * error * (4 / 3) ** 0.5 + 1e-5 * np.maximum(1, np.abs(mean)) + (10 / ours.numel() if kind.startswith("frac_") else 0)
+        allowed = (
+            4.5 * error * (4 / 3) ** 0.5
+            + 1e-5 * np.maximum(1, np.abs(mean))
+            + (10 / ours.numel() if kind.startswith("frac_") else 0)
+        )
         shares[kind] = float((np.abs(value - mean) / allowed).max())
     worst = max(shares, key=shares.get)
     print(f"{name} {severity}: worst of {len(shares)} is {worst}, {shares[worst]:.2f} of what is allowed")

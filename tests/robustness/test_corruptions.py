@@ -15,12 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sparse_nb.data import IMAGE_SHAPES, ImageSet, load_images
+from sparse_nb.networks.models import build_model
 from sparse_nb.robustness.corruptions import archives, cifar_c, corruptions
 from sparse_nb.robustness.corruptions.corruptions import benchmark, corrupt, evaluate, names
-from sparse_nb.data import IMAGE_SHAPES, ImageSet, load_images
-from sparse_nb.robustness.evaluation import sample
 from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw_all
-from sparse_nb.networks.models import build_model
+from sparse_nb.robustness.evaluation import sample
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
 ICE = cifar_c.grown_ice()
@@ -47,6 +47,7 @@ def severities(dataset, name):
 
 
 # Whatever the threads and processes ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dataset, name", ALL)
 def test_global_state_and_threads_do_not_matter(dataset, name, monkeypatch):
@@ -103,10 +104,16 @@ def test_processes_in_any_order():
     assert there == {task: checksum(task) for task in tasks}
 
 
-@pytest.mark.parametrize("dataset, name", [(dataset, name) for dataset, name in ALL if benchmark(IMAGE_SHAPES[dataset])[name].draw])
+@pytest.mark.parametrize(
+    "dataset, name", [(dataset, name) for dataset, name in ALL if benchmark(IMAGE_SHAPES[dataset])[name].draw]
+)
 def test_draws_depend_on_their_name_alone(dataset, name):
     """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each change them."""
-    corruption, shape, own = benchmark(IMAGE_SHAPES[dataset])[name], IMAGE_SHAPES[dataset], (0, "corruption", name, 1, 0)
+    corruption, shape, own = (
+        benchmark(IMAGE_SHAPES[dataset])[name],
+        IMAGE_SHAPES[dataset],
+        (0, "corruption", name, 1, 0),
+    )
 
     def drawn(key, indices):
         return draw_all(corruption, corruption.parameters[0], key, indices, shape, "cpu")
@@ -120,6 +127,7 @@ def test_draws_depend_on_their_name_alone(dataset, name):
 
 
 # Memory --------------------------------------------------------------------------------------------------------------------------
+
 
 def test_a_second_network_meets_remembered_images():
     images = sample(load_images("digits", "test"), 40)
@@ -166,7 +174,8 @@ def run(program, **environment):
 
 
 def test_jpeg_falls_back_to_pillow(tmp_path):
-    said = run("""
+    said = run(
+        """
         images = torch.arange(5 * 3072).view(5, 3, 32, 32).remainder(251).to(torch.uint8)
         ours = corruptions.corrupt(ImageSet(images, torch.zeros(5, dtype=torch.long), 1, "cifar10", "test"), "jpeg_compression", 3).pixels
         for image, our in zip(images, ours):
@@ -174,20 +183,28 @@ def test_jpeg_falls_back_to_pillow(tmp_path):
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=58)
                 assert np.array_equal(np.asarray(Image.open(file)), our.permute(1, 2, 0).numpy())
         print(corruptions.source_of("cifar10", "jpeg_compression", 3))
-    """, SPARSE_NB_DATA=str(tmp_path))
+    """,
+        SPARSE_NB_DATA=str(tmp_path),
+    )
     assert said[0].startswith("generated, libjpeg") and "9d" not in said[0]
 
 
 def test_frost_is_grown_where_the_network_refuses(tmp_path):
-    said = run("""
+    said = run(
+        """
         images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), 1, "cifar10", "test")
         print(corruptions.source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).pixels.amax() > 0)
-    """, SPARSE_NB_DATA=str(tmp_path))
-    assert said == ["generated, grown ice tensor(True)"] and [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    """,
+        SPARSE_NB_DATA=str(tmp_path),
+    )
+    assert (
+        said == ["generated, grown ice tensor(True)"] and [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    )
 
 
 def test_digits_ask_no_network(tmp_path):
-    said = run("""
+    said = run(
+        """
         asked = []
         def refused(*whom, **_):
             asked.append(whom)
@@ -198,7 +215,9 @@ def test_digits_ask_no_network(tmp_path):
             corruptions.corrupt(images, name, 1)
         corruptions.origins("digits")
         print(asked)
-    """, SPARSE_NB_DATA=str(tmp_path))
+    """,
+        SPARSE_NB_DATA=str(tmp_path),
+    )
     assert said == ["[]"] and list(tmp_path.iterdir()) == []
 
 
@@ -212,7 +231,9 @@ class There(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here):
-        return torch.Tensor._make_wrapper_subclass(cls, here.shape, strides=here.stride(), dtype=here.dtype, device=ELSEWHERE)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), dtype=here.dtype, device=ELSEWHERE
+        )
 
     def __init__(self, here):
         self.here = here
@@ -234,13 +255,21 @@ class TwoDevices(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         there = any(isinstance(tensor, There) for tensor in tensors)
         if there and function is not torch.ops.aten.copy_.default:
-            assert all(isinstance(tensor, There) or not tensor.dim() for tensor in tensors), f"{function} on tensors of two devices"
+            assert all(isinstance(tensor, There) or not tensor.dim() for tensor in tensors), (
+                f"{function} on tensors of two devices"
+            )
         if wish is not None:
             there, kwargs["device"] = torch.device(wish).type == ELSEWHERE, torch.device("cpu")
         owners = {id(tensor.here): tensor for tensor in tensors if isinstance(tensor, There)}
         args, kwargs = tree_map_only(There, lambda tensor: tensor.here, (args, kwargs))
         result = function(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda tensor: owners[id(tensor)] if id(tensor) in owners else There(tensor), result) if there else result
+        return (
+            tree_map_only(
+                torch.Tensor, lambda tensor: owners[id(tensor)] if id(tensor) in owners else There(tensor), result
+            )
+            if there
+            else result
+        )
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
@@ -275,7 +304,9 @@ def test_a_gpu_makes_the_same_images(dataset, name):
         here, there = corrupt(images, name, severity).pixels, corrupt(images.to("cuda"), name, severity).pixels
         assert there.device.type == "cuda" and there.dtype == torch.uint8 and there.shape == here.shape
         difference = (there.cpu().int() - here.int()).abs()
-        print(f"{name} {severity}: {int((difference > 0).sum())} of {difference.numel()} values differ, by up to {int(difference.max())}")
+        print(
+            f"{name} {severity}: {int((difference > 0).sum())} of {difference.numel()} values differ, by up to {int(difference.max())}"
+        )
         assert (difference > 0).double().mean() <= 0.001
         assert name in ("spatter", "canny_edges", "snow") or difference.max() <= 1
 
@@ -286,7 +317,9 @@ def test_replayed_draws_on_a_gpu(dataset, name):
     """The same draws come to a GPU as to the CPU, and the order of images is kept there."""
     images, corruption = pictures(dataset, 16).pixels, benchmark(IMAGE_SHAPES[dataset])[name]
     key, parameters = (0, name), corruption.parameters[-1]
-    here, there = (draw_all(corruption, parameters, key, range(16), images.shape[1:], device) for device in ("cpu", "cuda"))
+    here, there = (
+        draw_all(corruption, parameters, key, range(16), images.shape[1:], device) for device in ("cpu", "cuda")
+    )
     assert {kind: draw.device.type for kind, draw in there.items()} == dict.fromkeys(here, "cuda")
     assert all(torch.equal(there[kind].cpu(), here[kind]) for kind in here)
     whole = apply(corruption, parameters, images.cuda(), key, range(16))

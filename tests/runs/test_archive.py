@@ -12,16 +12,16 @@ import time
 import pandas as pd
 import pytest
 
+from sparse_nb.networks.training import Recipe
 from sparse_nb.runs import archive
-from sparse_nb.sweep import sweep
 from sparse_nb.runs.archive import ARCHIVE, pack_runs
 from sparse_nb.runs.exchange import Taken, export, merge, read_export
-from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, dense_parent
-from sparse_nb.sweep.jobs import missing_jobs
 from sparse_nb.runs.store import Store, sha256
-from sparse_nb.networks.training import Recipe
-from sparse_nb.study.versions import name_of
 from sparse_nb.runs.verify import leftovers, run_folders, verify
+from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, dense_parent
+from sparse_nb.study.versions import name_of
+from sparse_nb.sweep import sweep
+from sparse_nb.sweep.jobs import missing_jobs
 
 ONE, *OTHERS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=2)) for width in (32, 64, 256)]
 PRUNED = dataclasses.replace(OTHERS[0], schedule="magnitude")
@@ -51,7 +51,11 @@ def empty(tmp_path):
 
 def contents(root, ending=""):
     """Every file of finished runs, as {name: bytes}."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.glob("[0-9a-f]*/**/*") if p.is_file() and p.name.endswith(ending)}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in root.glob("[0-9a-f]*/**/*")
+        if p.is_file() and p.name.endswith(ending)
+    }
 
 
 def bytes_in(folder):
@@ -82,10 +86,14 @@ def test_a_machine_that_forgets_takes_over_what_is_published(what, trained, publ
     assert merge(empty, published / what) == Taken(5, 8, 0, 0, ())
     assert merge(empty, published / what) == Taken(already_here=5)
     whole = contents(trained.root)
-    assert contents(empty.root) == {name: content for name, content in whole.items() if not name.endswith(".safetensors")}
+    assert contents(empty.root) == {
+        name: content for name, content in whole.items() if not name.endswith(".safetensors")
+    }
     pd.testing.assert_frame_equal(table(empty), table(trained), check_exact=True)
     pd.testing.assert_frame_equal(read_export(published), table(trained), check_exact=True)
-    assert verify(empty).problems == () and verify(empty).without_checkpoint == 5 and leftovers(empty, older_than=-1) == []
+    assert (
+        verify(empty).problems == () and verify(empty).without_checkpoint == 5 and leftovers(empty, older_than=-1) == []
+    )
     assert missing_jobs(NETWORKS, [Clean(), NOISE], empty) == []
     before = bytes_in(published)
     export(empty, None, published)  # from there, without checkpoints, the same is published
@@ -103,7 +111,12 @@ def test_every_truncated_or_altered_archive_is_refused(published, empty):
     whole = path.read_bytes()
     bits = [chance.randrange(8 * len(whole)) for _ in range(100)]
     variants = [whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in bits]
-    for content in [*variants, *(whole[: chance.randrange(len(whole))] for _ in range(100)), whole + b"\0", whole + whole]:
+    for content in [
+        *variants,
+        *(whole[: chance.randrange(len(whole))] for _ in range(100)),
+        whole + b"\0",
+        whole + whole,
+    ]:
         path.write_bytes(content)
         refused(empty, path)
         assert bytes_in(published).keys() == {ARCHIVE, "runs.csv.gz", "records.csv.gz", "evaluations.csv.gz"}
@@ -152,14 +165,24 @@ def sent(path, name, *, kind=tarfile.REGTYPE, link="", headers=None, content=b"x
         (f"{RUN}/manifest.json", {"kind": tarfile.CHRTYPE}),
         (f"{RUN}/manifest.json", {"kind": tarfile.BLKTYPE}),
         (f"{RUN}/manifest.json", {"kind": b"Z"}),
-        (f"{RUN}/manifest.json", {"headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000000"}, "content": b"0\n".ljust(1024, b"\0")}),
+        (
+            f"{RUN}/manifest.json",
+            {
+                "headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000000000000"},
+                "content": b"0\n".ljust(1024, b"\0"),
+            },
+        ),
         (f"{RUN}/manifest.json", {"headers": {"size": "-512"}}),
         (f"{RUN}/manifest.json", {"headers": {"size": "1000000000000"}}),
         (f"{RUN}/experiment.json", {}),
     ],
 )
 def test_an_archive_with_anything_else_in_it_is_refused_as_a_whole(name, more, trained, empty, tmp_path):
-    good = [*contents(trained.root, "l").items(), *contents(trained.root, "n").items(), (f"{RUN}/experiment.json", b"{}")]
+    good = [
+        *contents(trained.root, "l").items(),
+        *contents(trained.root, "n").items(),
+        (f"{RUN}/experiment.json", b"{}"),
+    ]
     sent(tmp_path / "sent.tar.xz", name, good=good, **more)
     began = time.monotonic()
     refused(empty, tmp_path / "sent.tar.xz")
@@ -197,14 +220,21 @@ def test_too_many_files_are_refused(published, empty, monkeypatch):
 def test_of_an_archive_that_lies_only_what_is_whole_is_taken(trained, empty, tmp_path):
     """Whole as an archive, with files in it that prove nothing."""
     files = {name: content for name, content in contents(trained.root).items() if not name.endswith(".safetensors")}
-    lie, records = f"{trained.folder(ONE).name}/history.jsonl", str(trained.records_path(OTHERS[1], NOISE).relative_to(trained.root))
+    lie, records = (
+        f"{trained.folder(ONE).name}/history.jsonl",
+        str(trained.records_path(OTHERS[1], NOISE).relative_to(trained.root)),
+    )
     files |= {lie: files[lie].replace(b"0", b"1"), records: files[records].replace(b'"draw":1', b'"draw":2')}
     last = files.popitem()
     sent(tmp_path / "sent.tar.xz", last[0], content=last[1], good=files.items())
     taken = merge(empty, tmp_path / "sent.tar.xz")
     assert taken[:4] == (4, 5, 0, 0) and len(taken.problems) == 2
     for name in (lie, records):
-        assert [problem for problem in taken.problems if f"{tmp_path / 'sent.tar.xz'}/{name}" in problem and ".writing" not in problem]
+        assert [
+            problem
+            for problem in taken.problems
+            if f"{tmp_path / 'sent.tar.xz'}/{name}" in problem and ".writing" not in problem
+        ]
     assert verify(empty).problems == () and not empty.has_run(ONE) and not empty.has_records(OTHERS[1], NOISE)
 
 
@@ -215,7 +245,9 @@ def test_an_export_never_makes_what_is_published_less(trained, published, empty,
 
     sweep.run([ONE], [Clean(), MORE], store=empty, device="cpu", show=False)
     for wanted in (None, [ONE], []):
-        with pytest.raises(ValueError, match=f"has 4 runs and 1 record file that the store .* lacks.*`sparse-nb merge {published}`"):
+        with pytest.raises(
+            ValueError, match=f"has 4 runs and 1 record file that the store .* lacks.*`sparse-nb merge {published}`"
+        ):
             export(empty, wanted, published)
     assert bytes_in(published) == before
     merge(empty, published)
@@ -271,7 +303,9 @@ def test_runs_of_earlier_code_go_when_the_store_lacks_them_and_that_is_said(trai
 def test_a_network_without_its_checkpoint_is_made_again_to_be_measured(workers, trained, published, empty, tmp_path):
     merge(empty, published)
     jobs = missing_jobs(NETWORKS, [Clean(), MORE], empty)
-    assert {(job.experiment, job.train, job.evaluations) for job in jobs} == {(e, True, (MORE,)) for e in NETWORKS} | {(dense_parent(PRUNED), True, ())}
+    assert {(job.experiment, job.train, job.evaluations) for job in jobs} == {(e, True, (MORE,)) for e in NETWORKS} | {
+        (dense_parent(PRUNED), True, ())
+    }
     done = sweep.run(NETWORKS, [Clean(), MORE], store=empty, device="cpu", workers=workers, show=False)
     assert (done.made, done.measured, done.failed) == (5, 4, ())
     whole = Store(shutil.copytree(trained.root, tmp_path / "whole"))
@@ -286,17 +320,27 @@ def test_other_weights_get_no_records_and_others_go_on(how, published, empty):
     for network in (ONE, dense_parent(PRUNED)):
         folder = empty.folder(network)
         if how == "another history":
-            forge(folder, "history.jsonl", (folder / "history.jsonl").read_bytes().replace(b'"accuracy": 0.', b'"accuracy": 0.1'))
+            forge(
+                folder,
+                "history.jsonl",
+                (folder / "history.jsonl").read_bytes().replace(b'"accuracy": 0.', b'"accuracy": 0.1'),
+            )
         else:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             (folder / "manifest.json").write_text(json.dumps(manifest | {"model.safetensors": "0" * 64}))
     before = contents(empty.root)
     done = sweep.run(NETWORKS, [MORE], store=empty, device="cpu", show=False)
     assert (done.made, done.measured) == (2, 2)
-    (parent, reason), (_, same), (_, after) = sorted(done.failed, key=lambda failed: ("dense" not in failed[0], "magnitude" in failed[0]))
+    (parent, reason), (_, same), (_, after) = sorted(
+        done.failed, key=lambda failed: ("dense" not in failed[0], "magnitude" in failed[0])
+    )
     assert "its dense network failed" in after
     for said in (reason, same):
-        assert "gives other weights here" in said and "to which its records do not belong" in said and "merge a runs folder that has the checkpoint" in said
+        assert (
+            "gives other weights here" in said
+            and "to which its records do not belong" in said
+            and "merge a runs folder that has the checkpoint" in said
+        )
     for network in (ONE, PRUNED, dense_parent(PRUNED)):
         assert not empty.has_checkpoint(network) and not empty.has_records(network, MORE)
     assert before.items() <= contents(empty.root).items() and verify(empty).problems == ()

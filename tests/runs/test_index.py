@@ -12,17 +12,23 @@ import pandas as pd
 import psutil
 import pytest
 
-from sparse_nb.robustness.evaluation import Record
-from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, experiment_hash, prepare
-from sparse_nb.runs.store import RECORD_KEY, Store, index_path, save_records, save_run, writing
 from sparse_nb.networks.training import Epoch, History, Recipe
+from sparse_nb.robustness.evaluation import Record
+from sparse_nb.runs.store import RECORD_KEY, Store, index_path, save_records, save_run, writing
+from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, experiment_hash, prepare
 
 FULL = os.environ.get("SPARSE_NB_FAULTS") == "full"
 WRITERS, TURNS = 8, 200 if FULL else 15
-RECORDS = [Record("weight_noise", quantity, 0.5, strength=strength) for quantity in ("accuracy", "loss_increase") for strength in (0.0, 0.25)]
+RECORDS = [
+    Record("weight_noise", quantity, 0.5, strength=strength)
+    for quantity in ("accuracy", "loss_increase")
+    for strength in (0.0, 0.25)
+]
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "hypothesis", "nbclient", "sparse_nb.cli"])  # as in test_faults.py: one server for all
+processes.set_forkserver_preload(
+    ["pytest", "hypothesis", "nbclient", "sparse_nb.cli"]
+)  # as in test_faults.py: one server for all
 
 
 def keep_run(store, seed):
@@ -51,7 +57,10 @@ def write_and_ask(root, seed, turns, answer, together):
 def test_eight_writers_beside_a_reader(tmp_path, report):
     root, together = tmp_path / "runs", processes.Barrier(WRITERS + 1)
     answers = [tmp_path / str(seed) for seed in range(WRITERS)]
-    writers = [processes.Process(target=write_and_ask, args=(root, seed, TURNS, path, together), daemon=True) for seed, path in enumerate(answers)]
+    writers = [
+        processes.Process(target=write_and_ask, args=(root, seed, TURNS, path, together), daemon=True)
+        for seed, path in enumerate(answers)
+    ]
     for writer in writers:
         writer.start()
     together.wait(60)
@@ -68,7 +77,10 @@ def test_eight_writers_beside_a_reader(tmp_path, report):
     assert len(table) == WRITERS * TURNS * len(RECORDS) and not table.duplicated(list(RECORD_KEY)).any()
     with closing(sqlite3.connect(index_path(root))) as index:  # and the index holds no more than that
         assert index.execute("SELECT count(*) FROM records").fetchone()[0] == len(table)
-    report(f"{WRITERS} writers × {TURNS} transactions beside a reader", f"all {len(table):,} rows there; the reader's longest wait of {len(waits):,} was {max(waits):.2f} s")
+    report(
+        f"{WRITERS} writers × {TURNS} transactions beside a reader",
+        f"all {len(table):,} rows there; the reader's longest wait of {len(waits):,} was {max(waits):.2f} s",
+    )
 
 
 @pytest.fixture
@@ -110,7 +122,9 @@ def test_what_a_rival_enters_while_the_disk_is_read_is_not_taken_for_gone(store,
 def test_an_index_of_another_release_is_built_again(store):
     before = store.table()
     with closing(sqlite3.connect(index_path(store.root))) as index:
-        index.executescript("DROP TABLE kinds; CREATE TABLE other (a); ALTER TABLE records RENAME COLUMN value TO wrong; PRAGMA user_version = 1")
+        index.executescript(
+            "DROP TABLE kinds; CREATE TABLE other (a); ALTER TABLE records RENAME COLUMN value TO wrong; PRAGMA user_version = 1"
+        )
     pd.testing.assert_frame_equal(store.table(), before)
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from sparse_nb.runs import exchange, verify
-from sparse_nb.sweep import sweep
-from sparse_nb.runs.exchange import Taken, export, merge, read_export
-from sparse_nb.study.experiments import ClassRecall, Clean, Experiment, WeightNoise, evaluation_hash
-from sparse_nb.runs.store import Store, index_path, load_run, sha256
 from sparse_nb.networks.training import Recipe
-from sparse_nb.study.versions import canonical, digest
+from sparse_nb.runs import exchange, verify
+from sparse_nb.runs.exchange import Taken, export, merge, read_export
+from sparse_nb.runs.store import Store, index_path, load_run, sha256
 from sparse_nb.runs.verify import leftovers, remove, verify, verify_run
+from sparse_nb.study.experiments import ClassRecall, Clean, Experiment, WeightNoise, evaluation_hash
+from sparse_nb.study.versions import canonical, digest
+from sparse_nb.sweep import sweep
 
 NETWORKS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=1)) for width in (32, 64, 256)]
 MEASUREMENTS = [Clean(), ClassRecall(), WeightNoise(sigmas=(0.0, 0.3), draws=2)]
@@ -54,12 +54,19 @@ def empty(tmp_path):
 
 def contents(root):
     """Every file of finished runs, as {name: bytes}."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).glob("[0-9a-f]*/**/*") if p.is_file() and not p.name.startswith(".")}
+    return {
+        str(p.relative_to(root)): p.read_bytes()
+        for p in Path(root).glob("[0-9a-f]*/**/*")
+        if p.is_file() and not p.name.startswith(".")
+    }
 
 
 def everything(root):
     """Every path below `root` with what a change of it would change."""
-    return {path: (path.lstat().st_mtime_ns, path.lstat().st_ino, path.lstat().st_size) for path in [root, *Path(root).rglob("*")]}
+    return {
+        path: (path.lstat().st_mtime_ns, path.lstat().st_ino, path.lstat().st_size)
+        for path in [root, *Path(root).rglob("*")]
+    }
 
 
 def damages(store):
@@ -77,7 +84,9 @@ def damages(store):
 
 def names(sentence, path):
     """Does a sentence name a file, or, for a manifest, what it does not prove any more?"""
-    return str(path) in sentence or (path.name == "manifest.json" and str(path.parent) in sentence and "manifest" in sentence)
+    return str(path) in sentence or (
+        path.name == "manifest.json" and str(path.parent) in sentence and "manifest" in sentence
+    )
 
 
 def test_a_thousand_of_a_thousand_damages_are_found_and_named(store, report):
@@ -89,7 +98,13 @@ def test_a_thousand_of_a_thousand_damages_are_found_and_named(store, report):
         path.write_bytes(whole)
         kinds.add(path.name if path.parent == folder else "records")
     report("500 truncations and 500 flipped bits", f"{found:,} found and named by verify")
-    assert found == 1000 and kinds == {"manifest.json", "experiment.json", "history.jsonl", "model.safetensors", "records"}
+    assert found == 1000 and kinds == {
+        "manifest.json",
+        "experiment.json",
+        "history.jsonl",
+        "model.safetensors",
+        "records",
+    }
     assert verify(store).problems == ()
 
 
@@ -189,7 +204,9 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
         folder = store.folder(network)
         (folder / name).write_bytes(trap)
         proofs = json.loads((folder / "manifest.json").read_bytes())
-        (folder / "manifest.json").write_text(json.dumps({**proofs, name: sha256(trap)}))  # whoever offers it vouches for it
+        (folder / "manifest.json").write_text(
+            json.dumps({**proofs, name: sha256(trap)})
+        )  # whoever offers it vouches for it
     for records in store.root.glob("*/evaluations/*.jsonl"):
         records.write_bytes(trap)
     (store.root / ".attempts" / store.folder(ONE).name).mkdir(parents=True)
@@ -197,7 +214,10 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
     with pytest.raises(ValueError, match="holds no such network"):
         load_run(store, NETWORKS[0])
     problems = verify(store).problems
-    for path in [*store.root.glob("*/evaluations/*.jsonl"), *(store.folder(n) / f for n, f in zip(NETWORKS, verify.RUN_FILES[::-1]) if f != "history.jsonl")]:
+    for path in [
+        *store.root.glob("*/evaluations/*.jsonl"),
+        *(store.folder(n) / f for n, f in zip(NETWORKS, verify.RUN_FILES[::-1]) if f != "history.jsonl"),
+    ]:
         assert any(str(path) in problem for problem in problems), path
     taken = merge(empty, store.root)
     assert taken[:4] == (0, 0, 0, 0) and len(taken.problems) >= 3 and contents(empty.root) == {}
@@ -207,7 +227,9 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
     assert not sprung.exists() and not (tmp_path / "published").exists()
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"null", b'{"experiment":{},"data":"","code":""}', b"[" * 100_000, b"\xff", b"1e999"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"null", b'{"experiment":{},"data":"","code":""}', b"[" * 100_000, b"\xff", b"1e999"]
+)
 def test_proven_nonsense_is_named_and_not_taken(content, store, empty):
     folder = store.folder(ONE)
     proofs = json.loads((folder / "manifest.json").read_bytes())
@@ -220,7 +242,11 @@ def test_proven_nonsense_is_named_and_not_taken(content, store, empty):
 
 
 def test_pipes_and_folders_in_the_place_of_files_are_named(store):
-    for place in (store.folder(ONE) / "model.safetensors", store.folder(ONE) / "manifest.json", store.records_path(ONE, Clean())):
+    for place in (
+        store.folder(ONE) / "model.safetensors",
+        store.folder(ONE) / "manifest.json",
+        store.records_path(ONE, Clean()),
+    ):
         whole = place.read_bytes()
         place.unlink()
         os.mkfifo(place)  # whoever reads it waits forever
@@ -241,9 +267,13 @@ def test_of_damaged_copies_only_what_is_whole_is_taken(trained, store, tmp_path)
         taken = merge(target, store.root)
         path.write_bytes(whole)
         is_records = path.parent.name == "evaluations"
-        assert taken[:2] == ((3, 8) if is_records else (2, 6)) and any(names(problem, path) for problem in taken.problems)
+        assert taken[:2] == ((3, 8) if is_records else (2, 6)) and any(
+            names(problem, path) for problem in taken.problems
+        )
         lost = path.relative_to(store.root)
-        assert contents(target.root) == {n: c for n, c in source.items() if (n != str(lost) if is_records else not n.startswith(lost.parts[0]))}
+        assert contents(target.root) == {
+            n: c for n, c in source.items() if (n != str(lost) if is_records else not n.startswith(lost.parts[0]))
+        }
         assert verify(target).problems == ()
         assert merge(target, trained).problems == () and contents(target.root) == source
 
@@ -260,7 +290,9 @@ def test_merging_from_a_read_only_folder(store, empty):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         assert merge(empty, store.root)[:3] == (3, 9, 3)
-        sweep.run(NETWORKS, [WeightNoise(sigmas=(0.1,), draws=1)], store=empty, device="cpu", show=False)  # what was taken can be written to
+        sweep.run(
+            NETWORKS, [WeightNoise(sigmas=(0.1,), draws=1)], store=empty, device="cpu", show=False
+        )  # what was taken can be written to
     finally:
         for path in [store.root, *store.root.rglob("*")]:
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -311,7 +343,9 @@ def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(train
         killed += process.exitcode == -signal.SIGKILL
         assert verify(target).problems == () and contents(target.root).items() <= source.items()
         partly.add(len(list(target.root.glob("*/manifest.json"))))
-        assert len(target.table()) == sum(content.count(b"\n") - 1 for name, content in contents(target.root).items() if "evaluations" in name)
+        assert len(target.table()) == sum(
+            content.count(b"\n") - 1 for name, content in contents(target.root).items() if "evaluations" in name
+        )
         merge(target, trained)
         assert contents(target.root) == source
         found = leftovers(target, older_than=-1)
@@ -352,12 +386,16 @@ def test_a_run_that_appears_during_the_merge_is_one_that_is_here(store, empty, m
 
     def proven_copy(folder, names, root):
         if not rival:
-            rival.append(shutil.copytree(folder, root / folder.name, ignore=shutil.ignore_patterns("model.safetensors")))
+            rival.append(
+                shutil.copytree(folder, root / folder.name, ignore=shutil.ignore_patterns("model.safetensors"))
+            )
         return original(folder, names, root)
 
     monkeypatch.setattr(exchange, "proven_copy", proven_copy)
     taken = merge(empty, store.root)
-    assert (taken.runs, taken.already_here, taken.problems) == (2, 1, ()) and contents(empty.root) == contents(store.root)
+    assert (taken.runs, taken.already_here, taken.problems) == (2, 1, ()) and contents(empty.root) == contents(
+        store.root
+    )
 
 
 def hold(lease, ready):
@@ -381,7 +419,12 @@ def test_an_attempt_is_left_alone_as_long_as_its_process_lives(store):
     assert ready.wait(60)
     try:
         assert leftovers(store, older_than=0) == [] and remove(store, before) == 0
-        assert leftovers(store, outdated=True) == [] and sorted(path.name for path in attempt.iterdir()) == [".writing-state", "lease", "log.txt", "state"]
+        assert leftovers(store, outdated=True) == [] and sorted(path.name for path in attempt.iterdir()) == [
+            ".writing-state",
+            "lease",
+            "log.txt",
+            "state",
+        ]
     finally:
         process.kill()
         process.join()
@@ -443,7 +486,10 @@ def test_exports_are_the_same_bytes_from_any_copy(store, empty, tmp_path):
     merge(empty, store.root)
     store.table()
     whole = [path.read_bytes() for path in export(store, None, tmp_path / "a" / "b")]
-    assert whole == [path.read_bytes() for path in export(store, [*NETWORKS[::-1], dataclasses.replace(ONE, seed=7)], tmp_path / "a" / "b")]
+    assert whole == [
+        path.read_bytes()
+        for path in export(store, [*NETWORKS[::-1], dataclasses.replace(ONE, seed=7)], tmp_path / "a" / "b")
+    ]
     assert whole == [path.read_bytes() for path in export(empty, NETWORKS, tmp_path / "c")]
     assert all(content[3:9] == bytes(5) + b"\x02" for content in whole[1:])  # no flags, so no name; no time
 
@@ -460,7 +506,11 @@ def test_exports_read_back_as_the_table(store, tmp_path):
         found = [None if text == "" and column not in ("name", "source") else kind(text) for text in joined[column]]
         assert found == [None if pd.isna(value) else value for value in table[column]], column
     pd.testing.assert_frame_equal(read_export(tmp_path / "published"), table.drop(columns="stamp"), check_exact=True)
-    for row, measurement in zip(evaluations.sort_values("measure").itertuples(), sorted(MEASUREMENTS, key=lambda measurement: measurement.measure), strict=True):
+    for row, measurement in zip(
+        evaluations.sort_values("measure").itertuples(),
+        sorted(MEASUREMENTS, key=lambda measurement: measurement.measure),
+        strict=True,
+    ):
         identity = {"measure": row.measure, "evaluation": json.loads(row.settings), "code": row.code}
         assert row.evaluation == digest(identity) == evaluation_hash(measurement) and row.measure == measurement.measure
         assert json.loads(row.settings) == json.loads(canonical(measurement))
@@ -490,4 +540,6 @@ def test_diverged_and_pruned_networks_are_whole(empty, tmp_path):
     sweep.run([wild, pruned], [Clean()], store=empty, device="cpu", show=False)
     assert verify(empty) == (3, 0, 1, 2, ()) and merge(Store(tmp_path / "copy"), empty.root)[:4] == (3, 1, 3, 0)
     export(empty, None, tmp_path / "published")
-    pd.testing.assert_frame_equal(read_export(tmp_path / "published"), empty.table().drop(columns="stamp"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        read_export(tmp_path / "published"), empty.table().drop(columns="stamp"), check_exact=True
+    )

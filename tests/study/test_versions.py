@@ -8,26 +8,40 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import pytest
 
-from sparse_nb.study import experiments, versions
+import cases
 from sparse_nb.networks.training import Recipe
+from sparse_nb.study import experiments, versions
 
 ROOT = Path(__file__).parents[2]
 NAMES = json.loads((ROOT / "tests/golden/names.json").read_text(encoding="utf-8"))
-MEASURES = {m.measure: m for m in (experiments.Clean, experiments.WeightNoise, experiments.ClassRecall, experiments.Corruption, experiments.Attack)}
+MEASURES = {
+    m.measure: m
+    for m in (
+        experiments.Clean,
+        experiments.WeightNoise,
+        experiments.ClassRecall,
+        experiments.Corruption,
+        experiments.Attack,
+    )
+}
 
 
 def described(entry):
     """The dataclass of an entry of names.json."""
-    settings = {name: tuple(map(tuple, v)) if name == "origins" and v else tuple(v) if isinstance(v, list) else v for name, v in entry["settings"].items()}
+    settings = {
+        name: tuple(map(tuple, v)) if name == "origins" and v else tuple(v) if isinstance(v, list) else v
+        for name, v in entry["settings"].items()
+    }
     if "measure" in entry:
         return MEASURES[entry["measure"]](**settings)
     return experiments.Experiment(**settings | {"recipe": Recipe(**settings["recipe"])})
 
 
-@pytest.mark.parametrize("entry", NAMES["experiments"] + NAMES["evaluations"], ids=lambda entry: next(iter(entry["names"].values())))
+@pytest.mark.parametrize(
+    "entry", NAMES["experiments"] + NAMES["evaluations"], ids=lambda entry: next(iter(entry["names"].values()))
+)
 def test_published_names_stay(entry, monkeypatch):
     made = described(entry)
     for version, name in entry["names"].items():
@@ -52,9 +66,13 @@ def test_golden_case(name):
 
 def test_golden_cases_say_what_was_checked(record_property):
     golden = cases.listed()
-    assert set(golden) == set(cases.NAMES) and {golden[name]["version"] for name in golden} == set(versions.versions_now())
+    assert set(golden) == set(cases.NAMES) and {golden[name]["version"] for name in golden} == set(
+        versions.versions_now()
+    )
     listed = [name for name in golden if cases.machine() in golden[name]["bits"]]
-    record_property("checked", f"bits of {len(listed)} cases, losses of {len(golden) - len(listed)}, on {cases.machine()}")
+    record_property(
+        "checked", f"bits of {len(listed)} cases, losses of {len(golden) - len(listed)}, on {cases.machine()}"
+    )
 
 
 def test_the_lock_is_in_step_and_lists_every_version():
@@ -70,7 +88,13 @@ def copy_of_project(folder):
 
 
 def make_versions(project):
-    return subprocess.run([sys.executable, ".ci/versions.py"], cwd=project, env={"PYTHONPATH": str(project), "PATH": ""}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ".ci/versions.py"],
+        cwd=project,
+        env={"PYTHONPATH": str(project), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
 
 
 def edit(project, module, old, new):
@@ -82,12 +106,19 @@ def edit(project, module, old, new):
 
 def in_step(project):
     asked = "from sparse_nb import versions; versions.check_in_step()"
-    return subprocess.run([sys.executable, "-c", asked], cwd=project, env={"PYTHONPATH": str(project)}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", asked], cwd=project, env={"PYTHONPATH": str(project)}, capture_output=True, text=True
+    )
 
 
 def test_a_renamed_variable_needs_make_versions_and_another_order_of_summation_a_new_version(tmp_path):
     project = copy_of_project(tmp_path)
-    edit(project, "networks.training", "losses, correct, sizes = [], [], []", "losses, correct, sizes = [], [], []  # nothing changes here")
+    edit(
+        project,
+        "networks.training",
+        "losses, correct, sizes = [], [], []",
+        "losses, correct, sizes = [], [], []  # nothing changes here",
+    )
     assert in_step(project).returncode == 0
     edit(project, "networks.training", "order", "arrangement")
     assert "networks.training (shapes training)" in in_step(project).stderr
@@ -95,7 +126,12 @@ def test_a_renamed_variable_needs_make_versions_and_another_order_of_summation_a
     assert said.returncode == 0 and "the lock was renewed" in said.stdout, said.stdout + said.stderr
     assert in_step(project).returncode == 0
 
-    edit(project, "networks.sparse_layers", "    for e in range(first, last):\n        weight, row =", "    for e in range(last - 1, first - 1, -1):\n        weight, row =")
+    edit(
+        project,
+        "networks.sparse_layers",
+        "    for e in range(first, last):\n        weight, row =",
+        "    for e in range(last - 1, first - 1, -1):\n        weight, row =",
+    )
     assert "networks.sparse_layers (shapes training, clean" in in_step(project).stderr
     said = make_versions(project)
     assert said.returncode == 1 and "raise versions.TRAINING" in said.stdout, said.stdout + said.stderr
@@ -124,15 +160,25 @@ def test_code_edited_under_a_live_process_never_gets_its_name(tmp_path, workers)
     project = copy_of_project(tmp_path / "project")
     path = project / "sparse_nb/networks/training.py"
     said = subprocess.run(
-        [sys.executable, "-c", LIVE, path, tmp_path / "runs", str(workers)], cwd=project, env={"PYTHONPATH": str(project)}, capture_output=True, text=True
+        [sys.executable, "-c", LIVE, path, tmp_path / "runs", str(workers)],
+        cwd=project,
+        env={"PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
     )
     if workers:  # they would load the new code
-        assert said.returncode == 1 and "training" in said.stderr.splitlines()[-1] and "start again" in said.stderr.splitlines()[-1], said.stderr
+        assert (
+            said.returncode == 1
+            and "training" in said.stderr.splitlines()[-1]
+            and "start again" in said.stderr.splitlines()[-1]
+        ), said.stderr
         assert not list((tmp_path / "runs").glob("*/manifest.json"))
     else:  # the old code runs, under the name that it had
         assert "changed on disk" in said.stderr and "1 made now" in said.stdout, said.stderr
         (about,) = [json.loads(p.read_text()) for p in (tmp_path / "runs").glob("*/experiment.json")]
-        assert about["code"] == versions.TRAINING and about["environment"]["text"] == versions.source_provenance()["text"]
+        assert (
+            about["code"] == versions.TRAINING and about["environment"]["text"] == versions.source_provenance()["text"]
+        )
 
 
 def test_a_worker_with_other_code_refuses(monkeypatch):
@@ -148,10 +194,15 @@ def test_a_new_field_at_its_default_renames_nothing_from_version_2_on():
         bits: str = "native"
 
     for version, same in (("2", True), (versions.MEASURES["clean"], False)):
-        old, new = (versions.name_of("evaluation", versions.identity("evaluation", e, version, measure="clean")) for e in (experiments.Clean(), Widened()))
+        old, new = (
+            versions.name_of("evaluation", versions.identity("evaluation", e, version, measure="clean"))
+            for e in (experiments.Clean(), Widened())
+        )
         assert (old == new) == same
     changed = versions.identity("evaluation", Widened(bits="portable"), "2", measure="clean")
-    assert versions.name_of("evaluation", changed) != versions.name_of("evaluation", versions.identity("evaluation", Widened(), "2", measure="clean"))
+    assert versions.name_of("evaluation", changed) != versions.name_of(
+        "evaluation", versions.identity("evaluation", Widened(), "2", measure="clean")
+    )
 
 
 def test_the_package_reads_its_sources_before_anything_else():

@@ -22,16 +22,25 @@ from papermill.translators import PythonTranslator
 
 from sparse_nb import cli, data
 from sparse_nb.networks import allocation, models
-from sparse_nb.robustness import weight_noise
-from sparse_nb.sweep import sweep
-from sparse_nb.robustness.evaluation import evaluate
-from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, counted_total, evaluation_hash
-from sparse_nb.study.experiments import evaluation_identity, experiment_hash, experiment_identity, train
-from sparse_nb.sweep.jobs import Job, run_job
-from sparse_nb.study.studies import FIGURES, PRESETS, narrow, plan
-from sparse_nb.runs.store import RECORD_KEY, Store, load_history, load_run, run_status, parse_records, save_run, sha256
 from sparse_nb.networks.training import Recipe
+from sparse_nb.robustness import weight_noise
+from sparse_nb.robustness.evaluation import evaluate
+from sparse_nb.runs.store import RECORD_KEY, Store, load_history, load_run, parse_records, run_status, save_run, sha256
+from sparse_nb.study.experiments import (
+    Clean,
+    Experiment,
+    WeightNoise,
+    counted_total,
+    evaluation_hash,
+    evaluation_identity,
+    experiment_hash,
+    experiment_identity,
+    train,
+)
+from sparse_nb.study.studies import FIGURES, PRESETS, narrow, plan
 from sparse_nb.study.versions import canonical, digest
+from sparse_nb.sweep import sweep
+from sparse_nb.sweep.jobs import Job, run_job
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(families=("mlp",), epochs=2, widths=(32, 128))
@@ -99,7 +108,12 @@ def some_bits(path, count=24):
 READERS = {
     "model.safetensors": [load_run],
     "history.jsonl": [load_history],
-    "experiment.json": [run_status, load_history, lambda store, experiment: store.table(), lambda store, experiment: store.runs()],
+    "experiment.json": [
+        run_status,
+        load_history,
+        lambda store, experiment: store.table(),
+        lambda store, experiment: store.runs(),
+    ],
 }
 
 
@@ -191,7 +205,9 @@ def test_the_figure_command_refuses_damage_by_name_and_leaves_it_there(name, dam
         store.records_path(ONE, MEASUREMENT).unlink()  # so that the network is needed
     before = contents(store.root)
     assert_refused(figures(tmp_path, capfd), "manifest", path if name != "manifest.json" else path.parent.name)
-    assert {n: c for n, c in contents(store.root).items() if not n.startswith(("index", ".attempts"))} == before  # nothing trained, nothing mended
+    assert {
+        n: c for n, c in contents(store.root).items() if not n.startswith(("index", ".attempts"))
+    } == before  # nothing trained, nothing mended
     assert list((tmp_path / "out").rglob("*.*")) == []
 
 
@@ -268,7 +284,10 @@ def sweep_and_read(runs, answer, together, turns):
 
 def test_two_processes_share_a_store(trained, tmp_path):
     answers, together = [tmp_path / "one", tmp_path / "other"], processes.Barrier(2)
-    rivals = [processes.Process(target=sweep_and_read, args=(tmp_path / "runs", path, together, 20), daemon=True) for path in answers]
+    rivals = [
+        processes.Process(target=sweep_and_read, args=(tmp_path / "runs", path, together, 20), daemon=True)
+        for path in answers
+    ]
     for rival in rivals:
         rival.start()
     for rival in rivals:
@@ -336,7 +355,9 @@ def test_a_full_disk_leaves_only_whole_runs(trained, tmp_path):
     sizes = {e.width: (Store(trained).folder(e) / "model.safetensors").stat().st_size for e in EXPERIMENTS}
     assert sizes[32] < room < sizes[128]
     paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--notebooks", str(ROOT / "figures")]
-    process = processes.Process(target=with_a_full_disk, args=(["figures", "fig01", *FLAGS, *paths], tmp_path / "words", room), daemon=True)
+    process = processes.Process(
+        target=with_a_full_disk, args=(["figures", "fig01", *FLAGS, *paths], tmp_path / "words", room), daemon=True
+    )
     process.start()
     process.join(60)
     said = (tmp_path / "words").read_text()
@@ -349,7 +370,9 @@ def test_a_full_disk_leaves_only_whole_runs(trained, tmp_path):
 @pytest.mark.parametrize("budget", [0, -1, 1, 101_633, 10**12, 25_408.5, "many", None])
 def test_an_impossible_budget_is_refused(budget):
     assert counted_total("digits", "mlp", 128, 1) == 101_632
-    with pytest.raises((ValueError, TypeError), match=re.escape(f"{budget:,}" if isinstance(budget, int) else str(budget))):
+    with pytest.raises(
+        (ValueError, TypeError), match=re.escape(f"{budget:,}" if isinstance(budget, int) else str(budget))
+    ):
         Experiment("digits", "mlp", 128, 1, budget, 0, Recipe())
 
 
@@ -359,11 +382,18 @@ def some(names):
 
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.sampled_from(sorted(PRESETS)), some(data.DATASETS), some(models.FAMILIES), some(allocation.RULES),
-    st.lists(st.integers(1, 10**6), max_size=4, unique=True).map(tuple), st.none() | st.integers(1, 50), st.none() | st.integers(1, 500),
+    st.sampled_from(sorted(PRESETS)),
+    some(data.DATASETS),
+    some(models.FAMILIES),
+    some(allocation.RULES),
+    st.lists(st.integers(1, 10**6), max_size=4, unique=True).map(tuple),
+    st.none() | st.integers(1, 50),
+    st.none() | st.integers(1, 500),
 )
 def test_command_line_and_notebook_ask_for_the_same(preset, datasets, families, rules, widths, seeds, epochs):
-    asked = dict(preset=preset, datasets=datasets, families=families, rules=rules, widths=widths, seeds=seeds, epochs=epochs)
+    asked = dict(
+        preset=preset, datasets=datasets, families=families, rules=rules, widths=widths, seeds=seeds, epochs=epochs
+    )
     flags = []
     for name, value in asked.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -376,10 +406,14 @@ def test_command_line_and_notebook_ask_for_the_same(preset, datasets, families, 
     wanted = PRESETS[preset]
     assert in_notebook == cli.narrowed(command)
     assert in_notebook.datasets == (datasets or wanted.datasets) and in_notebook.rules == (rules or wanted.rules)
-    assert tuple(in_notebook.families) == (families or tuple(wanted.families)) and in_notebook.seeds == (seeds or wanted.seeds)
+    assert tuple(in_notebook.families) == (families or tuple(wanted.families)) and in_notebook.seeds == (
+        seeds or wanted.seeds
+    )
     for family, setting in in_notebook.families.items():
         assert setting.widths == (tuple(sorted(widths)) or wanted.families[family].widths)
-        assert setting.recipe == dataclasses.replace(wanted.families[family].recipe, epochs=epochs or wanted.families[family].recipe.epochs)
+        assert setting.recipe == dataclasses.replace(
+            wanted.families[family].recipe, epochs=epochs or wanted.families[family].recipe.epochs
+        )
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -404,35 +438,66 @@ def shuffled(value, order):
 @given(st.sampled_from(EXPERIMENTS), st.randoms(use_true_random=False))
 def test_a_name_does_not_depend_on_the_order_of_fields(experiment, order):
     for identity, name in [
-        (experiment_identity(experiment), experiment_hash(experiment)), (evaluation_identity(MEASUREMENT), evaluation_hash(MEASUREMENT))
+        (experiment_identity(experiment), experiment_hash(experiment)),
+        (evaluation_identity(MEASUREMENT), evaluation_hash(MEASUREMENT)),
     ]:
         assert digest(json.loads(json.dumps(shuffled(identity, order)))) == name
 
 
 OTHERS = {
-    "dataset": "mnist", "family": "vgg", "width": 129, "depth": 2, "budget": 25_409, "seed": 7, "recipe": Recipe(epochs=3),
-    "rule": "erk", "initial_scale": "dense", "train_images": 100, "batch_norm": False, "schedule": "magnitude", "repeat": 2,
+    "dataset": "mnist",
+    "family": "vgg",
+    "width": 129,
+    "depth": 2,
+    "budget": 25_409,
+    "seed": 7,
+    "recipe": Recipe(epochs=3),
+    "rule": "erk",
+    "initial_scale": "dense",
+    "train_images": 100,
+    "batch_norm": False,
+    "schedule": "magnitude",
+    "repeat": 2,
 }
 RECIPES = {
-    "epochs": 3, "learning_rate": 0.02, "decay": "cosine", "momentum": 0.8, "weight_decay": 1e-4, "batch_size": 33, "stop_loss": None,
+    "epochs": 3,
+    "learning_rate": 0.02,
+    "decay": "cosine",
+    "momentum": 0.8,
+    "weight_decay": 1e-4,
+    "batch_size": 33,
+    "stop_loss": None,
     "augment": True,
 }
 MEASUREMENTS = {"sigmas": (0, 0.1), "draws": 4, "seed": 1, "scope": "all", "test_images": 10}
 
 
 def test_a_name_changes_with_every_field():
-    fields = {described: {field.name for field in dataclasses.fields(described)} for described in (Experiment, Recipe, WeightNoise)}
+    fields = {
+        described: {field.name for field in dataclasses.fields(described)}
+        for described in (Experiment, Recipe, WeightNoise)
+    }
     assert fields == {Experiment: {*OTHERS, "pruning"}, Recipe: {*RECIPES}, WeightNoise: {*MEASUREMENTS}}
     changed = [dict(recipe=dataclasses.replace(ONE.recipe, **{name: value})) for name, value in RECIPES.items()]
     changed += [{name: value} for name, value in OTHERS.items() if name not in ("recipe", "family", "batch_norm")]
     names = [experiment_hash(dataclasses.replace(ONE, **change)) for change in changed]
-    mlp, vgg, resnet = (Experiment("digits", family, 32, depth, 10_000, 0, Recipe()) for family, depth in (("mlp", 18), ("vgg", 11), ("resnet", 18)))
+    mlp, vgg, resnet = (
+        Experiment("digits", family, 32, depth, 10_000, 0, Recipe())
+        for family, depth in (("mlp", 18), ("vgg", 11), ("resnet", 18))
+    )
     names += [experiment_hash(e) for e in (mlp, vgg, resnet, dataclasses.replace(vgg, batch_norm=False))]
     assert experiment_hash(dataclasses.replace(mlp, batch_norm=False)) == experiment_hash(mlp)  # an MLP has none
-    names += [experiment_hash(dataclasses.replace(ONE, schedule="magnitude", pruning="global"))]  # of no meaning for other schedules
+    names += [
+        experiment_hash(dataclasses.replace(ONE, schedule="magnitude", pruning="global"))
+    ]  # of no meaning for other schedules
     assert len({*names, experiment_hash(ONE)}) == len(names) + 1 and all(RUN.fullmatch(name) for name in names)
-    measured = [evaluation_hash(dataclasses.replace(MEASUREMENT, **{name: value})) for name, value in MEASUREMENTS.items()]
-    assert len({*measured, evaluation_hash(MEASUREMENT), evaluation_hash(Clean()), evaluation_hash(Clean(10))}) == len(measured) + 3
+    measured = [
+        evaluation_hash(dataclasses.replace(MEASUREMENT, **{name: value})) for name, value in MEASUREMENTS.items()
+    ]
+    assert (
+        len({*measured, evaluation_hash(MEASUREMENT), evaluation_hash(Clean()), evaluation_hash(Clean(10))})
+        == len(measured) + 3
+    )
 
 
 rates = st.floats(allow_nan=False, allow_infinity=False, min_value=0, max_value=1e6) | st.integers(0, 10**6)
@@ -440,7 +505,10 @@ described = st.builds(
     lambda rate, decay, seed, scale: dataclasses.replace(
         ONE, recipe=Recipe(learning_rate=rate, weight_decay=decay), seed=seed, initial_scale=scale
     ),
-    rates, rates, st.integers(0, 2**63), st.sampled_from(["sparse", "dense"]),
+    rates,
+    rates,
+    st.integers(0, 2**63),
+    st.sampled_from(["sparse", "dense"]),
 )
 
 

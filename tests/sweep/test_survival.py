@@ -21,16 +21,28 @@ import cloudpickle
 import psutil
 import pytest
 
-from sparse_nb.sweep import jobs, sweep
-from sparse_nb.runs.attempts import load_failures
-from sparse_nb.study.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise, evaluation_hash, experiment_hash, experiment_identity
-from sparse_nb.sweep.jobs import missing_jobs
-from sparse_nb.runs.store import RECORD_KEY, Store, sha256
 from sparse_nb.networks.training import Recipe
+from sparse_nb.runs.attempts import load_failures
+from sparse_nb.runs.store import RECORD_KEY, Store, sha256
+from sparse_nb.study.experiments import (
+    Attack,
+    ClassRecall,
+    Clean,
+    Corruption,
+    Experiment,
+    WeightNoise,
+    evaluation_hash,
+    experiment_hash,
+    experiment_identity,
+)
+from sparse_nb.sweep import jobs, sweep
+from sparse_nb.sweep.jobs import missing_jobs
 
 FULL = os.environ.get("SPARSE_NB_FAULTS") == "full"
 NOISE = WeightNoise(sigmas=(0.0, 0.3), draws=2)
-NETS = [Experiment("digits", "mlp", width, 1, 25_408, seed, Recipe(epochs=8)) for width in (32, 128, 512) for seed in (0, 1)]
+NETS = [
+    Experiment("digits", "mlp", width, 1, 25_408, seed, Recipe(epochs=8)) for width in (32, 128, 512) for seed in (0, 1)
+]
 NETS += [dataclasses.replace(NETS[2], schedule="magnitude", budget=5000)]
 MEASURES = [Clean(), NOISE]
 MADE = len(NETS) + 1  # with the dense parent of the pruned one
@@ -52,7 +64,11 @@ def started(root, **how):
 def kept(root):
     """{path: bytes} of every checkpoint and record file: all that must be bit-identical. (A history holds seconds.)"""
     root = Path(root)
-    return {str(path.relative_to(root)): path.read_bytes() for kind in ("[0-9a-f]*/model.safetensors", "[0-9a-f]*/evaluations/*.jsonl") for path in root.glob(kind)}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for kind in ("[0-9a-f]*/model.safetensors", "[0-9a-f]*/evaluations/*.jsonl")
+        for path in root.glob(kind)
+    }
 
 
 def assert_as_undisturbed(root, undisturbed):
@@ -92,7 +108,10 @@ def kill_drivers(count, undisturbed, folder):
 
 def test_kill_9_of_the_driver(undisturbed, tmp_path, report):
     kills, sweeps = kill_drivers(120 if FULL else 5, undisturbed, tmp_path)
-    report("kill -9 of the driver", f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical")
+    report(
+        "kill -9 of the driver",
+        f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical",
+    )
 
 
 def worker_processes():
@@ -100,7 +119,9 @@ def worker_processes():
     found = []
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "spawn_main" in " ".join(child.cmdline()) or (child.parent().pid != os.getpid() and "forkserver" in " ".join(child.cmdline())):
+            if "spawn_main" in " ".join(child.cmdline()) or (
+                child.parent().pid != os.getpid() and "forkserver" in " ".join(child.cmdline())
+            ):
                 found.append(child)
     return found
 
@@ -131,10 +152,14 @@ def test_kill_9_of_workers(undisturbed, tmp_path, report):
     kills, sweeps = 0, 0
     while kills < (60 if FULL else 2):  # at most two in a sweep, so that no network can be hit three times
         summary, killed = sweep_while_workers_die(tmp_path / f"sweep{sweeps}", 2, seconds, sweeps)
-        assert summary.failed == () and summary.made <= MADE  # who is killed between keeping a network and saying so does not say so
+        assert (
+            summary.failed == () and summary.made <= MADE
+        )  # who is killed between keeping a network and saying so does not say so
         assert_as_undisturbed(tmp_path / f"sweep{sweeps}", root)
         kills, sweeps = kills + killed, sweeps + 1
-    report("kill -9 of workers", f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical")
+    report(
+        "kill -9 of workers", f"{kills} kills, {sweeps} sweeps finished, 0 records lost or doubled, all bit-identical"
+    )
 
 
 def test_the_workers_of_a_killed_driver_end_and_the_next_sweep_goes_on(undisturbed, tmp_path):
@@ -178,12 +203,22 @@ def test_kill_9_of_the_notebooks_kernel(undisturbed, tmp_path, report):
         runs = tmp_path / f"kernel{kill}"
         with pytest.raises(Exception, match="(?i)kernel"):
             papermill.execute_notebook(
-                tmp_path / "sweep.ipynb", tmp_path / "out.ipynb", progress_bar=False, extra_arguments=["--log-level=ERROR"],
-                parameters={"seconds": chance.uniform(0.05, 0.7 * seconds), "root": str(runs), "tests": str(Path(__file__).parent)},
+                tmp_path / "sweep.ipynb",
+                tmp_path / "out.ipynb",
+                progress_bar=False,
+                extra_arguments=["--log-level=ERROR"],
+                parameters={
+                    "seconds": chance.uniform(0.05, 0.7 * seconds),
+                    "root": str(runs),
+                    "tests": str(Path(__file__).parent),
+                },
             )
         sweep_all(runs)
         assert_as_undisturbed(runs, root)
-    report("kill -9 of the notebook's kernel", f"{kills} kills, each sweep finished, 0 records lost or doubled, all bit-identical")
+    report(
+        "kill -9 of the notebook's kernel",
+        f"{kills} kills, each sweep finished, 0 records lost or doubled, all bit-identical",
+    )
 
 
 # Crashes, loops, hunger -----------------------------------------------------------------------------------------------------------
@@ -213,17 +248,25 @@ def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monke
     store = Store(tmp_path)
     summary = sweep.run(wanted, wanted, store=store, workers=2, limit=10 / 60, show=False)
     reasons = {failure["run"]: (failure["tries"], failure["reason"]) for failure in load_failures(store)}
-    assert len(summary.failed) == len(reasons) == 3 and summary.made == MADE - 3  # the poisoned ones are made, and fail when they are measured
+    assert (
+        len(summary.failed) == len(reasons) == 3 and summary.made == MADE - 3
+    )  # the poisoned ones are made, and fail when they are measured
     for experiment, words in zip(poisoned, ("was killed by SIGABRT", "took longer than the limit", "memory ran out")):
         tries, reason = reasons[experiment_hash(experiment)]
         assert tries == 3 and words in reason
     logs = {failure["run"]: "\n".join(failure["log"]) for failure in load_failures(store)}
-    assert "Fatal Python error: Aborted" in logs[experiment_hash(NETS[1])] and "MemoryError" in logs[experiment_hash(NETS[3])]
+    assert (
+        "Fatal Python error: Aborted" in logs[experiment_hash(NETS[1])]
+        and "MemoryError" in logs[experiment_hash(NETS[3])]
+    )
     for experiment in NETS:
         assert all(store.has_records(experiment, measure) for measure in MEASURES)
     mended = sweep.run(NETS, MEASURES, store=store, show=False)
     assert (mended.made, mended.measured, mended.failed) == (0, 0, ())
-    report("poison jobs (crash, endless loop, no memory)", f"3 of 3 failed after 3 tries with their reasons, {len(NETS) - 3} of {len(NETS) - 3} others done")
+    report(
+        "poison jobs (crash, endless loop, no memory)",
+        f"3 of 3 failed after 3 tries with their reasons, {len(NETS) - 3} of {len(NETS) - 3} others done",
+    )
 
 
 # Dask -----------------------------------------------------------------------------------------------------------------------------
@@ -265,19 +308,31 @@ def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch,
         over.set()
         thread.join()
     executions = (tmp_path / "executions").read_text().split()
-    assert summary.failed == () and all(store.has_records(net, Clean()) for net in nets) and len(store.table()) == 2 * COUNT
+    assert (
+        summary.failed == ()
+        and all(store.has_records(net, Clean()) for net in nets)
+        and len(store.table()) == 2 * COUNT
+    )
     assert len(kills) >= 1 and len(executions) <= COUNT + len(kills)
-    report("Dask", f"{COUNT} of {COUNT} jobs done, {len(kills)} worker kills, {len(executions)} executions (at most {COUNT + len(kills)})")
+    report(
+        "Dask",
+        f"{COUNT} of {COUNT} jobs done, {len(kills)} worker kills, {len(executions)} executions (at most {COUNT + len(kills)})",
+    )
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def test_a_poison_job_on_dask_fails_and_the_rest_goes_on(tmp_path):
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    store, wanted = Store(tmp_path), {net: [Clean(), *([Poison(how="crash")] if net is NETS[0] else [])] for net in NETS[:3]}
+    store, wanted = (
+        Store(tmp_path),
+        {net: [Clean(), *([Poison(how="crash")] if net is NETS[0] else [])] for net in NETS[:3]},
+    )
     summary = sweep.run(wanted, wanted, store=store, engine="dask", workers=2, show=False)
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     (failure,) = load_failures(store)
-    assert failure["run"] == experiment_hash(NETS[0]) and "each of the 3 workers that tried it died" in failure["reason"]
+    assert (
+        failure["run"] == experiment_hash(NETS[0]) and "each of the 3 workers that tried it died" in failure["reason"]
+    )
     assert len(summary.failed) == 1 and all(store.has_records(net, Clean()) for net in NETS[:3])
 
 
@@ -292,7 +347,13 @@ def test_a_cluster_that_goes_away_ends_the_sweep_with_one_sentence(tmp_path):
             time.sleep(120)
     """)
     (tmp_path / "cluster.py").write_text(code)
-    cluster = subprocess.Popen([sys.executable, tmp_path / "cluster.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    cluster = subprocess.Popen(
+        [sys.executable, tmp_path / "cluster.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     try:
         address = cluster.stdout.readline().strip()
         threading.Timer(4, os.killpg, (cluster.pid, signal.SIGKILL)).start()
@@ -335,7 +396,9 @@ def small_disk(tmp_path):
     def mount(size):
         place = tmp_path / f"disk{len(mounted)}"
         place.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True
+        ).returncode:
             pytest.skip("no right to mount a tmpfs")
         mounted.append(place)
         return place
@@ -365,7 +428,10 @@ def test_a_full_disk_is_said_and_the_sweep_resumes_when_there_is_room(undisturbe
         sweep.run(NETS, MEASURES, store=Store(disk / "runs"), show=False)
         assert_as_undisturbed(disk / "runs", root)
     assert ends > tries / 2
-    report("disk full at different writes", f"{ends} of {tries} sweeps ended with 'No space left', earlier results readable, all finished when there was room")
+    report(
+        "disk full at different writes",
+        f"{ends} of {tries} sweeps ended with 'No space left', earlier results readable, all finished when there was room",
+    )
 
 
 # Time that is over ----------------------------------------------------------------------------------------------------------------
@@ -407,13 +473,23 @@ def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undist
 
 # Devices ----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_family_is_trained_kept_pruned_and_measured_on_each_device(device, tmp_path):
     """The MLP has units that nobody hears, and its sparse product; the convolutional networks have batch norm and a last, smaller batch."""
     mlp = Experiment("digits", "mlp", 2048, 2, 10_000, 0, Recipe(epochs=2))
-    vgg, resnet = (Experiment("digits", family, 8, depth, 5_000, 0, Recipe(epochs=2), rule="proportional") for family, depth in [("vgg", 11), ("resnet", 18)])
+    vgg, resnet = (
+        Experiment("digits", family, 8, depth, 5_000, 0, Recipe(epochs=2), rule="proportional")
+        for family, depth in [("vgg", 11), ("resnet", 18)]
+    )
     pruned = dataclasses.replace(vgg, schedule="magnitude")
-    measures = [Clean(), NOISE, ClassRecall(), Corruption(draws=1, test_images=50), Attack(steps=2, epsilons=(0.0, 0.1), test_images=20)]
+    measures = [
+        Clean(),
+        NOISE,
+        ClassRecall(),
+        Corruption(draws=1, test_images=50),
+        Attack(steps=2, epsilons=(0.0, 0.1), test_images=20),
+    ]
     store = Store(tmp_path)
     done = sweep.run([mlp, vgg, resnet, pruned], measures, store=store, device=device, show=False)
     assert (done.made, done.measured, done.failed) == (5, 20, ()), done

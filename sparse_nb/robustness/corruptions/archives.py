@@ -47,6 +47,7 @@ class Archive:
     below the root, in which "{name}" stands for the corruption. count: number of test images. image_shape: (H, W, C). severities: how many
     copies of the test set an array of images holds, weakest first. sums: {path: md5}, where sums of single arrays are published.
     """
+
     file: str
     url: str
     bytes: int
@@ -58,10 +59,12 @@ class Archive:
     severities: int
     count: int = 10_000
     sums: dict = field(default_factory=dict)
+
     @property
     def folder(self):
         """Where its arrays lie, below the root."""
         return self.images.split("/")[0]
+
     def arrays(self):
         """{path below the root: shape} of the images of every corruption and their labels."""
         rows = self.severities * self.count
@@ -71,27 +74,49 @@ class Archive:
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #4fc82b26
 PUBLISHED_MD5 = {
     "cifar10": {
-        "gaussian_noise": "ecaf8b9a2399ffeda7680934c33405fd", "shot_noise": "3a7239bb118894f013d9bf1984be7f11",
-        "impulse_noise": "2090e01c83519ec51427e65116af6b1a", "defocus_blur": "7d1322666342a0702b1957e92f6254bc",
-        "glass_blur": "7361fb4019269e02dbf6925f083e8629", "motion_blur": "fffa5f852ff7ad299cfe8a7643f090f4",
-        "zoom_blur": "6ea8e63f1c5cdee1517533840641641b", "snow": "bb238de8555123da9c282dea23bd6e55",
-        "frost": "31f6ab3bce1d9934abfb0cc13656f141", "fog": "7b397314b5670f825465fbcd1f6e9ccd",
-        "brightness": "0a81ef75e0b523c3383219c330a85d48", "contrast": "3c8262171c51307f916c30a3308235a8",
-        "elastic_transform": "9421657c6cd452429cf6ce96cc412b5f", "pixelate": "0f14f7e2db14288304e1de10df16832f",
-        "jpeg_compression": "2b9cc4c864e0193bb64db8d7728f8187", "speckle_noise": "ef00b87611792b00df09c0b0237a1e30",
-        "gaussian_blur": "c33370155bc9b055fb4a89113d3c559d", "spatter": "8a5a3903a7f8f65b59501a6093b4311e",
-        "saturate": "1cfae0964219c5102abbb883e538cc56", "labels": "c439b113295ed5254878798ffe28fd54"},
+        "gaussian_noise": "ecaf8b9a2399ffeda7680934c33405fd",
+        "shot_noise": "3a7239bb118894f013d9bf1984be7f11",
+        "impulse_noise": "2090e01c83519ec51427e65116af6b1a",
+        "defocus_blur": "7d1322666342a0702b1957e92f6254bc",
+        "glass_blur": "7361fb4019269e02dbf6925f083e8629",
+        "motion_blur": "fffa5f852ff7ad299cfe8a7643f090f4",
+        "zoom_blur": "6ea8e63f1c5cdee1517533840641641b",
+        "snow": "bb238de8555123da9c282dea23bd6e55",
+        "frost": "31f6ab3bce1d9934abfb0cc13656f141",
+        "fog": "7b397314b5670f825465fbcd1f6e9ccd",
+        "brightness": "0a81ef75e0b523c3383219c330a85d48",
+        "contrast": "3c8262171c51307f916c30a3308235a8",
+        "elastic_transform": "9421657c6cd452429cf6ce96cc412b5f",
+        "pixelate": "0f14f7e2db14288304e1de10df16832f",
+        "jpeg_compression": "2b9cc4c864e0193bb64db8d7728f8187",
+        "speckle_noise": "ef00b87611792b00df09c0b0237a1e30",
+        "gaussian_blur": "c33370155bc9b055fb4a89113d3c559d",
+        "spatter": "8a5a3903a7f8f65b59501a6093b4311e",
+        "saturate": "1cfae0964219c5102abbb883e538cc56",
+        "labels": "c439b113295ed5254878798ffe28fd54",
+    },
     "cifar100": {
-        "gaussian_noise": "ecc4d366eac432bdf25c024086f5e97d", "shot_noise": "b0a1fa6e1e465a747c1b204b1914048a",
-        "impulse_noise": "3b3c210ddfa0b5cb918ff4537a429fef", "defocus_blur": "d923e3d9c585a27f0956e2f2ad832564",
-        "glass_blur": "0bf384f38e5ccbf8dd479d9059b913e1", "motion_blur": "732a7e2e54152ff97c742d4c388c5516",
-        "zoom_blur": "0204613400c034a81c4830d5df81cb82", "snow": "0237be164583af146b7b144e73b43465",
-        "frost": "3a39c6823bdfaa0bf8b12fe7004b8117", "fog": "4efc7ebd5e82b028bdbe13048e3ea564",
-        "brightness": "f22d7195aecd6abb541e27fca230c171", "contrast": "322bb385f1d05154ee197ca16535f71e",
-        "elastic_transform": "a0792bd6581f6810878be71acedfc65a", "pixelate": "96c00c60f144539e14cffb02ddbd0640",
-        "jpeg_compression": "c851b7f1324e1d2ffddeb76920576d11", "speckle_noise": "e3f215b1a0f9fd9fd6f0d1cf94a7ce99",
-        "gaussian_blur": "5204ba0d557839772ef5a4196a052c3e", "spatter": "12ccf41d62564d36e1f6a6ada5022728",
-        "saturate": "c0697e9fdd646916a61e9c312c77bf6b", "labels": "bb4026e9ce52996b95f439544568cdb2"},
+        "gaussian_noise": "ecc4d366eac432bdf25c024086f5e97d",
+        "shot_noise": "b0a1fa6e1e465a747c1b204b1914048a",
+        "impulse_noise": "3b3c210ddfa0b5cb918ff4537a429fef",
+        "defocus_blur": "d923e3d9c585a27f0956e2f2ad832564",
+        "glass_blur": "0bf384f38e5ccbf8dd479d9059b913e1",
+        "motion_blur": "732a7e2e54152ff97c742d4c388c5516",
+        "zoom_blur": "0204613400c034a81c4830d5df81cb82",
+        "snow": "0237be164583af146b7b144e73b43465",
+        "frost": "3a39c6823bdfaa0bf8b12fe7004b8117",
+        "fog": "4efc7ebd5e82b028bdbe13048e3ea564",
+        "brightness": "f22d7195aecd6abb541e27fca230c171",
+        "contrast": "322bb385f1d05154ee197ca16535f71e",
+        "elastic_transform": "a0792bd6581f6810878be71acedfc65a",
+        "pixelate": "96c00c60f144539e14cffb02ddbd0640",
+        "jpeg_compression": "c851b7f1324e1d2ffddeb76920576d11",
+        "speckle_noise": "e3f215b1a0f9fd9fd6f0d1cf94a7ce99",
+        "gaussian_blur": "5204ba0d557839772ef5a4196a052c3e",
+        "spatter": "12ccf41d62564d36e1f6a6ada5022728",
+        "saturate": "c0697e9fdd646916a61e9c312c77bf6b",
+        "labels": "bb4026e9ce52996b95f439544568cdb2",
+    },
 }
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #3fdba35f
@@ -99,21 +124,57 @@ def cifar_archive(dataset, file, record, length, md5):
     """The `Archive` of CIFAR-10-C or CIFAR-100-C; record: its number at Zenodo."""
     folder, sums = file.removesuffix(".tar"), PUBLISHED_MD5[dataset]
     return Archive(
-        file, f"https://zenodo.org/records/{record}/files/{file}?download=1", length, md5, tuple(name for name in sums if name != "labels"),
-        f"{folder}/{{name}}.npy", f"{folder}/labels.npy", (32, 32, 3), 5, sums={f"{folder}/{name}.npy": sums[name] for name in sums})
+        file,
+        f"https://zenodo.org/records/{record}/files/{file}?download=1",
+        length,
+        md5,
+        tuple(name for name in sums if name != "labels"),
+        f"{folder}/{{name}}.npy",
+        f"{folder}/labels.npy",
+        (32, 32, 3),
+        5,
+        sums={f"{folder}/{name}.npy": sums[name] for name in sums},
+    )
+
 
 ARCHIVES = {
     "cifar10": cifar_archive("cifar10", "CIFAR-10-C.tar", 2535967, 2_918_471_680, "56bf5dcef84df0e2308c6dcbcbbd8499"),
-    "cifar100": cifar_archive("cifar100", "CIFAR-100-C.tar", 3555552, 2_918_473_216, "11f0ed0f1191edbf9fa23466ae6021d3"),
+    "cifar100": cifar_archive(
+        "cifar100", "CIFAR-100-C.tar", 3555552, 2_918_473_216, "11f0ed0f1191edbf9fa23466ae6021d3"
+    ),
     "mnist": Archive(
-        "mnist_c.zip", "https://zenodo.org/records/3239543/files/mnist_c.zip?download=1", 246_661_575, "4b34b33045869ee6d424616cd3a65da3",
-        ("identity", "shot_noise", "impulse_noise", "glass_blur", "motion_blur", "shear", "scale", "rotate", "brightness", "translate",
-         "stripe", "fog", "spatter", "dotted_line", "zigzag", "canny_edges"),
-        "mnist_c/{name}/test_images.npy", "mnist_c/{name}/test_labels.npy", (28, 28, 1), 1),
+        "mnist_c.zip",
+        "https://zenodo.org/records/3239543/files/mnist_c.zip?download=1",
+        246_661_575,
+        "4b34b33045869ee6d424616cd3a65da3",
+        (
+            "identity",
+            "shot_noise",
+            "impulse_noise",
+            "glass_blur",
+            "motion_blur",
+            "shear",
+            "scale",
+            "rotate",
+            "brightness",
+            "translate",
+            "stripe",
+            "fog",
+            "spatter",
+            "dotted_line",
+            "zigzag",
+            "canny_edges",
+        ),
+        "mnist_c/{name}/test_images.npy",
+        "mnist_c/{name}/test_labels.npy",
+        (28, 28, 1),
+        1,
+    ),
 }
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #9400f1b2
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
 
 def open_array(path, shape):
     """The array in the .npy file at `path`, a Path, memory-mapped and read-only: uint8 images (N, H, W, C), or integer labels (N,).
@@ -125,7 +186,9 @@ def open_array(path, shape):
         try:
             found, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
         except Exception as error:  # damage can trip the parser in many ways
-            raise ValueError(f"{path} has no readable NumPy header ({type(error).__name__}: {error}); {accepted}") from error
+            raise ValueError(
+                f"{path} has no readable NumPy header ({type(error).__name__}: {error}); {accepted}"
+            ) from error
         length = file.tell() + math.prod(shape) * dtype.itemsize
     if found != shape or fortran or not (dtype == np.uint8 if len(shape) > 1 else dtype.kind in "iu"):
         raise ValueError(f"{path} holds {dtype} {found} in {'Fortran' if fortran else 'C'} order; {accepted}")
@@ -141,6 +204,7 @@ def md5_sum(path):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
 
 def file_state(path):
     """[bytes, time of the last change of content, of content or name], times in ns: what differs after a file was written to."""
@@ -159,6 +223,7 @@ def read_verified(folder):
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"{file} is not the list of verified files that was written here ({reason}); delete it")
+
 
 def write_verified(folder, verified):
     """Write what `read_verified` reads; a whole new file takes the place of the old one."""
@@ -182,7 +247,9 @@ def checked_array(archive, root, path, *, trust=True):
         return array
     found = md5_sum(file)
     if found != md5:
-        raise ValueError(f"{file} is altered: its md5 should be {md5}, but is {found}. It was not used; delete it and fetch it again")
+        raise ValueError(
+            f"{file} is altered: its md5 should be {md5}, but is {found}. It was not used; delete it and fetch it again"
+        )
     if time.time_ns() - max(state[1:]) > 2e9:
         try:
             write_verified(folder, verified | {path: {"md5": md5, "state": state}})
@@ -215,12 +282,16 @@ def check_archive(archive, path):
     """Raise ValueError, naming the file, unless the file at `path` has the length and md5 sum of `archive`."""
     size = path.stat().st_size
     if size != archive.bytes:
-        raise ValueError(f"{path} has {size:,} bytes, but the published {archive.file} has {archive.bytes:,}; it was not used. Delete it, "
-                         f"or, if it is the beginning of a download, name it {archive.file}.part, and call again")
+        raise ValueError(
+            f"{path} has {size:,} bytes, but the published {archive.file} has {archive.bytes:,}; it was not used. Delete it, "
+            f"or, if it is the beginning of a download, name it {archive.file}.part, and call again"
+        )
     found = md5_sum(path)
     if found != archive.md5:
-        raise ValueError(f"{path} is not the published file: its md5 should be {archive.md5}, but is {found}; it was not used. "
-                         "Delete it and call again")
+        raise ValueError(
+            f"{path} is not the published file: its md5 should be {archive.md5}, but is {found}; it was not used. "
+            "Delete it and call again"
+        )
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #eb1e33e8
 def download_archive(archive, path):
@@ -239,17 +310,22 @@ def download_archive(archive, path):
             except (URLError, HTTPException, ConnectionError, TimeoutError, SSLError) as error:
                 reason = f"{type(error).__name__}: {error}"
             except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (what has arrived is kept; call again to continue)", str(part)) from error
+                raise OSError(
+                    error.errno, f"{error.strerror} (what has arrived is kept; call again to continue)", str(part)
+                ) from error
             arrived = part.stat().st_size if part.exists() else 0
     if arrived < archive.bytes:
         raise FileNotFoundError(
             f"{path} is missing and could not be downloaded from {archive.url} ({reason}). {part.name} has {arrived:,} of "
-            f"{archive.bytes:,} bytes: call again to continue, or put the whole file there yourself (md5 {archive.md5})")
+            f"{archive.bytes:,} bytes: call again to continue, or put the whole file there yourself (md5 {archive.md5})"
+        )
     found = md5_sum(part)
     if found != archive.md5 or arrived != archive.bytes:
         part.unlink()
-        raise ValueError(f"{part} was not {archive.file} and was deleted: {archive.url} gave {arrived:,} bytes with md5 {found}; "
-                         f"published are {archive.bytes:,} with md5 {archive.md5}")
+        raise ValueError(
+            f"{part} was not {archive.file} and was deleted: {archive.url} gave {arrived:,} bytes with md5 {found}; "
+            f"published are {archive.bytes:,} with md5 {archive.md5}"
+        )
     os.replace(part, path)
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #0b918943
@@ -262,14 +338,18 @@ def list_members(opened):
         entries = [(member, member.name, member.isreg() or member.isdir(), member.size) for member in opened]
     else:
         ordinary = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: zip archives made on Windows have no file type
-        entries = [(member, member.filename, stat.S_IFMT(member.external_attr >> 16) in ordinary, member.file_size)
-                   for member in opened.infolist()]
+        entries = [
+            (member, member.filename, stat.S_IFMT(member.external_attr >> 16) in ordinary, member.file_size)
+            for member in opened.infolist()
+        ]
     members = {}
     for member, name, ordinary, size in entries:
         windows = PureWindowsPath(name)  # understands both / and \\, and drives
         if not ordinary or windows.anchor or ".." in windows.parts:
-            raise ValueError(f"its member {name!r} is {'placed elsewhere' if ordinary else 'a link or a device'}; accepted: files "
-                             "and folders with relative paths, without '..'. Nothing was written")
+            raise ValueError(
+                f"its member {name!r} is {'placed elsewhere' if ordinary else 'a link or a device'}; accepted: files "
+                "and folders with relative paths, without '..'. Nothing was written"
+            )
         members[str(PurePosixPath(name))] = member, size
     return members
 
@@ -298,7 +378,9 @@ def unpack(archive, path, root, wanted):
                     (root / target).parent.mkdir(exist_ok=True)
                     os.replace(Path(temporary) / target, root / target)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error} while {path} was unpacked", error.filename or str(folder)) from error
+        raise OSError(
+            error.errno, f"{error.strerror or error} while {path} was unpacked", error.filename or str(folder)
+        ) from error
     except Exception as error:  # damage can trip the readers in many ways
         raise ValueError(f"{path} cannot be unpacked: {error}") from error
 
@@ -309,6 +391,7 @@ def official(dataset):
         raise ValueError(f"dataset is {dataset!r}; official corruption archives exist for {', '.join(ARCHIVES)}")
     return ARCHIVES[dataset]
 
+
 def check_room(archive, root, missing):
     """Raise OSError (ENOSPC) unless the disk of the folder `root` has room for the download and the arrays `missing`."""
     part = root / f"{archive.file}.part"
@@ -317,7 +400,9 @@ def check_room(archive, root, missing):
         needed += archive.bytes - (part.stat().st_size if part.exists() else 0)
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(ENOSPC, f"{archive.file} and its arrays need {needed:,} bytes more, but {free:,} are free", str(root))
+        raise OSError(
+            ENOSPC, f"{archive.file} and its arrays need {needed:,} bytes more, but {free:,} are free", str(root)
+        )
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #71ee45a3
 def fetch(dataset, *, root=None):
@@ -331,8 +416,10 @@ def fetch(dataset, *, root=None):
     archive, root = official(dataset), data_root(root)
     path = root / archive.file
     if archive.file.endswith(".tar") and not hasattr(tarfile, "data_filter"):
-        raise RuntimeError(f"Python {sys.version.split()[0]} cannot unpack {path} safely, because its tarfile has no data filter; "
-                           "accepted: 3.10.12 or later, 3.11.4 or later, 3.12 or later")
+        raise RuntimeError(
+            f"Python {sys.version.split()[0]} cannot unpack {path} safely, because its tarfile has no data filter; "
+            "accepted: 3.10.12 or later, 3.11.4 or later, 3.12 or later"
+        )
     missing = []
     for array in archive.arrays():
         if (root / array).exists():
@@ -359,6 +446,7 @@ def available(dataset, *, root=None):
         return ()
     archive, root = official(dataset), data_root(root)
     return tuple(name for name in archive.names if (root / archive.images.format(name=name)).is_file())
+
 
 def verify(dataset, *, root=None):
     """Read every array and archive of `dataset` below `root` through, also those that were verified before.
@@ -387,6 +475,7 @@ def clean_labels(dataset, root):
     """The labels of the clean test set below `root`, int64 (N,)."""
     return load_images(dataset, "test", root=root).labels
 
+
 def check_order(archive, dataset, root, name, start):
     """Raise ValueError, naming the file, if the labels of the corruption `name`, from row `start` on, are not the clean test set's.
 
@@ -395,12 +484,14 @@ def check_order(archive, dataset, root, name, start):
     path = archive.labels.format(name=name)
     if not (root / path).is_file() or not all((root / file).exists() for file in published(dataset)):
         return
-    found = torch.from_numpy(checked_array(archive, root, path)[start:start + archive.count].astype(np.int64))
+    found = torch.from_numpy(checked_array(archive, root, path)[start : start + archive.count].astype(np.int64))
     differ = (found != clean_labels(dataset, root)).nonzero()
     if len(differ):
         i = int(differ[0])
-        raise ValueError(f"{root / path} is not in the order of the test set: {len(differ):,} labels differ, the first that of image {i}, "
-                         f"which is {int(found[i])} and must be {int(clean_labels(dataset, root)[i])}")
+        raise ValueError(
+            f"{root / path} is not in the order of the test set: {len(differ):,} labels differ, the first that of image {i}, "
+            f"which is {int(found[i])} and must be {int(clean_labels(dataset, root)[i])}"
+        )
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #031b4af5
 def load_official(dataset, name, severity, *, root=None):
@@ -419,21 +510,27 @@ def load_official(dataset, name, severity, *, root=None):
     path = archive.images.format(name=name)
     if not (root / path).is_file():
         there = ", ".join(available(dataset, root=root)) or "none"
-        raise FileNotFoundError(f"{root / path} is missing (corruptions that are there: {there}). archives.fetch({dataset!r}) "
-                                f"downloads {archive.file}, {archive.bytes / 1e9:.2f} GB, and unpacks it; or point SPARSE_NB_DATA (or "
-                                "root=...) to a folder that has it")
+        raise FileNotFoundError(
+            f"{root / path} is missing (corruptions that are there: {there}). archives.fetch({dataset!r}) "
+            f"downloads {archive.file}, {archive.bytes / 1e9:.2f} GB, and unpacks it; or point SPARSE_NB_DATA (or "
+            "root=...) to a folder that has it"
+        )
     array, start = checked_array(archive, root, path), ((severity or 1) - 1) * archive.count
     check_order(archive, dataset, root, name, start)
-    rows = array[start:start + archive.count]
+    rows = array[start : start + archive.count]
     return torch.from_numpy(np.array(rows.transpose(0, 3, 1, 2), order="C"))
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #c837649c
 FROST_URL = "https://raw.githubusercontent.com/hendrycks/robustness/master/ImageNet-C/create_c/"
 FROST_MD5 = {
-    "frost1.png": "6ead634ace1f366d77e87078b465863c", "frost2.png": "98f0d2b1d74a048d3bc9c7ecfd886939",
-    "frost3.png": "b3ed8eb147824261888e730f916c0d8b", "frost4.jpg": "d70b9d6aa0b1fe7bd8133b113787e078",
-    "frost5.jpg": "50984ae2c871b7df2c28f1d71ca460a0", "frost6.jpg": "bd01b8fc7c34a4ff3265c6fb476cff7b",
+    "frost1.png": "6ead634ace1f366d77e87078b465863c",
+    "frost2.png": "98f0d2b1d74a048d3bc9c7ecfd886939",
+    "frost3.png": "b3ed8eb147824261888e730f916c0d8b",
+    "frost4.jpg": "d70b9d6aa0b1fe7bd8133b113787e078",
+    "frost5.jpg": "50984ae2c871b7df2c28f1d71ca460a0",
+    "frost6.jpg": "bd01b8fc7c34a4ff3265c6fb476cff7b",
 }
+
 
 def frost_photographs(*, root=None, download=False):
     """The six photographs of the corruption "frost" from `root`/frost: a list of uint8 arrays (H, W, 3), RGB; None if any is not there.

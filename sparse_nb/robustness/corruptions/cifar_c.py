@@ -27,10 +27,26 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from .archives import frost_photographs
-from .filters import CorruptionKind, apply, border, camera_motion, compiled, divided, draw_angle, draw_photons
-from .filters import gaussian_filter, in_threads, motion_blur, photon_counts, plasma, truncated, unit, water_light
 from ...randomness import generator
+from .archives import frost_photographs
+from sparse_nb.robustness.corruptions.filters import (
+    CorruptionKind,
+    apply,
+    border,
+    camera_motion,
+    compiled,
+    divided,
+    draw_angle,
+    draw_photons,
+    gaussian_filter,
+    in_threads,
+    motion_blur,
+    photon_counts,
+    plasma,
+    truncated,
+    unit,
+    water_light,
+)
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #19581e27
 def contrast(images, factor, draws):
@@ -44,19 +60,23 @@ def draw_noise(numbers, shape, parameters):
     """Standard normal "noise" of the images' shape."""
     return {"noise": numbers("noise", torch.Tensor.normal_, *shape)}
 
+
 def gaussian_noise(images, scale, draws):
     """x + scale·ξ."""
     return truncated(unit(images) + scale * draws["noise"])
+
 
 def speckle_noise(images, scale, draws):
     """x + x·scale·ξ."""
     x = unit(images)
     return truncated(x + x * (scale * draws["noise"]))
 
+
 def draw_impulses(numbers, shape, amount):
     """Bool "flipped", True for a share `amount` of the values, and "salted", True for half of those."""
     uniform = numbers("flipped", torch.Tensor.uniform_, *shape)
     return {"flipped": uniform < amount, "salted": uniform < amount / 2}
+
 
 def impulse_noise(images, amount, draws):
     """Flipped values become 255 where salted, else 0."""
@@ -72,6 +92,7 @@ def gaussian_blur(images, sigma, draws):
     """A Gaussian of standard deviation `sigma` pixels."""
     return truncated(gaussian_filter(unit(images), sigma))
 
+
 def disk(radius, sigma):
     """Kernel (17, 17), float32: a disk of `radius` pixels, smoothed by the three middle taps of a Gaussian."""
     line = torch.arange(-8, 9)
@@ -85,6 +106,7 @@ def disk(radius, sigma):
         kernel = padded.narrow(dim, 1, 17) * middle + (padded.narrow(dim, 0, 17) + padded.narrow(dim, 2, 17)) * side
     return kernel
 
+
 def defocus_blur(images, parameters, draws):
     """Correlation with `disk(*parameters)`; pixels of equal weight are added first, as integers."""
     kernel, (height, width) = disk(*parameters).double(), images.shape[-2:]
@@ -94,7 +116,9 @@ def defocus_blur(images, parameters, draws):
     total = torch.zeros(images.shape, dtype=torch.float64, device=images.device)
     for weight in kernel[kernel > 0].unique().tolist():
         places = ((kernel == weight).nonzero() - 8 + reach).tolist()
-        total += weight * sum(padded[..., row : row + height, column : column + width] for row, column in places).double()
+        total += (
+            weight * sum(padded[..., row : row + height, column : column + width] for row, column in places).double()
+        )
     return total.clamp_(0, 255).to(torch.uint8)
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #6f4b6612
@@ -102,6 +126,7 @@ def draw_moves(numbers, shape, parameters):
     """0 or 1 in "moves" (N, iterations, 2, H, W): how far up and left each pixel takes its colour from."""
     quarter = (numbers("moves", torch.Tensor.uniform_, parameters[1], *shape[1:]) * 4).to(torch.uint8)
     return {"moves": torch.stack([quarter >> 1, quarter & 1], 2)}
+
 
 def glass_blur(images, parameters, draws):
     """Blurred with sigma, shuffled `iterations` times, blurred again; parameters: (sigma, iterations). The first two rows and columns keep their place."""
@@ -121,6 +146,7 @@ def zoomed_size(size, factor):
     crop = math.ceil(size / factor)
     return crop, round(crop * factor)
 
+
 @cache
 def zoomed_places(size, factor):
     """Which two pixels each of `size` enlarged ones lies between, the nearer first, int64 (2, size), and how far from the nearer, float64 (size,), at most 1/2."""
@@ -132,18 +158,26 @@ def zoomed_places(size, factor):
     both = torch.stack([index, (index + 1).clamp(max=first + crop - 1)])
     return torch.where(share < 0.5, both, both.flip(0)), torch.where(share < 0.5, share, 1 - share)
 
+
 def clipped_zoom(x, factor):
     """The middle of float64 x (H, W, …), enlarged by `factor` ≥ 1 to the same H and W, with linear interpolation and aligned corners."""
     for dim in (0, 1):
         (near, far), share = (part.to(x.device) for part in zoomed_places(x.shape[dim], factor))
-        x = torch.lerp(x.index_select(dim, near), x.index_select(dim, far), share.view([-1 if axis == dim else 1 for axis in range(x.ndim)]))
+        x = torch.lerp(
+            x.index_select(dim, near),
+            x.index_select(dim, far),
+            share.view([-1 if axis == dim else 1 for axis in range(x.ndim)]),
+        )
     return x
+
 
 @cache
 def enlargements(sizes, stop):
     """((factor, how often), …) of the enlargements by 1.01, 1.02, … below `stop` of images of `sizes` (H, W); those that are the same are counted together."""
     factors = np.arange(1, stop, 0.01).tolist()[1:]
-    alike = (list(group) for _, group in groupby(factors, key=lambda factor: [zoomed_size(size, factor) for size in sizes]))
+    alike = (
+        list(group) for _, group in groupby(factors, key=lambda factor: [zoomed_size(size, factor) for size in sizes])
+    )
     return tuple((group[0], len(group)) for group in alike)
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #ad77af74
@@ -155,11 +189,13 @@ def add_enlargements_anywhere(x, factors, total):
         for _ in range(times):
             total += enlarged
 
+
 @compiled
 def mix(near, far, share, mixed):
     """near + share·(far − near) into `mixed`, in doubles, whatever the type of `mixed`."""
     for n in range(len(mixed)):
         mixed[n] = near[n] + share * (far[n] - near[n])
+
 
 @compiled
 def enlarge_and_add(x, rows, down, columns, right, times, total):
@@ -184,12 +220,17 @@ def enlargement_tables(sizes, factors):
     tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction)]
     return *tables, np.array([times for _, times in factors])
 
+
 def zoom_blur(images, stop, draws):
     """The mean of the image and of its enlargements by 1, 1.01, … below `stop`, summed in 32 bits."""
     x = divided(images.permute(2, 3, 0, 1).contiguous().double(), 255).float()
     total, factors = x.clone(), enlargements(tuple(images.shape[-2:]), stop)
     if images.device.type == "cpu":
-        enlarge_and_add(x.double().flatten(2).numpy(), *enlargement_tables(tuple(images.shape[-2:]), factors), total.flatten(2).numpy())
+        enlarge_and_add(
+            x.double().flatten(2).numpy(),
+            *enlargement_tables(tuple(images.shape[-2:]), factors),
+            total.flatten(2).numpy(),
+        )
     else:
         add_enlargements_anywhere(x, factors, total)
     count = 2 + sum(times for _, times in factors)
@@ -207,16 +248,35 @@ def to_hsv(x):
     hue = torch.where(hue < 0, hue + 1, hue)
     return hue, torch.where(spread == 0, 0.0, spread / value), value
 
+
 def from_hsv(hue, saturation, value):
     """RGB (N, 3, H, W) from hue, saturation and value."""
     sector = torch.floor(hue * 6)
     part = hue * 6 - sector
-    low, falling, rising = value * (1 - saturation), value * (1 - part * saturation), value * (1 - (1 - part) * saturation)
+    low, falling, rising = (
+        value * (1 - saturation),
+        value * (1 - part * saturation),
+        value * (1 - (1 - part) * saturation),
+    )
     sector.remainder_(6)
-    red_to_yellow, yellow_to_green, green_to_cyan, cyan_to_blue, blue_to_magenta, magenta_to_red = (sector == k for k in range(6))
-    red = torch.where(yellow_to_green, falling, torch.where(blue_to_magenta, rising, torch.where(green_to_cyan | cyan_to_blue, low, value)))
-    green = torch.where(red_to_yellow, rising, torch.where(cyan_to_blue, falling, torch.where(blue_to_magenta | magenta_to_red, low, value)))
-    blue = torch.where(green_to_cyan, rising, torch.where(magenta_to_red, falling, torch.where(red_to_yellow | yellow_to_green, low, value)))
+    red_to_yellow, yellow_to_green, green_to_cyan, cyan_to_blue, blue_to_magenta, magenta_to_red = (
+        sector == k for k in range(6)
+    )
+    red = torch.where(
+        yellow_to_green,
+        falling,
+        torch.where(blue_to_magenta, rising, torch.where(green_to_cyan | cyan_to_blue, low, value)),
+    )
+    green = torch.where(
+        red_to_yellow,
+        rising,
+        torch.where(cyan_to_blue, falling, torch.where(blue_to_magenta | magenta_to_red, low, value)),
+    )
+    blue = torch.where(
+        green_to_cyan,
+        rising,
+        torch.where(magenta_to_red, falling, torch.where(red_to_yellow | yellow_to_green, low, value)),
+    )
     return torch.stack([red, green, blue], 1)
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #49483d3f
@@ -224,6 +284,7 @@ def recoloured_anywhere(images, change, parameters):
     """`recoloured` in operations of PyTorch, for any device, with the hue of every pixel."""
     hue, saturation, value = to_hsv(unit(images))
     return truncated(from_hsv(hue, *change(saturation, value, parameters)))
+
 
 @cache
 def recolouring(change, parameters):
@@ -242,13 +303,20 @@ def long_way(red, green, blue, saturation, value):
     """The new level of the middle one of three different `unit` numbers, hue included, as `to_hsv` and `from_hsv` compute it."""
     largest = max(red, max(green, blue))
     spread = largest - min(red, min(green, blue))
-    hue = (green - blue) / spread if red == largest else 2 + (blue - red) / spread if green == largest else 4 + (red - green) / spread
+    hue = (
+        (green - blue) / spread
+        if red == largest
+        else 2 + (blue - red) / spread
+        if green == largest
+        else 4 + (red - green) / spread
+    )
     hue = hue / 6.0
     place = (hue + 1 if hue < 0 else hue) * 6
     sector = np.floor(place)
     part = place - sector
     q = part if sector % 2 else 1 - part
     return np.uint8(min(max(value * (1 - q * saturation), 0.0), 1.0) * 255)
+
 
 @compiled
 def recolour(images, top, bottom, saturations, values, numbers, changed):
@@ -257,7 +325,11 @@ def recolour(images, top, bottom, saturations, values, numbers, changed):
         for k in range(images.shape[2]):
             red, green, blue = int(images[n, 0, k]), int(images[n, 1, k]), int(images[n, 2, k])
             largest, smallest = max(red, max(green, blue)), min(red, min(green, blue))
-            middle, saturation, value = red + green + blue - largest - smallest, saturations[largest, smallest], values[largest, smallest]
+            middle, saturation, value = (
+                red + green + blue - largest - smallest,
+                saturations[largest, smallest],
+                values[largest, smallest],
+            )
             high, low = top[largest, smallest], bottom[largest, smallest]
             between = low
             if smallest < middle < largest:
@@ -265,7 +337,9 @@ def recolour(images, top, bottom, saturations, values, numbers, changed):
                 between = np.uint8(level)
                 if abs(level - np.floor(level + 0.5)) < 1e-9:
                     between = long_way(numbers[red], numbers[green], numbers[blue], saturation, value)
-            changed[n, 0, k] = high if red == largest else low if red == smallest else between  # grey has the hue of red
+            changed[n, 0, k] = (
+                high if red == largest else low if red == smallest else between
+            )  # grey has the hue of red
             changed[n, 1, k] = low if green == smallest else high if green == largest else between
             changed[n, 2, k] = low if blue == smallest else high if blue == largest else between
 
@@ -278,18 +352,22 @@ def recoloured(images, change, parameters):
     recolour(images.flatten(2).contiguous().numpy(), *recolouring(change, parameters), changed.flatten(2).numpy())
     return changed
 
+
 def brighter(saturation, value, amount):
     """V + amount."""
     return saturation, (value + amount).clamp_(0, 1)
+
 
 def more_colourful(saturation, value, parameters):
     """S·factor + offset; parameters: (factor, offset)."""
     factor, offset = parameters
     return (saturation * factor + offset).clamp_(0, 1), value
 
+
 def brightness(images, amount, draws):
     """V + amount."""
     return recoloured(images, brighter, amount)
+
 
 def saturate(images, parameters, draws):
     """S·factor + offset; parameters: (factor, offset). An offset tints grey red, the hue 0."""
@@ -297,8 +375,9 @@ def saturate(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #624b60c5
 def draw_plasma(numbers, shape, parameters):
-    """"uniforms" (N, H² − 1) in [−1, 1) for a `plasma` of the images' height H, a power of two."""
+    """ "uniforms" (N, H² − 1) in [−1, 1) for a `plasma` of the images' height H, a power of two."""
     return {"uniforms": numbers("uniforms", torch.Tensor.uniform_, shape[1] ** 2 - 1) * 2 - 1}
+
 
 def fog(images, parameters, draws):
     """x plus amount·plasma, scaled so that the image's largest value stays; parameters: (amount, decay)."""
@@ -310,12 +389,18 @@ def fog(images, parameters, draws):
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #c6f3ac57
 def draw_flakes(numbers, shape, parameters):
     """Standard normal "layer" (N, H, W), and "angle" (N,) in degrees, uniform between −135 and −45."""
-    return {"layer": numbers("layer", torch.Tensor.normal_, *shape[1:]), "angle": numbers("angle", torch.Tensor.uniform_) * 90 - 135}
+    return {
+        "layer": numbers("layer", torch.Tensor.normal_, *shape[1:]),
+        "angle": numbers("angle", torch.Tensor.uniform_) * 90 - 135,
+    }
+
 
 def snow(images, parameters, draws):
     """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the image)."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
-    flakes = clipped_zoom((draws["layer"].double() * deviation + mean).permute(1, 2, 0).contiguous(), zoom).permute(2, 0, 1)
+    flakes = clipped_zoom((draws["layer"].double() * deviation + mean).permute(1, 2, 0).contiguous(), zoom).permute(
+        2, 0, 1
+    )
     flakes = truncated(flakes * (flakes >= threshold))
     flakes = unit(motion_blur(flakes[:, None], radius, sigma, draws["angle"]))
     x = divided(images.float(), 255)
@@ -324,7 +409,14 @@ def snow(images, parameters, draws):
     return truncated(paler.double().add_(flakes).add_(flakes.flip(2, 3)))
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #76a50887
-ICE = (((78, 149, 166), (27, 16, 15)), ((201, 205, 214), (21, 22, 23)), ((201, 205, 214), (21, 22, 23)), ((138, 153, 166), (29, 29, 30)), ((112, 123, 135), (44, 43, 42)))
+ICE = (
+    ((78, 149, 166), (27, 16, 15)),
+    ((201, 205, 214), (21, 22, 23)),
+    ((201, 205, 214), (21, 22, 23)),
+    ((138, 153, 166), (29, 29, 30)),
+    ((112, 123, 135), (44, 43, 42)),
+)
+
 
 def grown_ice():
     """Five textures (3, 128, 128), uint8, with the mean and standard deviation of the benchmark's photographs in each channel."""
@@ -333,8 +425,14 @@ def grown_ice():
         uniforms = torch.rand(128 * 128 - 1, generator=generator(0, "ice", index)) * 2 - 1
         ridges = (2 * plasma(uniforms[None], 1.1)[0] - 1).abs().neg()
         ridges = (ridges - ridges.mean()) / ridges.std()
-        textures.append((torch.tensor(means)[:, None, None] + torch.tensor(deviations)[:, None, None] * ridges).round().clamp(0, 255).to(torch.uint8))
+        textures.append(
+            (torch.tensor(means)[:, None, None] + torch.tensor(deviations)[:, None, None] * ridges)
+            .round()
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
     return textures
+
 
 @cache
 def frost_textures(root=None):
@@ -343,17 +441,21 @@ def frost_textures(root=None):
         photographs = frost_photographs(root=root, download=True)
     except FileNotFoundError:  # no network
         return grown_ice(), "grown ice"
-    return [torch.from_numpy(photograph[2::5, 2::5].copy()).permute(2, 0, 1) for photograph in photographs[:5]], "photographs"
+    return [
+        torch.from_numpy(photograph[2::5, 2::5].copy()).permute(2, 0, 1) for photograph in photographs[:5]
+    ], "photographs"
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #aea92132
 def draw_place(numbers, shape, parameters):
-    """"place" (N, 3), uniform in [0, 1): which texture, which row, which column."""
+    """ "place" (N, 3), uniform in [0, 1): which texture, which row, which column."""
     return {"place": numbers("place", torch.Tensor.uniform_, 3)}
+
 
 def frosted(images, parameters, ice):
     """amount·x + weight·ice in levels, truncated; parameters: (amount, weight); ice: uint8 like the images."""
     amount, weight = parameters
     return (amount * images.double() + weight * ice.double()).clamp_(0, 255).to(torch.uint8)
+
 
 def frost(images, parameters, draws, *, root=None):
     """`frosted` with the piece of a texture that each image's "place" names."""
@@ -368,9 +470,11 @@ def frost(images, parameters, draws, *, root=None):
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #3d914f93
 WATER, MUD = (175, 238, 238), (63, 42, 20)
 
+
 def draw_layer(numbers, shape, parameters):
     """Standard normal "layer" (N, H, W)."""
     return {"layer": numbers("layer", torch.Tensor.normal_, *shape[1:])}
+
 
 def spatter(images, parameters, draws):
     """parameters: (mean, deviation and sigma of the liquid layer, threshold, strength of the water or sigma of the mud, 1 for mud)."""
@@ -397,7 +501,10 @@ def interpolated_anywhere(x, rows, columns, down, right):
     top, below = (mirrored(rows + step, height) * width + first for step in (0, 1))
     left, beside = (mirrored(columns + step, width) for step in (0, 1))
     corners = (
-        (top + left, (1 - down) * (1 - right)), (top + beside, (1 - down) * right), (below + left, down * (1 - right)), (below + beside, down * right)
+        (top + left, (1 - down) * (1 - right)),
+        (top + beside, (1 - down) * right),
+        (below + left, down * (1 - right)),
+        (below + beside, down * right),
     )
     corners = [(place.flatten(), share.flatten()) for place, share in corners]
     planes = []
@@ -405,6 +512,7 @@ def interpolated_anywhere(x, rows, columns, down, right):
         parts = [plane.index_select(0, place).mul_(share) for place, share in corners]
         planes.append(parts[0].add_(parts[1]).add_(parts[2]).add_(parts[3]).view(count, height, width))
     return torch.stack(planes, 1)
+
 
 def affine_source(moved, size):
     """Where each pixel (N, size, size) of an affinely moved image comes from, rows and columns in 1/32 of a pixel, as OpenCV rounds it.
@@ -442,19 +550,26 @@ def interpolate(x, rows, columns, down, right, moved):
                     upper = plane[first, left] * a + plane[first, next_] * b
                     moved[n, channel, h, w] = upper + plane[second, left] * c + plane[second, next_] * d
 
+
 def interpolated(x, rows, columns, down, right):
     """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
     if x.device.type != "cpu":
         return interpolated_anywhere(x, rows, columns, down, right)
     moved = torch.empty(x.shape, dtype=x.dtype)
-    interpolate(*(part.contiguous().numpy() for part in (x, rows, columns, down.to(x.dtype), right.to(x.dtype))), moved.numpy())
+    interpolate(
+        *(part.contiguous().numpy() for part in (x, rows, columns, down.to(x.dtype), right.to(x.dtype))), moved.numpy()
+    )
     return moved
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #25fc0e70
 def draw_elastic(numbers, shape, parameters):
-    """"corners" (N, 3, 2), uniform in ± jitter pixels; "across" and "down" (N, H, W), uniform in ± 1."""
-    corners, field = numbers("corners", torch.Tensor.uniform_, 3, 2) * 2 - 1, numbers("field", torch.Tensor.uniform_, 2, *shape[1:]) * 2 - 1
+    """ "corners" (N, 3, 2), uniform in ± jitter pixels; "across" and "down" (N, H, W), uniform in ± 1."""
+    corners, field = (
+        numbers("corners", torch.Tensor.uniform_, 3, 2) * 2 - 1,
+        numbers("field", torch.Tensor.uniform_, 2, *shape[1:]) * 2 - 1,
+    )
     return {"corners": corners * parameters[2], "across": field[:, 0], "down": field[:, 1]}
+
 
 def settled_anywhere(field, dim):
     """`settled` in operations of PyTorch, for any device."""
@@ -464,6 +579,7 @@ def settled_anywhere(field, dim):
     place = torch.where(place < 0, -1 - place, place)
     place = torch.where(place >= size, 2 * size - 1 - place, place)
     return place.floor().int(), place - place.floor()
+
 
 @compiled
 def settle(field, dim, whole, share):
@@ -478,7 +594,6 @@ def settle(field, dim, whole, share):
                 floor = np.floor(place)
                 whole[n, h, w], share[n, h, w] = np.int32(floor), place - floor
 
-
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #a978926d
 def settled(field, dim):
     """Where pixels shifted by float32 field (N, H, W) along dim 1 or 2 come from, reflected into the image as SciPy 1.0 did it: the pixel before, int32, and how far behind it, float64."""
@@ -488,12 +603,15 @@ def settled(field, dim):
     settle(field.contiguous().numpy(), dim, whole.numpy(), share.numpy())
     return whole, share
 
+
 def elastic_transform(images, parameters, draws):
     """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the corners), in pixels. For 32 × 32 images."""
     (amplitude, sigma, _), size = parameters, images.shape[-1]
     still = torch.tensor([[26.0, 26], [26, 6], [6, 6]], device=images.device)
     rows, columns = affine_source((still + draws["corners"].float()).double(), size)
-    x = interpolated(divided(images.float(), 255), rows >> 5, columns >> 5, (rows & 31).float() / 32, (columns & 31).float() / 32)
+    x = interpolated(
+        divided(images.float(), 255), rows >> 5, columns >> 5, (rows & 31).float() / 32, (columns & 31).float() / 32
+    )
     if amplitude:
         field = torch.stack([draws["down"], draws["across"]]).double()
         field = (gaussian_filter(field, sigma, mode="reflect", truncate=3.0) * amplitude).float()
@@ -510,6 +628,7 @@ def box_resize(planes, size):
     resized = Image.fromarray(beside).resize((count * size, size), Image.BOX)
     return np.ascontiguousarray(np.asarray(resized).reshape(size, count, size).swapaxes(0, 1))
 
+
 def pixelate(images, size, draws):
     """Down to size × size pixels and back, with Pillow's box filter, on the CPU."""
     shrunk = box_resize(images.flatten(0, 1).cpu().contiguous().numpy(), size)
@@ -520,7 +639,12 @@ def jpeg_library():
     """Which library writes JPEG files here: "libjpeg 9d", the benchmark's, if jpeglib is installed, else Pillow's "libjpeg-turbo …"."""
     if importlib.util.find_spec("jpeglib"):
         return "libjpeg 9d"
-    return f"libjpeg-turbo {features.version_feature('libjpeg_turbo')}" if features.check_feature("libjpeg_turbo") else f"libjpeg {features.version_codec('jpg')} of Pillow"
+    return (
+        f"libjpeg-turbo {features.version_feature('libjpeg_turbo')}"
+        if features.check_feature("libjpeg_turbo")
+        else f"libjpeg {features.version_codec('jpg')} of Pillow"
+    )
+
 
 def through_jpeg(pixels, quality):
     """uint8 (H, W, 3), sides multiples of 16, written with libjpeg 9d at `quality`, colours at half the resolution, and read again."""
@@ -532,6 +656,7 @@ def through_jpeg(pixels, quality):
         sheet.samp_factor = "4:2:0"
         sheet.write_spatial(path, qt=quality)
         return jpeglib.read_spatial(path).spatial
+
 
 def jpeg_one_by_one(pixels, quality):
     """uint8 (N, H, W, 3), each image written and read by Pillow, in as many threads as PyTorch may use."""
@@ -546,6 +671,7 @@ def jpeg_one_by_one(pixels, quality):
     in_threads(keep, range(0, len(pixels), 128))
     return kept
 
+
 def jpeg_compression(images, quality, draws):
     """Written as JPEG with `quality` and read again, on the CPU, by the library that `jpeg_library` names."""
     pixels = images.permute(0, 2, 3, 1).cpu().contiguous().numpy()
@@ -555,8 +681,17 @@ def jpeg_compression(images, quality, draws):
         tall = -(-count // columns)
         sheet = np.zeros((tall * columns, height, width, channels), np.uint8)
         sheet[:count] = pixels
-        sheet = sheet.reshape(tall, columns, height, width, channels).swapaxes(1, 2).reshape(tall * height, columns * width, channels)
-        pixels = through_jpeg(sheet, quality).reshape(tall, height, columns, width, channels).swapaxes(1, 2).reshape(-1, height, width, channels)[:count]
+        sheet = (
+            sheet.reshape(tall, columns, height, width, channels)
+            .swapaxes(1, 2)
+            .reshape(tall * height, columns * width, channels)
+        )
+        pixels = (
+            through_jpeg(sheet, quality)
+            .reshape(tall, height, columns, width, channels)
+            .swapaxes(1, 2)
+            .reshape(-1, height, width, channels)[:count]
+        )
     else:
         pixels = jpeg_one_by_one(pixels, quality)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).contiguous().to(images.device)
@@ -573,8 +708,11 @@ CORRUPTIONS = {
     "snow": CorruptionKind(
         snow,
         (
-            (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
+            (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
+            (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+            (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+            (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+            (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
         ),
         draw_flakes,
         block=256,
@@ -584,7 +722,9 @@ CORRUPTIONS = {
     "brightness": CorruptionKind(brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
     "contrast": CorruptionKind(contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "elastic_transform": CorruptionKind(
-        elastic_transform, ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)), draw_elastic
+        elastic_transform,
+        ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)),
+        draw_elastic,
     ),
     "pixelate": CorruptionKind(pixelate, (30, 28, 27, 24, 20)),
     "jpeg_compression": CorruptionKind(jpeg_compression, (80, 65, 58, 50, 40), block=None),
@@ -593,8 +733,11 @@ CORRUPTIONS = {
     "spatter": CorruptionKind(
         spatter,
         (
-            (0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
-            (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1),
+            (0.62, 0.1, 0.7, 0.7, 0.5, 0),
+            (0.65, 0.1, 0.8, 0.7, 0.5, 0),
+            (0.65, 0.3, 1, 0.69, 0.5, 0),
+            (0.65, 0.1, 0.7, 0.69, 0.6, 1),
+            (0.65, 0.1, 0.5, 0.68, 0.6, 1),
         ),
         draw_layer,
         block=512,
@@ -604,6 +747,7 @@ CORRUPTIONS = {
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #39fa9ec1
 DETERMINISTIC = tuple(name for name, corruption in CORRUPTIONS.items() if corruption.draw is None)
+
 
 def archive_md5(images, corruption):
     """The md5 sum of the archive's file: all `images` (N, C, H, W) at every severity in turn, as an .npy array (5N, H, W, C)."""

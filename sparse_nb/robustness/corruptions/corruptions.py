@@ -10,20 +10,22 @@ __all__ = ['BENCHMARKS', 'PAPER_SEVERITIES', 'SOURCES', 'remembered', 'benchmark
 from dataclasses import replace
 from functools import lru_cache
 
+from ...data import IMAGE_SHAPES
 from . import cifar_c, mnist_c
 from .archives import available, load_official
-from ...data import IMAGE_SHAPES
-from ..evaluation import Record, accuracy_and_loss, logits
 from .filters import apply
+from ..evaluation import Record, accuracy_and_loss, logits
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #7902699b
 BENCHMARKS = {(1, 28, 28): mnist_c.CORRUPTIONS, (3, 32, 32): cifar_c.CORRUPTIONS}
+
 
 def benchmark(shape):
     """{name: `CorruptionKind`} for images of `shape` (C, H, W). Raises ValueError for a shape that no benchmark has."""
     if tuple(shape) not in BENCHMARKS:
         raise ValueError(f"images are {tuple(shape)}; corruptions are defined for {' and '.join(map(str, BENCHMARKS))}")
     return BENCHMARKS[tuple(shape)]
+
 
 def names(dataset):
     """The corruptions of a dataset, in the benchmark's order: 15 for "digits" and "mnist", 19 for "cifar10" and "cifar100"."""
@@ -34,10 +36,12 @@ def names(dataset):
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #4a44dc15
 PAPER_SEVERITIES = (2, 4)
 
+
 def default_severities(shape, name):
     """The severities at which the paper measures: (2, 4) for colour images, the published one of MNIST-C for grey ones."""
     check_severity(shape, name, 0)
     return PAPER_SEVERITIES if shape[0] == 3 else (mnist_c.PUBLISHED[name],)
+
 
 def check_severity(shape, name, severity):
     """Raise ValueError unless images of `shape` have the corruption `name` at `severity`; 0 is no corruption and always there."""
@@ -50,6 +54,7 @@ def check_severity(shape, name, severity):
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #3fdba35f
 SOURCES = ("auto", "official", "generated")
+
 
 def source_of(dataset, name, severity, *, source="auto", root=None):
     """Where the test images of `dataset` under a corruption come from: "official", or "generated" with what decided it where that matters.
@@ -64,7 +69,9 @@ def source_of(dataset, name, severity, *, source="auto", root=None):
     if source != "generated" and published and name in available(dataset, root=root):
         return "official"
     if source == "official":
-        raise FileNotFoundError(f"the official {name} at severity {severity} for {dataset} is not there; archives.fetch downloads what is published")
+        raise FileNotFoundError(
+            f"the official {name} at severity {severity} for {dataset} is not there; archives.fetch downloads what is published"
+        )
     made_with = {"jpeg_compression": cifar_c.jpeg_library, "frost": lambda: cifar_c.frost_textures(root)[1]}
     return f"generated, {made_with[name]()}" if name in made_with else "generated"
 
@@ -75,7 +82,9 @@ def origins(dataset, *, names=None, severities=None, source="auto", root=None):
     for name in names or benchmark(shape):
         for severity in severities or default_severities(shape, name):
             check_severity(shape, name, severity)
-            found.setdefault(source_of(dataset, name, severity, source=source, root=root), []).append(f"{name} {severity}")
+            found.setdefault(source_of(dataset, name, severity, source=source, root=root), []).append(
+                f"{name} {severity}"
+            )
     return tuple(sorted((origin, ", ".join(pairs)) for origin, pairs in found.items()))
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #9400f1b2
@@ -94,10 +103,15 @@ def corrupt(images, name, severity, *, seed=0, draw=0, source="generated"):
         return replace(images, pixels=published[images.index.cpu()].to(images.pixels.device))
     corruption = benchmark(images.shape)[name]
     key = (seed, "corruption", name, severity, draw)
-    return replace(images, pixels=apply(corruption, corruption.parameters[severity - 1], images.pixels, key, images.index.tolist()))
+    return replace(
+        images, pixels=apply(corruption, corruption.parameters[severity - 1], images.pixels, key, images.index.tolist())
+    )
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #59e19706
-remembered = lru_cache(maxsize=512)(corrupt)  # of samples of at most 4 MB: 2 GB at the very most, 0.8 GB for the paper's
+remembered = lru_cache(maxsize=512)(
+    corrupt
+)  # of samples of at most 4 MB: 2 GB at the very most, 0.8 GB for the paper's
+
 
 def evaluate(model, images, *, names=None, severities=None, draws=5, seed=0, source="auto"):
     """Accuracy and loss of `model` on an `ImageSet` under corruptions.
@@ -110,7 +124,11 @@ def evaluate(model, images, *, names=None, severities=None, draws=5, seed=0, sou
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
     corruptions = benchmark(images.shape)
-    wanted = [(name, severity) for name in names or corruptions for severity in severities or default_severities(images.shape, name)]
+    wanted = [
+        (name, severity)
+        for name in names or corruptions
+        for severity in severities or default_severities(images.shape, name)
+    ]
     for name, severity in wanted:
         check_severity(images.shape, name, severity)
     sources = {pair: source_of(images.name, *pair, source=source, root=images.root) for pair in wanted}
@@ -122,7 +140,9 @@ def evaluate(model, images, *, names=None, severities=None, draws=5, seed=0, sou
     ]
     records = []
     for name, severity, draw, origin, pictures in todo:
-        pictures = pictures or make(images, name, severity, seed=seed, draw=draw, source="official" if origin == "official" else "generated")
+        pictures = pictures or make(
+            images, name, severity, seed=seed, draw=draw, source="official" if origin == "official" else "generated"
+        )
         for quantity, value in zip(("accuracy", "loss"), accuracy_and_loss(logits(model, pictures), pictures.labels)):
             records.append(Record("corruption", quantity, value, name, severity, draw, origin))
     return records

@@ -31,9 +31,11 @@ def divided(x, number):
     """x / number with the same bits on every device: a GPU multiplies by the reciprocal of a Python number, which is not the same."""
     return x / torch.tensor(number, dtype=x.dtype, device=x.device)
 
+
 def unit(images):
     """uint8 images as float64 in [0, 1]: levels divided by 255."""
     return divided(images.double(), 255)
+
 
 def truncated(x):
     """Float images in [0, 1] as uint8: clipped, times 255, truncated. Overwrites `x`."""
@@ -55,6 +57,7 @@ class CorruptionKind:
     draw: Callable | None = None
     block: int | None = 128
 
+
 def random_numbers(key, indices, name, fill, *size):
     """Random numbers for images: float32 (N, *size), row i from the stream that `key`, `name` and indices[i] name, whatever the other indices are.
 
@@ -64,6 +67,7 @@ def random_numbers(key, indices, name, fill, *size):
     for row, index in zip(rows, indices):
         fill(row, generator=stream.manual_seed((seed + index) % 2**63))
     return rows
+
 
 def draw_all(corruption, parameters, key, indices, shape, device):
     """The draws of a batch: {name: tensor (N, …)} on `device`; empty where nothing is random. key, indices: as in `random_numbers`; shape: (C, H, W) of one image."""
@@ -95,7 +99,9 @@ def apply(corruption, parameters, images, key=(), indices=()):
         raise ValueError(f"there are {len(indices)} indices for {len(images)} images; each image needs one")
     block = corruption.block if corruption.block and images.device.type == "cpu" else max(len(images), 1)
 
-    corrupted = torch.empty_like(images)  # there at once: results kept between the blocks' numbers would keep their memory from being used again
+    corrupted = torch.empty_like(
+        images
+    )  # there at once: results kept between the blocks' numbers would keep their memory from being used again
 
     def fill(start):
         part = slice(start, start + block)
@@ -123,6 +129,7 @@ def border(size, radius, mode):
     index = index.remainder(2 * size if mode == "reflect" else last)
     return torch.where(index < size, index, last - index)
 
+
 def continued(x, dim, radius, mode):
     """`x` continued by `radius` pixels on both sides of `dim`; mode: see `border`."""
     index = border(x.shape[dim], radius, mode).to(x.device)
@@ -135,6 +142,7 @@ def gaussian_weights(sigma, truncate=4.0):
     slope = -0.5 / (sigma * sigma)
     bell = np.array([math.exp(step * (step * slope)) for step in range(-radius, radius + 1)])
     return (bell / bell.sum()).tolist()
+
 
 def gaussian_filter_anywhere(x, sigma, *, dims=(-2, -1), mode="nearest", truncate=4.0):
     """`gaussian_filter` in operations of PyTorch, for any device."""
@@ -162,6 +170,7 @@ def add_pairs(padded, step, weights, total):
         for k in range(size):
             total[k] += (one[k] + other[k]) * weight
 
+
 @compiled
 def smooth_planes(planes, rows, columns, down, across, smoothed):
     """Gaussian filter of float64 planes (M, H, W) into `smoothed`. rows, columns: see `border`; down, across: the weights of each direction."""
@@ -188,8 +197,14 @@ def gaussian_filter(x, sigma, *, dims=(-2, -1), mode="nearest", truncate=4.0):
     weights, (height, width) = np.array(gaussian_weights(sigma, truncate)), x.shape[-2:]
     down, across = (weights if dim in dims else np.ones(1) for dim in (-2, -1))  # the weight 1 changes nothing
     smoothed = torch.empty(x.shape, dtype=torch.float64)
-    smooth_planes(x.reshape(-1, height, width).numpy(), border(height, len(down) // 2, mode).numpy(), border(width, len(across) // 2, mode).numpy(), down, across,
-                  smoothed.view(-1, height, width).numpy())
+    smooth_planes(
+        x.reshape(-1, height, width).numpy(),
+        border(height, len(down) // 2, mode).numpy(),
+        border(width, len(across) // 2, mode).numpy(),
+        down,
+        across,
+        smoothed.view(-1, height, width).numpy(),
+    )
     return smoothed
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #624b60c5
@@ -205,12 +220,16 @@ def motion_weights(radius, sigma):
     bell = [math.exp(-step * step / (2 * sigma * sigma)) for step in range(2 * radius + 1)]
     return [value / sum(bell) for value in bell]
 
+
 def motion_blur_anywhere(images, radius, sigma, angles):
     """`motion_blur` in operations of PyTorch, for any device."""
     weights, taps, (height, width) = motion_weights(radius, sigma), 2 * radius + 1, images.shape[-2:]
     order = angles.cpu().argsort(stable=True)
     offsets = motion_offsets(taps, angles.cpu()[order])
-    (top, left), (bottom, right) = offsets.amin((0, 1)).clamp(max=0).tolist(), offsets.amax((0, 1)).clamp(min=0).tolist()
+    (top, left), (bottom, right) = (
+        offsets.amin((0, 1)).clamp(max=0).tolist(),
+        offsets.amax((0, 1)).clamp(min=0).tolist(),
+    )
     order = order.to(images.device)
     padded = F.pad(images.index_select(0, order).double().mul_(257), (-left, right, -top, bottom), mode="replicate")
     total = torch.zeros_like(padded[..., :height, :width])
@@ -261,13 +280,19 @@ def motion_blur(images, radius, sigma, angles):
     if images.device.type != "cpu":
         return motion_blur_anywhere(images, radius, sigma, angles)
     blurred, weights = torch.empty(images.shape, dtype=torch.uint8), np.array(motion_weights(radius, sigma))
-    draw_out(images.contiguous().numpy(), weights, motion_offsets(len(weights), angles.cpu()).contiguous().numpy(), blurred.numpy())
+    draw_out(
+        images.contiguous().numpy(),
+        weights,
+        motion_offsets(len(weights), angles.cpu()).contiguous().numpy(),
+        blurred.numpy(),
+    )
     return blurred
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #76a50887
 def draw_angle(numbers, shape, parameters):
-    """"angle" (N,) in degrees, uniform between −45 and 45."""
+    """ "angle" (N,) in degrees, uniform between −45 and 45."""
     return {"angle": numbers("angle", torch.Tensor.uniform_) * 90 - 45}
+
 
 def camera_motion(images, parameters, draws):
     """`motion_blur` with (radius, sigma)."""
@@ -282,7 +307,10 @@ def poisson_tables(photons, intervals=4096):
     function = torch.from_numpy(poisson.cdf(np.arange(photons), levels))
     bounds = torch.arange(intervals + 1, dtype=torch.float64).div(intervals).expand(256, -1).contiguous()
     counts = torch.searchsorted(function, bounds, right=True).to(torch.int16)
-    return (function + torch.arange(256)[:, None]).flatten(), torch.where(counts[:, 1:] == counts[:, :-1], counts[:, :-1], -1)
+    return (function + torch.arange(256)[:, None]).flatten(), torch.where(
+        counts[:, 1:] == counts[:, :-1], counts[:, :-1], -1
+    )
+
 
 def photon_counts(images, photons, uniforms):
     """int16 Poisson counts with mean photons·x/255, from `uniforms` in [0, 1) of the images' shape; counts above `photons`, which are white, are cut off there."""
@@ -294,6 +322,7 @@ def photon_counts(images, photons, uniforms):
     searched = torch.searchsorted(function, images[unsure] + uniforms[unsure].double(), right=True)
     counts[unsure] = (searched - images[unsure].long() * photons).clamp(0, photons).to(torch.int16)
     return counts
+
 
 def draw_photons(numbers, shape, photons):
     """Uniform "uniforms" in [0, 1) of the images' shape."""
@@ -329,12 +358,14 @@ def neighbours(x, mode="mirror"):
     padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else continued(continued(x, 1, 1, mode), 2, 1, mode)
     return [padded[:, row : row + height, column : column + width] for row in range(3) for column in range(3)]
 
+
 def over_square(combine, x, mode="mirror"):
     """x (N, H, W) combined with its eight neighbours: three rows first, then three columns; mode: "mirror" or "zeros"."""
     height, width = x.shape[1:]
     padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else continued(continued(x, 1, 1, mode), 2, 1, mode)
     rows = reduce(combine, (padded[:, step : step + height] for step in range(3)))
     return reduce(combine, (rows[:, :, step : step + width] for step in range(3)))
+
 
 def edges_anywhere(x):
     """`edges` in operations of PyTorch, for any device."""
@@ -368,6 +399,7 @@ def gradients(image, padded, right, down, size):
             across = (above[w + 1] + 2 * here[w + 1] + below[w + 1]) - (above[w - 1] + 2 * here[w - 1] + below[w - 1])
             along = (below[w - 1] + 2 * below[w] + below[w + 1]) - (above[w - 1] + 2 * above[w] + above[w + 1])
             right[h, w], down[h, w], size[h, w] = across, along, abs(across) + abs(along)
+
 
 @compiled
 def find_ridges(right, down, size, weak):
@@ -411,6 +443,7 @@ def follow_edges(images, found):
                     if weak[h, w]:
                         waiting[left], weak[h, w], left = (h, w), False, left + 1
 
+
 def edges(x):
     """Canny edges (N, H, W), bool, of uint8 x (N, H, W), as OpenCV finds them with thresholds 50 and 150."""
     if x.device.type != "cpu":
@@ -422,6 +455,7 @@ def edges(x):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #0e17daca
 SIDE, DIAGONAL, KNIGHT = (round(length * 2**16) for length in (1, 1.4, 2.1969))
 
+
 def chamfer_distance_anywhere(places):
     """`chamfer_distance` in operations of PyTorch, for any device."""
     (count, height, width), far = places.shape, 2**24
@@ -432,7 +466,11 @@ def chamfer_distance_anywhere(places):
         for row in range(height):
             two_up, up = swept[row], swept[row + 1]
             best = distance[:, row]
-            for length, starts in ((SIDE, [(up, 2)]), (DIAGONAL, [(up, 1), (up, 3)]), (KNIGHT, [(up, 0), (up, 4), (two_up, 1), (two_up, 3)])):
+            for length, starts in (
+                (SIDE, [(up, 2)]),
+                (DIAGONAL, [(up, 1), (up, 3)]),
+                (KNIGHT, [(up, 0), (up, 4), (two_up, 1), (two_up, 3)]),
+            ):
                 nearest = reduce(torch.minimum, (start[:, column : column + width] for start, column in starts))
                 best = torch.minimum(best, nearest + length)
             swept[row + 2, :, 2:-2] = (best - ramp).cummin(1).values + ramp
@@ -471,6 +509,7 @@ def sweep_twice(places, distances):
             for w in range(width):
                 distances[n, h, w] = ground[h + 2, w + 2] / np.float32(2**16)
 
+
 def chamfer_distance(places):
     """Distance (N, H, W), float32, of each pixel to the nearest True of `places`, over steps of 1, 1.4 and 2.1969; 256 where there is none."""
     if places.device.type != "cpu":
@@ -483,7 +522,9 @@ def chamfer_distance(places):
 def equalised(x):
     """uint8 x (N, H, W) with its histogram equalised, image by image, as OpenCV does it; a flat image stays as it is."""
     levels, pixels = x.flatten(1).long(), x[0].numel()
-    histogram = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, levels, torch.ones(levels.shape, device=x.device))
+    histogram = torch.zeros(len(x), 256, device=x.device).scatter_add_(
+        1, levels, torch.ones(levels.shape, device=x.device)
+    )
     darkest = (histogram > 0).int().argmax(1, keepdim=True)
     first = histogram.gather(1, darkest)
     table = torch.round((histogram.cumsum(1) - first) * (255 / (pixels - first)))
@@ -494,7 +535,9 @@ def equalised(x):
 def water_light(layer):
     """Light (N, H, W), float32, largest value 1, that blots of water gather. layer: uint8 (N, H, W), 0 where there is no water. 0 where a layer is empty."""
     distance = chamfer_distance(edges(layer)).clamp(max=20)
-    distance = equalised(divided(over_square(torch.add, distance), 9).to(torch.uint8))  # multiples of 2⁻¹⁶ below 256: 32 bits hold every sum
+    distance = equalised(
+        divided(over_square(torch.add, distance), 9).to(torch.uint8)
+    )  # multiples of 2⁻¹⁶ below 256: 32 bits hold every sum
     a, b, _, d, e, f, _, h, i = neighbours(distance.to(torch.int16))
     embossed = (2 * (i - a) + (e - b) + (f - d) + h).clamp(0, 255)
     light = layer * torch.round(divided(over_square(torch.add, embossed).float(), 9))

@@ -15,7 +15,17 @@ import math
 import torch
 from torch.nn.functional import max_pool2d, pad
 
-from .filters import CorruptionKind, camera_motion, divided, draw_angle, draw_photons, gaussian_filter, photon_counts, plasma, unit
+from sparse_nb.robustness.corruptions.filters import (
+    CorruptionKind,
+    camera_motion,
+    divided,
+    draw_angle,
+    draw_photons,
+    gaussian_filter,
+    photon_counts,
+    plasma,
+    unit,
+)
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #7902699b
 def as_bytes(values):
@@ -32,6 +42,7 @@ def draw_impulse_noise(numbers, shape, parameters):
     """{"struck": uniforms that decide which pixels are hit, "white": uniforms that decide their colour}, float32 (N, *shape) in [0, 1)."""
     return {name: numbers(name, torch.Tensor.uniform_, *shape) for name in ("struck", "white")}
 
+
 def impulse_noise(images, share, draws):
     """Salt and pepper. share: probability that a pixel is struck; it is then 255 or 0, evenly."""
     return torch.where(draws["struck"] < share, torch.where(draws["white"] < 0.5, 255, 0).to(torch.uint8), images)
@@ -41,12 +52,15 @@ def visited(reach):
     """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row: rows and columns 28 − reach down to reach + 1."""
     return [28 * row + column for row in range(28 - reach, reach, -1) for column in range(28 - reach, reach, -1)]
 
+
 def draw_glass_blur(numbers, shape, parameters):
     """{"steps": int64 (N, rounds, visits, 2), columns and rows to the pixel that each visit swaps with; (0, 0) where it does not swap}."""
     _, reach, rounds = parameters
     visits = len(visited(reach))
     swaps = numbers("swaps", torch.Tensor.uniform_, rounds, visits, 1) < 0.5
-    return {"steps": swaps * ((numbers("steps", torch.Tensor.uniform_, rounds, visits, 2) * (2 * reach)).long() - reach)}
+    return {
+        "steps": swaps * ((numbers("steps", torch.Tensor.uniform_, rounds, visits, 2) * (2 * reach)).long() - reach)
+    }
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #9400f1b2
 def swap(pixels, places, partners):
@@ -59,10 +73,13 @@ def swap(pixels, places, partners):
         pixels[place] = pixels.gather(0, partner)[0]
         pixels.scatter_(0, partner, held[None])
 
+
 def glass_blur(images, parameters, draws):
     """Blur down the columns, local swaps, the same blur again. parameters: (sigma, reach, rounds), sigma and reach in pixels."""
     sigma, reach, rounds = parameters
-    blurred = (gaussian_filter(unit(images), sigma, dims=(-2,)) * 255).to(torch.uint8)  # cut off here, rounded only at the end
+    blurred = (gaussian_filter(unit(images), sigma, dims=(-2,)) * 255).to(
+        torch.uint8
+    )  # cut off here, rounded only at the end
     pixels = blurred.flatten(1).T.contiguous()
     places = visited(reach)
     steps = draws["steps"].permute(3, 1, 2, 0)
@@ -99,25 +116,34 @@ def draw_sign(numbers, shape, parameters):
     """{"sign": int64 (N,), -1 or 1}."""
     return {"sign": (numbers("sign", torch.Tensor.uniform_) * 2).long() * 2 - 1}
 
+
 def about_centre(a, b, c, d):
     """The map with linear part [[a, b], [c, d]] that leaves the centre of 28×28 pixels in place: 2×3, a nested list."""
     return [[a, b, 13.5 * (1 - a - b)], [c, d, 13.5 * (1 - c - d)]]
+
 
 def either_way(images, draws, matrix):
     """Each image through matrix(-1) or matrix(1), after its drawn sign; uint8."""
     both = torch.tensor([matrix(-1), matrix(1)], dtype=torch.float64, device=images.device)
     return as_bytes(warp(images, both[(draws["sign"] + 1) // 2]))
 
+
 def shear(images, amount, draws):
     """Shear to the left or right, with the matrix of old scikit-image, which also stretches the rows apart by 1/cos(amount)."""
-    return either_way(images, draws, lambda sign: about_centre(1.0, -math.sin(sign * amount), 0.0, math.cos(sign * amount)))
+    return either_way(
+        images, draws, lambda sign: about_centre(1.0, -math.sin(sign * amount), 0.0, math.cos(sign * amount))
+    )
+
 
 def rotate(images, angle, draws):
     """Rotation about the centre by `angle` radians, clockwise or counter-clockwise."""
+
     def matrix(sign):
         cosine, sine = math.cos(sign * angle), math.sin(sign * angle)
         return about_centre(cosine, -sine, sine, cosine)
+
     return either_way(images, draws, matrix)
+
 
 def scale(images, factor, draws):
     """The digit shrunk by `factor` about the centre."""
@@ -127,6 +153,7 @@ def scale(images, factor, draws):
 def draw_corner(numbers, shape, parameters):
     """{"signs": int64 (N, 2), -1 or 1, for columns and rows}."""
     return {"signs": (numbers("signs", torch.Tensor.uniform_, 2) * 2).long() * 2 - 1}
+
 
 def translate(images, distance, draws):
     """The digit shifted by `distance` pixels along rows and along columns, black coming in; signs of 1 shift it to the left and up."""
@@ -143,6 +170,7 @@ def draw_fog(numbers, shape, parameters):
     """{"uniforms": float32 (N, 65535) in [-1, 1), for a landscape of 256×256}."""
     return {"uniforms": numbers("uniforms", torch.Tensor.uniform_, 256**2 - 1).mul_(2).sub_(1)}
 
+
 def fog(images, parameters, draws):
     """A random landscape of light over the image. parameters: (thickness, decay); decay divides the roughness from scale to finer scale."""
     thickness, decay = parameters
@@ -156,6 +184,7 @@ def fog(images, parameters, draws):
 def draw_spatter(numbers, shape, parameters):
     """{"field": standard normal, float64 (N, *shape)}."""
     return {"field": numbers("field", torch.Tensor.normal_, *shape).double()}
+
 
 def spatter(images, parameters, draws):
     """Drops of mud. parameters: mean, standard deviation, smoothing and threshold of the noise, smoothing of the drops; in pixels."""
@@ -186,6 +215,7 @@ def draw_dotted_line(numbers, shape, parameters):
     """{"rows": int64 (N, 2), 0 to 26, at the left and right end}."""
     return {"rows": (numbers("rows", torch.Tensor.uniform_, 2) * 27).long()}
 
+
 def dotted_line(images, parameters, draws):
     """A dashed stroke across the image."""
     left, right = draws["rows"].double().unbind(1)
@@ -200,11 +230,18 @@ def corners(rise):
     flat = [(0.0, 0.0)] + [(4.0 * tooth + 2, 2.0 * (-1) ** tooth) for tooth in range(int((length - 2) // 4) + 1)]
     flat.append((length, flat[-1][1] / (2 * (length - 4 * (length // 4)))))
     cosine, sine = math.cos(angle), math.sin(angle)
-    return torch.tensor([(cosine * along - sine * aside, sine * along + cosine * aside) for along, aside in flat], dtype=torch.float64)
+    return torch.tensor(
+        [(cosine * along - sine * aside, sine * along + cosine * aside) for along, aside in flat], dtype=torch.float64
+    )
+
 
 def draw_zigzag(numbers, shape, parameters):
     """{"row": int64 (N,), 0 to 26, at the left end; "rise": int64 (N,), -5 to 4, rows down to the right end}."""
-    return {"row": (numbers("row", torch.Tensor.uniform_) * 27).long(), "rise": (numbers("rise", torch.Tensor.uniform_) * 10).long() - 5}
+    return {
+        "row": (numbers("row", torch.Tensor.uniform_) * 27).long(),
+        "rise": (numbers("rise", torch.Tensor.uniform_) * 10).long() - 5,
+    }
+
 
 def zigzag(images, parameters, draws):
     """A zigzag stroke across the image."""
@@ -212,21 +249,30 @@ def zigzag(images, parameters, draws):
     columns, rows = shapes[..., 0] + 2, shapes[..., 1] + draws["row"][:, None]
     numbers = unit(images)
     for tooth in range(columns.shape[1] - 1):
-        numbers = (numbers + stroke(columns[:, tooth], rows[:, tooth], columns[:, tooth + 1], rows[:, tooth + 1])).clamp(0, 1)
+        numbers = (
+            numbers + stroke(columns[:, tooth], rows[:, tooth], columns[:, tooth + 1], rows[:, tooth + 1])
+        ).clamp(0, 1)
     return as_bytes(numbers)
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #7688b6ef
 def smoothed(numbers):
     """Gaussian mean with sigma 1 over the pixels inside the image only; float64 (N, 1, H, W)."""
+
     def inside(values):
-        return gaussian_filter(pad(values, (4, 4, 4, 4)), 1)[..., 4:-4, 4:-4]  # four black pixels: as far as the filter reaches
+        return gaussian_filter(pad(values, (4, 4, 4, 4)), 1)[
+            ..., 4:-4, 4:-4
+        ]  # four black pixels: as far as the filter reaches
+
     return inside(numbers) / (inside(torch.ones_like(numbers[:1])) + 2**-52)
+
 
 def sobel(numbers):
     """Sobel's gradients (down the rows, along the columns), edge pixels repeated; two float64 (N, 1, H, W)."""
     padded = pad(numbers, (1, 1, 1, 1), mode="replicate")
     down, along = padded[..., 2:, :] - padded[..., :-2, :], padded[..., 2:] - padded[..., :-2]
-    return down[..., 1:-1] * 2 + (down[..., :-2] + down[..., 2:]), along[..., 1:-1, :] * 2 + (along[..., :-2, :] + along[..., 2:, :])
+    return down[..., 1:-1] * 2 + (down[..., :-2] + down[..., 2:]), along[..., 1:-1, :] * 2 + (
+        along[..., :-2, :] + along[..., 2:, :]
+    )
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #3e1e967e
 def ridge(down, along):
@@ -239,12 +285,18 @@ def ridge(down, along):
     opposite = ((down <= 0) & (along >= 0)) | ((down >= 0) & (along <= 0))
     steep, gentle = down.abs() >= along.abs(), down.abs() <= along.abs()
     largest = torch.zeros_like(inner)
-    for case, straight, diagonal in ((same & steep, (1, 0), (1, 1)), (same & gentle, (0, 1), (1, 1)),
-                                     (opposite & gentle, (0, 1), (-1, 1)), (opposite & steep, (-1, 0), (-1, 1))):
+    for case, straight, diagonal in (
+        (same & steep, (1, 0), (1, 1)),
+        (same & gentle, (0, 1), (1, 1)),
+        (opposite & gentle, (0, 1), (-1, 1)),
+        (opposite & steep, (-1, 0), (-1, 1)),
+    ):
         part = along.abs() / down.abs() if straight[0] else down.abs() / along.abs()
 
         def beside(sign):
-            near, far = (framed[..., 1 + sign * r:, 1 + sign * c:][..., :height, :width] for r, c in (straight, diagonal))
+            near, far = (
+                framed[..., 1 + sign * r :, 1 + sign * c :][..., :height, :width] for r, c in (straight, diagonal)
+            )
             return far * part + near * (1 - part)
 
         largest = torch.where(case, (beside(1) <= strength) & (beside(-1) <= strength), largest)
@@ -267,7 +319,9 @@ def canny_edges(images, parameters, draws):
 CORRUPTIONS = {
     "shot_noise": CorruptionKind(shot_noise, (60, 25, 12, 5, 3), draw_photons),
     "impulse_noise": CorruptionKind(impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27), draw_impulse_noise),
-    "glass_blur": CorruptionKind(glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), draw_glass_blur),
+    "glass_blur": CorruptionKind(
+        glass_blur, ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), draw_glass_blur
+    ),
     "motion_blur": CorruptionKind(camera_motion, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), draw_angle),
     "shear": CorruptionKind(shear, (0.2, 0.4, 0.6, 0.8, 1.0), draw_sign),
     "scale": CorruptionKind(scale, (1 / 0.9, 1 / 0.8, 1 / 0.7, 1 / 0.6, 1 / 0.5)),
@@ -276,13 +330,35 @@ CORRUPTIONS = {
     "translate": CorruptionKind(translate, (1, 2, 3, 4, 5), draw_corner),
     "stripe": CorruptionKind(stripe, (None,)),
     "fog": CorruptionKind(fog, ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4)), draw_fog),
-    "spatter": CorruptionKind(spatter, ((0.65, 0.3, 4, 0.69, 0.6), (0.65, 0.3, 3, 0.68, 0.6), (0.65, 0.3, 2, 0.68, 0.5),
-                                    (0.65, 0.3, 1, 0.65, 1.5), (0.67, 0.4, 1, 0.65, 1.5)), draw_spatter),
+    "spatter": CorruptionKind(
+        spatter,
+        (
+            (0.65, 0.3, 4, 0.69, 0.6),
+            (0.65, 0.3, 3, 0.68, 0.6),
+            (0.65, 0.3, 2, 0.68, 0.5),
+            (0.65, 0.3, 1, 0.65, 1.5),
+            (0.67, 0.4, 1, 0.65, 1.5),
+        ),
+        draw_spatter,
+    ),
     "dotted_line": CorruptionKind(dotted_line, (None,), draw_dotted_line),
     "zigzag": CorruptionKind(zigzag, (None,), draw_zigzag),
     "canny_edges": CorruptionKind(canny_edges, (None,)),
 }
 PUBLISHED = {
-    "shot_noise": 5, "impulse_noise": 4, "glass_blur": 1, "motion_blur": 1, "shear": 2, "scale": 3, "rotate": 2, "brightness": 5,
-    "translate": 3, "stripe": 1, "fog": 5, "spatter": 4, "dotted_line": 1, "zigzag": 1, "canny_edges": 1,
+    "shot_noise": 5,
+    "impulse_noise": 4,
+    "glass_blur": 1,
+    "motion_blur": 1,
+    "shear": 2,
+    "scale": 3,
+    "rotate": 2,
+    "brightness": 5,
+    "translate": 3,
+    "stripe": 1,
+    "fog": 5,
+    "spatter": 4,
+    "dotted_line": 1,
+    "zigzag": 1,
+    "canny_edges": 1,
 }  # the severity in the published MNIST-C
