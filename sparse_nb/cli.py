@@ -31,7 +31,8 @@ from .runs.attempts import load_failures
 from .runs.store import Store
 from .study.experiments import accept, dense_parent, experiment_hash
 from .study.studies import FIGURES, measurements, narrow, plan, shown_families
-from .sweep.jobs import measured_rates, missing_jobs, resolve_device, seconds_for, words
+from .sweep.costs import measured_rates, seconds_for
+from .sweep.jobs import missing_jobs, resolve_device, words
 from .sweep.sweep import check_engine, run
 
 # %% ../nbs/cli.ipynb #ef2d127d

@@ -14,7 +14,8 @@ from ..study import versions
 from ..study.experiments import dense_parent, experiment_hash
 from ..study.studies import FIGURES, PRESETS, narrow, plan, shown_rules
 from ..sweep.engines import judge, local_processes
-from ..sweep.jobs import KEEP_EVERY, job_work, missing_jobs, resolve_device, run_elsewhere, words
+from ..sweep.costs import job_work
+from ..sweep.jobs import KEEP_EVERY, missing_jobs, resolve_device, run_elsewhere, words
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #ef2d127d
 FIRST = {

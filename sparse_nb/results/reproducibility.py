@@ -15,7 +15,8 @@ from .captions import WORDS
 from ..runs.exchange import EXPORTED, published_rows
 from ..study.experiments import dense_parent
 from ..study.studies import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
-from ..sweep.jobs import Job, rates_of, seconds_for, training_work
+from ..sweep.costs import rates_of, seconds_for, training_work
+from ..sweep.jobs import Job
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #ef2d127d
 def published_runs(folder):

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'same_sample', 'counted_shapes', 'counted_total', 'without_meaning', 'accept', 'check_experiment',
            'Experiment', 'dense_parent', 'check_numbers', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption', 'Attack',
            'check_measurable', 'build', 'prepare', 'train', 'prune', 'experiment_identity', 'evaluation_identity',
-           'experiment_hash', 'evaluation_hash', 'forward_cost']
+           'experiment_hash', 'evaluation_hash']
 
 # %% ../../nbs/4_study/02_experiments.ipynb #ad0ca5c2
 import dataclasses
@@ -15,7 +15,6 @@ from functools import cache, lru_cache
 from typing import ClassVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from .. import data
 from ..networks import allocation, masks, models, sparse_layers, training
@@ -379,15 +378,3 @@ def experiment_hash(experiment):
 def evaluation_hash(evaluation):
     """The name of a measurement: 16 hexadecimal digits."""
     return versions.name_of("evaluation", evaluation_identity(evaluation))
-
-# %% ../../nbs/4_study/02_experiments.ipynb #031b4af5
-@cache
-def forward_cost(dataset, family, width, depth, repeat=1, batch_norm=True):
-    """Floating-point operations of one dense forward pass for one image."""
-    shape, classes = data.IMAGE_SHAPES[dataset], data.CLASSES[dataset]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = models.build_model(
-            family, shape, classes, width=width, depth=depth, repeat=repeat, batch_norm=batch_norm
-        )
-        model.eval()(torch.empty(1, *shape))
-    return counter.get_total_flops()

@@ -23,18 +23,16 @@ from ..runs.attempts import read_progress, save_failure
 from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, dense_parent
+from .costs import job_work, measured_rates, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
     KEEP_EVERY,
     data_in,
     images_of,
-    job_work,
-    measured_rates,
     missing_jobs,
     resolve_device,
     run_elsewhere,
     run_job,
-    seconds_for,
     words,
 )
 
