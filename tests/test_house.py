@@ -1,5 +1,6 @@
 """The files that describe the package say the same thing, and what they name exists."""
 
+import ast
 import json
 import re
 import subprocess
@@ -38,6 +39,63 @@ CONDA_NAMES = {
     "build": "python-build",
 }
 PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
+
+
+PARTS = (
+    "randomness",
+    "data",
+    "networks",
+    "robustness",
+    "study",
+    "runs",
+    "sweep",
+    "results",
+    "claims",
+    "explorer",
+    "cli",
+)
+
+
+def imports_of(path):
+    """(the part of the module at `path`, the parts that it imports anywhere in its text)."""
+    parts = path.relative_to(ROOT / "sparse_nb").with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            above = ("sparse_nb", *parts)[: -node.level] if node.level else ()
+            names = (*above, *(node.module or "").split(".")) if node.module else above
+            found |= {(*names, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+    return parts[0], {names[1] for names in found if names[0] == "sparse_nb" and names[1:] and names[1] in PARTS}
+
+
+def test_imports_run_down_the_parts_only():
+    modules = [path for path in (ROOT / "sparse_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]
+    assert len(modules) > 40 and {imports_of(path)[0] for path in modules} == set(PARTS)
+    edges = {(part, other) for part, others in map(imports_of, modules) for other in others if other != part}
+    assert {("cli", "runs"), ("results", "runs"), ("networks", "data")} <= edges
+    assert {(low, high) for low, high in edges if PARTS.index(high) > PARTS.index(low)} == set()
+
+
+def test_every_chapter_has_its_module_and_every_module_its_chapter():
+    chapters = {
+        path: re.search(r"default_exp ([\w.]+)", path.read_text(encoding="utf-8"))
+        for path in ROOT.glob("nbs/**/*.ipynb")
+    }
+    exported = {found[1] for found in chapters.values() if found}
+    modules = {
+        ".".join(path.relative_to(ROOT / "sparse_nb").with_suffix("").parts)
+        for path in (ROOT / "sparse_nb").rglob("*.py")
+        if path.name not in ("__init__.py", "_modidx.py")
+    }
+    assert exported == modules and {path.name for path, found in chapters.items() if not found} == {
+        "explore.ipynb",
+        "index.ipynb",
+    }
+    for path, found in chapters.items():
+        if found and "." in found[1]:
+            assert path.parent.name.split("_")[-1] == found[1].split(".")[-2], f"{path} exports {found[1]}"
 
 
 def settings():
