@@ -13,9 +13,9 @@ from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import dense_parent, experiment_hash
 from ..study.studies import FIGURES, PRESETS, narrow, plan, shown_rules
-from ..sweep.engines import judge, local_processes
 from ..sweep.costs import job_work
-from ..sweep.jobs import KEEP_EVERY, missing_jobs, resolve_device, run_elsewhere, words
+from ..sweep.engines import judge, local_processes
+from ..sweep.jobs import Terms, missing_jobs, resolve_device, run_elsewhere, words
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #ef2d127d
 FIRST = {
@@ -77,21 +77,10 @@ def make_point(store, jobs, *, report, stopped, root=None, device="auto"):
 
     report: called with the share that is done, in [0, 1], and words. stopped: a `threading.Event`; once it is set the process is ended. root: of the datasets.
     """
-    place_of_work = resolve_device(device).type
+    terms = Terms(str(store.root.absolute()), root, resolve_device(device).type, versions.fingerprint())
     with local_processes(1) as place:
         for number, job in enumerate(jobs):
-            future = place.submit(
-                run_elsewhere,
-                job,
-                str(store.root.absolute()),
-                root,
-                place_of_work,
-                None,
-                None,
-                KEEP_EVERY,
-                True,
-                versions.fingerprint(),
-            )
+            future = place.submit(run_elsewhere, job, terms)
             while not future.done():
                 if stopped.wait(0.2):
                     return "stopped; what was finished is kept"

@@ -14,7 +14,7 @@ from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -23,16 +23,18 @@ from ..runs.attempts import read_progress, save_failure
 from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, dense_parent
-from .costs import job_work, measured_rates, seconds_for
+from .costs import Rates, job_work, measured_rates, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
     KEEP_EVERY,
+    Terms,
     data_in,
     images_of,
     missing_jobs,
     resolve_device,
     run_elsewhere,
     run_job,
+    with_threads,
     words,
 )
 
@@ -40,7 +42,7 @@ from sparse_nb.sweep.jobs import (
 @dataclass
 class Board:
     """What has become of the jobs of a sweep. running: {job: slot}; done: {job: Outcome}; failed: {job: reason}; late: those that cannot end in time;
-    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}."""
+    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; rates: how fast trainings are."""
 
     waiting: list
     running: dict = field(default_factory=dict)
@@ -49,6 +51,7 @@ class Board:
     late: list = field(default_factory=list)
     tries: Counter = field(default_factory=Counter)
     not_before: dict = field(default_factory=dict)
+    rates: Rates = field(default_factory=Rates)
 
     def __str__(self):
         return f"{len(self.done)} done, {len(self.running)} running, {len(self.failed)} failed, {len(self.waiting) + len(self.late)} left"
@@ -140,6 +143,8 @@ def settle(board, store, job, future):
         board.late.append(job)
     else:
         board.done[job] = future.result()
+        if board.done[job].trained:
+            board.rates.add(job.experiment, *board.done[job].trained)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #6b51d431
 def carry_out(board, engine, submit, store, progress, in_time=lambda job: True):
@@ -205,11 +210,12 @@ def summarise(experiments, board, store):
     )
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4523540f
-def check_engine(engine, workers, scheduler, minutes=None, limit=None):
+def check_engine(engine, workers, scheduler, minutes=None, limit=None, threads=None):
     """Raise ValueError for engines and settings that do not go together, and for times that are none."""
     accept("engine", engine, ENGINES)
-    if workers is not None and not (type(workers) is int and workers >= 1):
-        raise ValueError(f"workers is {workers!r}; it must be a whole number, at least 1, or None")
+    for name, count in (("workers", workers), ("threads", threads)):
+        if count is not None and not (type(count) is int and 1 <= count <= 4096):
+            raise ValueError(f"{name} is {count!r}; it must be a whole number from 1 to 4096, or None")
     if scheduler is not None and (engine != "dask" or workers is not None):
         raise ValueError(
             f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; a scheduler needs engine 'dask' and brings its own workers"
@@ -221,14 +227,15 @@ def check_engine(engine, workers, scheduler, minutes=None, limit=None):
             )
 
 
-def open_engine(engine, workers, scheduler, device, seconds):
+def open_engine(engine, workers, scheduler, device, seconds, threads=None):
     """A context manager of the `Engine` that `run` asks for."""
     if engine == "dask":
         memory = memory_share(workers) if scheduler is None and workers else None
         return dask_cluster(scheduler, workers, memory=memory, seconds=seconds)
     if workers is None:
         return nullcontext(HERE)
-    return local_processes(workers, memory=memory_share(workers) if device.type == "cpu" else None, seconds=seconds)
+    memory = memory_share(workers) if device.type == "cpu" else None
+    return local_processes(workers, threads=threads, memory=memory, seconds=seconds)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #8a582aca
 def check_code(remote):
@@ -252,6 +259,7 @@ def run(
     store,
     engine="local",
     workers=None,
+    threads=None,
     scheduler=None,
     device="auto",
     root=None,
@@ -264,13 +272,13 @@ def run(
 
     evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}.
     engine: "local", in this process or in `workers` processes of this machine, or "dask", on a cluster of `workers` processes or on that of `scheduler`
-    (its address, or a cluster object). device: "auto", "cpu" or "cuda". root: folder of the datasets, see `data.data_root`.
+    (its address, or a cluster object). threads: of each process, None for its share of the usable cores. device: "auto", "cpu" or "cuda". root: folder of the datasets, see `data.data_root`.
     minutes: nothing is begun that cannot end in this time. limit: minutes for one network, in a worker; one that takes longer is ended like a crashed one.
     keep_every: seconds between the states that a training leaves. show: a progress bar on the standard error. Returns a `Summary`; networks that failed are in it, and in `attempts.load_failures`.
     Raises ValueError for settings that are not accepted, RuntimeError if the loaded code is not what the declared versions stand for, OSError for what
     would meet every network, such as a full disk. Finished results stay.
     """
-    check_engine(engine, workers, scheduler, minutes, limit)
+    check_engine(engine, workers, scheduler, minutes, limit, threads)
     device, experiments = resolve_device(device), list(dict.fromkeys(experiments))
     board = Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:
@@ -281,40 +289,34 @@ def run(
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
     deadline = time.time() + 60 * minutes if minutes is not None else None
+    if deadline:
+        board.rates = measured_rates(store, device)
+    own, fingerprint = engine == "local", versions.fingerprint()
+    terms = Terms(str(store.root.absolute()), root, device.type, fingerprint, threads, deadline, keep_every, own)
     with (
         data_in(root),
+        with_threads(None if remote else threads),
         Progress(board, show) as progress,
-        open_engine(engine, workers, scheduler, device, limit and 60 * limit) as place,
+        open_engine(engine, workers, scheduler, device, limit and 60 * limit, threads) as place,
     ):
 
         def load(dataset, split):
             return images_of(dataset, split, root, device)
 
         def here(job, slot):
-            report = lambda share, said: progress.show({job: (share, said)})
+            def report(share, said):
+                progress.show({job: (share, said)})
+
             return place.submit(
                 partial(run_job, job, store, load, device, report=report, deadline=deadline, keep_every=keep_every)
             )
 
         def elsewhere(job, slot):
             gpu = gpu_share(slot, workers, torch.cuda.device_count()) if device.type == "cuda" and workers else None
-            return place.submit(
-                run_elsewhere,
-                job,
-                str(store.root.absolute()),
-                root,
-                device.type,
-                gpu,
-                deadline,
-                keep_every,
-                engine == "local",
-                versions.fingerprint(),
-            )
-
-        rates = cache(lambda done: measured_rates(store, device))
+            return place.submit(run_elsewhere, job, terms, gpu)
 
         def in_time(job):
-            return deadline is None or time.time() + seconds_for(job, rates(len(board.done)), device) < deadline
+            return deadline is None or time.time() + seconds_for(job, board.rates, device) < deadline
 
         carry_out(board, place, elsewhere if remote else here, store, progress, in_time)
     return summarise(experiments, board, store)

@@ -27,7 +27,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from scipy import stats
 
-from sparse_nb import cli, data
+from sparse_nb import data
+from sparse_nb.cli.main import main
 from sparse_nb.networks.models import counted_weights
 from sparse_nb.networks.sparse_layers import pattern
 from sparse_nb.networks.training import Recipe
@@ -46,7 +47,7 @@ RUN = re.compile(r"[0-9a-f]{16}")
 
 # Commands that are to be stopped run in processes forked from one that has imported the package: they start at once.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "nbclient", "sparse_nb.cli"])
+processes.set_forkserver_preload(["pytest", "nbclient", "sparse_nb.cli.commands", "sparse_nb.cli.main"])
 
 
 def contents(folder):
@@ -83,7 +84,7 @@ def command(arguments, words):
     with open(words, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    cli.main([str(a) for a in arguments])
+    main([str(a) for a in arguments])
 
 
 def start(arguments, words):
@@ -193,7 +194,7 @@ def test_a_browser_shows_of_the_svg_what_it_shows_without_metadata(drawn, tmp_pa
 
 @pytest.mark.parametrize("ending", ["svg", "png", "html", "csv"])
 def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_path, capfd):
-    cli.main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(drawn / "runs")])
+    main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(drawn / "runs")])
     lines = capfd.readouterr().out.splitlines()
     listed = {line.split()[0]: line for line in lines if RUN.fullmatch(line.split()[0])}
     assert set(listed) == {p.name for p in (drawn / "runs").iterdir() if RUN.fullmatch(p.name)} and len(listed) == 4
@@ -214,7 +215,7 @@ def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_pat
             and "seeds 0, 1" in head
         )
 
-    cli.main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(tmp_path / "nowhere")])
+    main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(tmp_path / "nowhere")])
     assert {line for line in capfd.readouterr().out.splitlines() if "is not in" in line} == {
         f"{run} is not in {tmp_path / 'nowhere'}" for run in listed
     }
@@ -237,7 +238,7 @@ def test_trace_says_in_one_sentence_what_cannot_be_traced(name, content, words, 
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as end:
-        cli.main(["trace", str(tmp_path / name), "--runs", str(tmp_path / "runs")])
+        main(["trace", str(tmp_path / name), "--runs", str(tmp_path / "runs")])
     out, said = capfd.readouterr()
     assert (end.value.code, out) == (1, "") and said.count("\n") == 1 and words in said and str(tmp_path / name) in said
 
@@ -479,7 +480,7 @@ def test_in_jupyterlab_everything_lands_in_the_projects_folder(drawn, tmp_path):
 def test_wrong_words_are_refused_before_any_work(wrong, accepted, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
-        cli.main(["figures", *wrong, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        main(["figures", *wrong, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     said = "".join(capfd.readouterr())
     assert end.value.code in (1, 2)
     assert wrong[-1] in said and [word for word in accepted if word not in said] == []
@@ -489,7 +490,7 @@ def test_wrong_words_are_refused_before_any_work(wrong, accepted, tmp_path, capf
 
 def test_dry_run_says_what_is_missing_and_does_nothing(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    cli.main(
+    main(
         ["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     )
     lines = capfd.readouterr().out.splitlines()
@@ -709,7 +710,7 @@ def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
 def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
     """The networks of `drawn`: two places of one curve, two seeds. Each row of the table names the runs that it compares, and the picture its provenance."""
     where = ("--runs", drawn / "runs", "--out", tmp_path, "--notebooks", ROOT / "figures")
-    cli.main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
+    main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
     said, folder = capfd.readouterr().out, tmp_path / "smoke"
     assert "unfinished" in said and sorted(p.suffix[1:] for p in folder.iterdir()) == sorted(ENDINGS)
     judged = pd.read_csv(folder / "claims.csv", dtype={"claim": str})
@@ -724,7 +725,7 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):
     with pytest.raises(SystemExit):
-        cli.main(
+        main(
             ["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")]
         )
     assert "no claim can be judged by what is in" in capfd.readouterr().err

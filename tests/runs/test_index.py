@@ -27,7 +27,7 @@ RECORDS = [
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["pytest", "hypothesis", "nbclient", "sparse_nb.cli"]
+    ["pytest", "hypothesis", "nbclient", "sparse_nb.cli.commands", "sparse_nb.cli.main"]
 )  # as in test_faults.py: one server for all
 
 

@@ -185,7 +185,7 @@ def test_a_worker_with_other_code_refuses(monkeypatch):
     from sparse_nb.sweep import jobs
 
     with pytest.raises(RuntimeError, match="other code"):
-        jobs.run_elsewhere(None, ".", None, "cpu", None, None, 1, True, code="0" * 16)
+        jobs.run_elsewhere(None, jobs.Terms(".", None, "cpu", "0" * 16))
 
 
 def test_a_new_field_at_its_default_renames_nothing_from_version_2_on():

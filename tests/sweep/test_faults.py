@@ -20,7 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from papermill.translators import PythonTranslator
 
-from sparse_nb import cli, data
+from sparse_nb import data
+from sparse_nb.cli import options
+from sparse_nb.cli.commands import narrowed, notebook_parameters
+from sparse_nb.cli.main import main
 from sparse_nb.networks import allocation, models
 from sparse_nb.networks.training import Recipe
 from sparse_nb.robustness import weight_noise
@@ -52,7 +55,7 @@ RUN = re.compile(r"[0-9a-f]{16}")
 EXAMPLES = 10_000 if os.environ.get("SPARSE_NB_FAULTS") == "full" else 60
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "hypothesis", "nbclient", "sparse_nb.cli"])
+processes.set_forkserver_preload(["pytest", "hypothesis", "nbclient", "sparse_nb.cli.commands", "sparse_nb.cli.main"])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def figures(tmp_path, capfd, *flags):
     """Exit status and words of `sparse-nb figures fig01 …` in this process, on the store in `tmp_path/runs`."""
     paths = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--notebooks", str(ROOT / "figures")]
     with pytest.raises(SystemExit) as end:
-        cli.main(["figures", "fig01", *FLAGS, *paths, *flags])
+        main(["figures", "fig01", *FLAGS, *paths, *flags])
     return end.value.code, "".join(capfd.readouterr())
 
 
@@ -347,7 +350,7 @@ def with_a_full_disk(arguments, words, room):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    cli.main(arguments)
+    main(arguments)
 
 
 def test_a_full_disk_leaves_only_whole_runs(trained, tmp_path):
@@ -399,12 +402,12 @@ def test_command_line_and_notebook_ask_for_the_same(preset, datasets, families, 
         values = value if isinstance(value, tuple) else (value,)
         if value not in ((), None):
             flags += [f"--{name}", *map(str, values)]
-    command = tyro.cli(cli.Figures, args=flags)
+    command = tyro.cli(options.Figures, args=flags)
     injected = {}
-    exec(PythonTranslator.codify(cli.notebook_parameters(command)), injected)  # what papermill writes into the notebook
+    exec(PythonTranslator.codify(notebook_parameters(command)), injected)  # what papermill writes into the notebook
     in_notebook = narrow(injected["preset"], **{name: injected[name] for name in asked if name != "preset"})
     wanted = PRESETS[preset]
-    assert in_notebook == cli.narrowed(command)
+    assert in_notebook == narrowed(command)
     assert in_notebook.datasets == (datasets or wanted.datasets) and in_notebook.rules == (rules or wanted.rules)
     assert tuple(in_notebook.families) == (families or tuple(wanted.families)) and in_notebook.seeds == (
         seeds or wanted.seeds
@@ -422,7 +425,7 @@ def test_a_figures_notebook_takes_every_parameter_that_the_command_gives(figure)
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     taken = {}
     exec(cell.source, taken)
-    assert taken.keys() - {"__builtins__"} == {*cli.notebook_parameters(cli.Figures(figures=(figure,))), "out"}
+    assert taken.keys() - {"__builtins__"} == {*notebook_parameters(options.Figures(figures=(figure,))), "out"}
 
 
 def shuffled(value, order):

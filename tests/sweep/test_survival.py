@@ -276,7 +276,7 @@ COUNT = 60 if FULL else 16
 
 def counted(job, *arguments):
     """`run_elsewhere`, after a line in the file that the environment names: an execution."""
-    with open(Path(arguments[0]).parent / "executions", "a") as file:
+    with open(Path(arguments[0].runs).parent / "executions", "a") as file:
         file.write(experiment_hash(job.experiment) + "\n")
     time.sleep(0.3)  # so that a kill finds somebody at work
     return jobs.run_elsewhere(job, *arguments)
@@ -496,3 +496,29 @@ def test_every_family_is_trained_kept_pruned_and_measured_on_each_device(device,
     assert set(store.runs().device) == {device} and (store.runs().effective_density > 0).all()
     clean = store.table(measure="clean", quantity="accuracy").value
     assert len(clean) == 4 and (clean >= 0.05).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads"), [({"OMP_NUM_THREADS": "1"}, 1), ({"OMP_NUM_THREADS": "7"}, None), ({}, None)]
+)
+def test_workers_take_the_cores_that_they_may_use(asked, threads, tmp_path):
+    net = Experiment("digits", "mlp", 16, 1, 1000, 0, Recipe(epochs=1))
+    cores = sorted(os.sched_getaffinity(0))[:1]  # as `taskset -c 0`
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_survival as t; t.sweep_on_one_core(sys.argv[2])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | asked
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        ["taskset", "-c", str(cores[0]), sys.executable, "-c", code, str(folder), str(tmp_path)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    about = json.loads((Store(tmp_path).folder(net) / "experiment.json").read_bytes())
+    assert about["environment"]["threads"] == (threads or 1)
+
+
+def sweep_on_one_core(root):
+    sweep.run(
+        [Experiment("digits", "mlp", 16, 1, 1000, 0, Recipe(epochs=1))], [], store=Store(root), workers=1, show=False
+    )
