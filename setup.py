@@ -1,4 +1,4 @@
-"""Everything that pip needs to know, read from settings.ini: the one place where names, versions and requirements stand."""
+"""Everything that pip needs to know, read from settings.ini: the one place for names, versions and requirements."""
 
 from configparser import ConfigParser
 from pathlib import Path

@@ -1,6 +1,7 @@
 """See to it that plotly can write SVG and PNG, which kaleido does through a Chrome or Chromium on this machine.
 
-Nothing is done where a drawing succeeds. Else the download that kaleido offers is tried, then, for root, the system's package.
+Nothing is done where a drawing succeeds. Else the download that kaleido offers is tried, then, for root, the system's
+package.
 """
 
 import os
@@ -11,7 +12,10 @@ import sys
 DRAW = "import plotly.graph_objects as go; go.Figure().to_image('svg')"
 # The time limit is for a connection that says nothing, not for a slow one.
 DOWNLOAD = "import socket; socket.setdefaulttimeout(20); import kaleido; kaleido.get_chrome_sync()"
-APT = "apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-liberation"
+APT = (
+    "apt-get update -qq && DEBIAN_FRONTEND=noninteractive "
+    "apt-get install -y -qq --no-install-recommends chromium fonts-liberation"
+)
 
 
 def succeeds(command, seconds):
@@ -38,7 +42,8 @@ def main():
         if succeeds(["sh", "-c", APT], 600) and draws():
             return
     sys.exit(
-        "Figures need a Chrome or Chromium: install Google Chrome (on Debian: apt-get install chromium) and run make again."
+        "Figures need a Chrome or Chromium: install Google Chrome (on Debian: apt-get install chromium) "
+        "and run make again."
     )
 
 

@@ -1,4 +1,5 @@
-"""What `make bench-faults` runs: the tests of survival with full counts; their figures are printed and kept in results/bench/faults.txt."""
+"""What `make bench-faults` runs: the tests of survival with full counts; their figures are printed and kept in
+results/bench/faults.txt."""
 
 import os
 import subprocess

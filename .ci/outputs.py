@@ -1,9 +1,12 @@
 """Are the outputs stored in the chapters those of this code?
 
-Executes chapters as nbdev_test does, without cells marked slow, gpu or data, and compares what they print with what is stored: words exactly, numbers to
-one part in a thousand, pictures by their presence. Outputs of cells tagged `volatile` (times, memory) may differ. With --write the outputs are stored instead.
+Executes chapters as nbdev_test does, without cells marked slow, gpu or data, and compares what they print with what is
+stored: words exactly, numbers to
+one part in a thousand, pictures by their presence. Outputs of cells tagged `volatile` (times, memory) may differ. With
+--write the outputs are stored instead.
 
-    python .ci/outputs.py [--write] [NOTEBOOK …]      without names: the chapters changed since the last tag, or all with CI_FULL=1 or without a tag
+    python .ci/outputs.py [--write] [NOTEBOOK …]      without names: the chapters changed since the last tag, or all
+    with CI_FULL=1 or without a tag
 """
 
 import argparse
@@ -50,7 +53,8 @@ def changed():
 
 
 def executed(path):
-    """The notebook at `path` with the outputs of this code; cells that are left out have none. Raises CellExecutionError."""
+    """The notebook at `path` with the outputs of this code; cells that are left out have none. Raises
+    CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -108,9 +112,8 @@ def compare(path, write):
         before, now = text_of(cell.outputs), text_of(new.outputs)
         if differs(before[0], now[0]) or before[1] != now[1]:
             if "volatile" not in cell.metadata.get("tags", []):
-                found.append(
-                    f"{path.relative_to(ROOT)}, cell {number}: stored {before[0][:300]!r} {before[1]}, now {now[0][:300]!r} {now[1]}"
-                )
+                stored, new_text = (f"{text[:300]!r} {pictures}" for text, pictures in (before, now))
+                found.append(f"{path.relative_to(ROOT)}, cell {number}: stored {stored}, now {new_text}")
             if write:
                 cell.outputs = [
                     output for output in new.outputs if output.output_type != "stream" or output.name == "stdout"

@@ -1,4 +1,5 @@
-"""What `make prepare` runs: modules from notebooks, notebooks without what differs from run to run, README.md from its notebook."""
+"""What `make prepare` runs: modules from notebooks, notebooks without what differs from run to run, README.md from its
+notebook."""
 
 import os
 import subprocess

@@ -1,6 +1,7 @@
 """Write README.md from nbs/index.ipynb, in the folder where it is called.
 
-Cells that begin with an nbdev directive (`#|`) are left out, and of those tagged `hide_input` the code; relative links, which hold in nbs/, are made to hold at the top.
+Cells that begin with an nbdev directive (`#|`) are left out, and of those tagged `hide_input` the code; relative links,
+which hold in nbs/, are made to hold at the top.
 """
 
 import posixpath

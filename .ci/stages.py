@@ -53,7 +53,8 @@ def run(command, log, cwd=ROOT, **variables):
 
 
 def in_step(log):
-    """0 if exporting, cleaning and writing the README changes nothing in a copy of what git would commit here; else the differences go to `log`."""
+    """0 if exporting, cleaning and writing the README changes nothing in a copy of what git would commit here; else the
+    differences go to `log`."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

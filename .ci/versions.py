@@ -1,6 +1,7 @@
 """What `make versions` runs: did code that shapes numbers change, and did the numbers change with it?
 
-The golden cases are computed. Where they agree with the golden ones, the lock of the versions is renewed for the code as it stands; where they do not, the
+The golden cases are computed. Where they agree with the golden ones, the lock of the versions is renewed for the code
+as it stands; where they do not, the
 version to raise is named. Where a version was raised, its cases are computed and kept as the new golden ones.
 """
 
@@ -46,9 +47,8 @@ def main():
         for key, differences in wrong.items():
             print(*differences, sep="\n")
             constant = "versions.TRAINING" if key == "training" else f"versions.MEASURES[{key!r}]"
-            print(
-                f"The numbers of {key} have changed. Undo that, or raise {constant} from {versions.versions_now()[key]!r} and run this again."
-            )
+            now = versions.versions_now()[key]
+            print(f"The numbers of {key} have changed. Undo that, or raise {constant} from {now!r} and run this again.")
         return 1
     try:
         renewed = versions.renewed_lock(lock, options.unwatched)

@@ -34,7 +34,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Networks this small train many times faster with one thread wherever cores are shared, in this process and in those it starts."""
+    """Networks this small train many times faster with one thread wherever cores are shared, in this process and in
+    those it starts."""
     threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -45,7 +45,8 @@ def _figures_of(command):
 
 
 def _wanted(command, figures):
-    """{experiment: its evaluations, each once} for `figures`. Raises NotADirectoryError if the datasets are in a file."""
+    """{experiment: its evaluations, each once} for `figures`. Raises NotADirectoryError if the datasets are in a
+    file."""
     if command.data and command.data.is_file():
         raise NotADirectoryError(f"--data is {command.data}, a file; it must be a folder")
     preset = narrowed(command)
@@ -182,7 +183,8 @@ def status_command(command: options.Status) -> None:
 
 # %% ../../nbs/cli/02_commands.ipynb #fae51227
 def _existing_store(command):
-    """The `Store` of a command that only reads. Raises FileNotFoundError for a mistyped folder, which is not an empty one."""
+    """The `Store` of a command that only reads. Raises FileNotFoundError for a mistyped folder, which is not an empty
+    one."""
     if not command.runs.is_dir():
         told = "--runs says where it is, and a sweep makes it"
         raise FileNotFoundError(f"there is no runs folder {command.runs.absolute()}; {told}")
@@ -297,7 +299,8 @@ def trace_command(command: options.Trace) -> None:
 
 # %% ../../nbs/cli/02_commands.ipynb #1743af3c
 def explore_command(command: options.Explore) -> None:
-    """Write the static page, or serve the explorer until Ctrl-C. Raises ValueError for options without a meaning there."""
+    """Write the static page, or serve the explorer until Ctrl-C. Raises ValueError for options without a meaning
+    there."""
     if command.static:
         from sparse_nb.explorer import page
 

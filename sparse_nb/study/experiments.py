@@ -66,7 +66,8 @@ def accept(name, value, accepted):
 
 
 def check_experiment(experiment):
-    """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be trained."""
+    """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be
+    trained."""
     e = experiment
     accept("dataset", e.dataset, data.DATASETS)
     accept("schedule", e.schedule, SCHEDULES)
@@ -94,8 +95,10 @@ def check_experiment(experiment):
 class Experiment:
     """One trained network's full description.
 
-    budget: counted weights kept, int. rule: how they are split over layers; None where nothing is split (a dense network, global pruning).
-    seed: int, names masks, initial weights and batches. schedule: "static", a random mask from the start, or "magnitude", trained
+    budget: counted weights kept, int. rule: how they are split over layers; None where nothing is split (a dense
+    network, global pruning).
+    seed: int, names masks, initial weights and batches. schedule: "static", a random mask from the start, or
+    "magnitude", trained
     dense and pruned to the budget afterwards. pruning: what "magnitude" compares, weights of a "layer" or "global".
     train_images: a random sample of the training set, None for all of it.
     Raises ValueError for anything that could not be trained, before anything is.
@@ -140,7 +143,8 @@ def dense_parent(experiment):
 
 # %% ../../nbs/4_study/02_experiments.ipynb #6f4b6612
 def check_numbers(measurement, **least):
-    """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, or below the `least` that is given by name; test_images may be None."""
+    """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, or below the `least` that
+    is given by name; test_images may be None."""
     for name, smallest in {"test_images": 1, **least}.items():
         value = getattr(measurement, name)
         if type(value) is not int and not (name == "test_images" and value is None):
@@ -213,7 +217,8 @@ same_sample = lru_cache(maxsize=8)(
 
 @dataclass(frozen=True)
 class Corruption:
-    """Accuracy and loss under corruptions; see `corruptions.evaluate`. names, severities: None for those of `corruptions.evaluate`.
+    """Accuracy and loss under corruptions; see `corruptions.evaluate`. names, severities: None for those of
+    `corruptions.evaluate`.
 
     origins: what `corruptions.origins` says of the dataset; None does not ask.
     """
@@ -261,7 +266,8 @@ class Corruption:
 # %% ../../nbs/4_study/02_experiments.ipynb #670671cd
 @dataclass(frozen=True)
 class Attack:
-    """Accuracy, loss and perturbation under L∞ attacks; see `attacks.evaluate`. epsilons: None for those of `attacks.EPSILONS` for the images."""
+    """Accuracy, loss and perturbation under L∞ attacks; see `attacks.evaluate`. epsilons: None for those of
+    `attacks.EPSILONS` for the images."""
 
     attacks: tuple[str, ...] = (*attacks.PAPER_ATTACKS, "longer_pgd")
     epsilons: tuple[float, ...] | None = None
@@ -301,7 +307,8 @@ class Attack:
 
 # %% ../../nbs/4_study/02_experiments.ipynb #5f17b5e7
 def check_measurable(experiment, measurement):
-    """Raise ValueError if an evaluation asks for more test images than the dataset of the `Experiment` has, or for corruptions or severities that it does not have."""
+    """Raise ValueError if an evaluation asks for more test images than the dataset of the `Experiment` has, or for
+    corruptions or severities that it does not have."""
     dataset, most = experiment.dataset, data.SIZES[experiment.dataset]["test"]
     if (measurement.test_images or 0) > most:
         raise ValueError(f"test_images is {measurement.test_images}; {dataset} has {most}")
@@ -347,7 +354,8 @@ def train(experiment, images, *, on_epoch=None, resume=None, keep=None):
 
 # %% ../../nbs/4_study/02_experiments.ipynb #73475cb4
 def prune(experiment, model):
-    """The trained dense network of a "magnitude" experiment, pruned to its budget: a sparse network, for which `model` is used up.
+    """The trained dense network of a "magnitude" experiment, pruned to its budget: a sparse network, for which `model`
+    is used up.
 
     Raises ValueError if the weights are not finite, as those of a diverged network.
     """
@@ -362,7 +370,8 @@ def experiment_identity(experiment):
 
 
 def evaluation_identity(evaluation):
-    """Everything, beside the network and the data, that shapes the measurement, as plain data: settings and version of the measure."""
+    """Everything, beside the network and the data, that shapes the measurement, as plain data: settings and version of
+    the measure."""
     return versions.identity(
         "evaluation", evaluation, versions.MEASURES[evaluation.measure], measure=evaluation.measure
     )

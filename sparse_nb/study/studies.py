@@ -38,12 +38,15 @@ MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the
 class FamilySetting:
     """What a preset does with one family.
 
-    base: width of the dense network that sets the budget of the width curve; widths: its networks, the base among them; all have the depth of the first of `depths`.
-    depths: (depth, repeat) of the networks of the depth curve, the dense one that sets its budget first; all have the width `depth_width`.
+    base: width of the dense network that sets the budget of the width curve; widths: its networks, the base among them;
+    all have the depth of the first of `depths`.
+    depths: (depth, repeat) of the networks of the depth curve, the dense one that sets its budget first; all have the
+    width `depth_width`.
     train_images, test_images: random samples, None for all; the latter for measures of `MANY_PASSES`.
     control: base widths of the control's budgets, `base` first, falling; empty where the family is not in the control.
     dataset_epochs: (dataset, most epochs) where they are not the recipe's.
-    pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent as wide as itself.
+    pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent
+    as wide as itself.
     """
 
     base: int
@@ -60,7 +63,8 @@ class FamilySetting:
 
 @dataclass(frozen=True)
 class Preset:
-    """A grid of experiments and evaluations. seeds: number of networks behind each point; families: {family: FamilySetting}.
+    """A grid of experiments and evaluations. seeds: number of networks behind each point; families: {family:
+    FamilySetting}.
 
     only_rules: the rules that were asked for by name, which then hold for a figure with rules of its own as well.
     """
@@ -152,7 +156,8 @@ PRESETS = {
 
 # %% ../../nbs/4_study/03_studies.ipynb #8527a891
 def chosen(name, value, accepted, default):
-    """`value` as a tuple: a sequence, or text with commas or blanks between; `default` if empty. Each must be in `accepted`."""
+    """`value` as a tuple: a sequence, or text with commas or blanks between; `default` if empty. Each must be in
+    `accepted`."""
     parts = tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value or ())
     for part in parts:
         accept(name, part, accepted)
@@ -162,7 +167,8 @@ def chosen(name, value, accepted, default):
 def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=None, widths=()):
     """`preset` (a name of `PRESETS`) with some of its axes replaced; what is empty or None stays.
 
-    datasets, families, rules: names, as a sequence or text. seeds: networks for each point. epochs: most epochs of every recipe, on every dataset.
+    datasets, families, rules: names, as a sequence or text. seeds: networks for each point. epochs: most epochs of
+    every recipe, on every dataset.
     widths: of the width curves of every family chosen. Raises ValueError for an unknown name or a number below 1.
     """
     accept("preset", preset, PRESETS)
@@ -266,7 +272,8 @@ def in_range(values):
 
 
 def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
-    """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and families; empty for the paper itself.
+    """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and
+    families; empty for the paper itself.
 
     seeds: (fewest, most) behind the figure's curves, if not those of the preset.
     """
@@ -304,7 +311,8 @@ def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
 # %% ../../nbs/4_study/03_studies.ipynb #670671cd
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are. rules: None for the preset's."""
+    """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
+    rules: None for the preset's."""
 
     notebook: str
     title: str
@@ -424,13 +432,15 @@ def shown_families(figure, preset):
 
 
 def shown_rules(figure, preset):
-    """The rules of `figure` (a name of `FIGURES`) under a `Preset`: its own, of which the user may have asked for some only, or the preset's."""
+    """The rules of `figure` (a name of `FIGURES`) under a `Preset`: its own, of which the user may have asked for some
+    only, or the preset's."""
     own = FIGURES[figure].rules
     return preset.rules if own is None else tuple(rule for rule in own if rule in (preset.only_rules or own))
 
 # %% ../../nbs/4_study/03_studies.ipynb #59e19706
 def networks(setting, growth):
-    """(width, depth, repeat) of the networks on a `FamilySetting`'s curve by "width" or "depth"; the dense one that sets the budget comes first."""
+    """(width, depth, repeat) of the networks on a `FamilySetting`'s curve by "width" or "depth"; the dense one that
+    sets the budget comes first."""
     if growth == "depth":
         return tuple((setting.depth_width, depth, repeat) for depth, repeat in setting.depths)
     return tuple((width, *setting.depths[0]) for width in dict.fromkeys((setting.base, *setting.widths)))
@@ -447,7 +457,8 @@ class Point:
 
 # %% ../../nbs/4_study/03_studies.ipynb #c0de2305
 def control_grid(dataset, family, setting):
-    """{base width of a budget: widths of its networks} of a `FamilySetting`'s control, both as they come in the plan, the dense network first."""
+    """{base width of a budget: widths of its networks} of a `FamilySetting`'s control, both as they come in the plan,
+    the dense network first."""
     if not setting.control:
         return {}
     base, steps = setting.control[0], len(setting.control)
@@ -461,7 +472,8 @@ def control_grid(dataset, family, setting):
 
 # %% ../../nbs/4_study/03_studies.ipynb #624b60c5
 def measurement_of(preset, measure, dataset, setting, root=None):
-    """The evaluation of `measure` in a `Preset`, as it is made of networks for `dataset`, whose files are below `root`, with a `FamilySetting`."""
+    """The evaluation of `measure` in a `Preset`, as it is made of networks for `dataset`, whose files are below `root`,
+    with a `FamilySetting`."""
     measurement = getattr(preset, measure)
     if measure in MANY_PASSES:
         counts = [count for count in (measurement.test_images, setting.test_images) if count is not None]
@@ -479,7 +491,8 @@ def measurement_of(preset, measure, dataset, setting, root=None):
 
 # %% ../../nbs/4_study/03_studies.ipynb #e29c9c18
 def budgets(dataset, family, setting, growth):
-    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", or of the "control", networks as (width, depth, repeat).
+    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", or of the "control", networks as (width,
+    depth, repeat).
 
     The dense network that sets the budget of a curve is among its networks only if the setting wants it there.
     """
@@ -539,7 +552,8 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
 
 # %% ../../nbs/4_study/03_studies.ipynb #c0de2313
 def plan(figure, preset, *, root=None):
-    """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to deep.
+    """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to
+    deep.
 
     root: folder of the datasets (see `data.data_root`), where a plan with corruptions looks for the official ones.
 

@@ -21,7 +21,8 @@ import sparse_nb
 
 # %% ../../nbs/4_study/01_versions.ipynb #1510174d
 def canonical(description):
-    """The one JSON text of a dataclass, or of plain data: sorted keys, 1.0 written as 1. Raises ValueError for NaN and infinity."""
+    """The one JSON text of a dataclass, or of plain data: sorted keys, 1.0 written as 1. Raises ValueError for NaN and
+    infinity."""
 
     def plain(value):
         if dataclasses.is_dataclass(value):
@@ -61,7 +62,8 @@ def is_finished(version):
 
 # %% ../../nbs/4_study/01_versions.ipynb #09322487
 def _at_default(description):
-    """Names of the fields of a dataclass that hold their defaults, as "rule" or, inside another dataclass, "recipe.decay"."""
+    """Names of the fields of a dataclass that hold their defaults, as "rule" or, inside another dataclass,
+    "recipe.decay"."""
     found = []
     for field in dataclasses.fields(description):
         value = getattr(description, field.name)
@@ -76,7 +78,8 @@ def _at_default(description):
 def identity(what, description, version, **more):
     """Everything that a name is made of, as plain data: the complete settings, the version, and `more`.
 
-    what: "experiment" or "evaluation"; description: that dataclass. From version 2 on, "unnamed" lists the fields that hold their defaults,
+    what: "experiment" or "evaluation"; description: that dataclass. From version 2 on, "unnamed" lists the fields that
+    hold their defaults,
     which `name_of` leaves out.
     """
     made = {what: dataclasses.asdict(description), **more, "code": version}
@@ -100,7 +103,8 @@ def _without(settings, names):
 
 
 def name_of(what, identity):
-    """The name of a run or a measurement, 16 hexadecimal digits, from its `identity`, or from a file that holds one among other things.
+    """The name of a run or a measurement, 16 hexadecimal digits, from its `identity`, or from a file that holds one
+    among other things.
 
     Raises KeyError, TypeError or ValueError if that is no identity.
     """
@@ -142,7 +146,8 @@ def _shape(node):
 
 
 def _definition(tree, path):
-    """The function, class or method `path`, such as "fit" or "Clean.run", in a syntax tree. Raises ValueError if it is not there."""
+    """The function, class or method `path`, such as "fit" or "Clean.run", in a syntax tree. Raises ValueError if it is
+    not there."""
     for name in path.split("."):
         found = [node for node in tree.body if getattr(node, "name", None) == name]
         if not found:
@@ -152,9 +157,11 @@ def _definition(tree, path):
 
 
 def code_hash(source, definition=None, without=()):
-    """16 hexadecimal digits for what Python `source` does, equal on Python 3.10 to 3.14. Comments, docstrings, annotations, imports and layout do not count.
+    """16 hexadecimal digits for what Python `source` does, equal on Python 3.10 to 3.14. Comments, docstrings,
+    annotations, imports and layout do not count.
 
-    definition: only this function, class or method, as "fit" or "Clean.run". without: names of functions and classes to leave out.
+    definition: only this function, class or method, as "fit" or "Clean.run". without: names of functions and classes to
+    leave out.
     """
     tree = ast.parse(source)
     tree = (
@@ -229,7 +236,8 @@ def changed_on_disk():
 
 
 def out_of_step(lock=None):
-    """Where the loaded code is not as the lock has it: {part, or "version NAME": the measures that it shapes, and "training"}. lock: as in the file."""
+    """Where the loaded code is not as the lock has it: {part, or "version NAME": the measures that it shapes, and
+    "training"}. lock: as in the file."""
     lock, wrong = _LOADED_LOCK if lock is None else lock, {}
     for key, code in code_now().items():
         locked = lock.get(key, {"version": None, "code": {}})
@@ -247,17 +255,20 @@ def check_in_step():
     if wrong := out_of_step():
         parts = "; ".join(f"{part} (shapes {', '.join(keys)})" for part, keys in wrong.items())
         raise RuntimeError(
-            f"code that shapes numbers is not what versions.lock was made for: {parts}; `make versions` finds out whether the numbers changed too"
+            f"code that shapes numbers is not what versions.lock was made for: {parts}; "
+            "`make versions` finds out whether the numbers changed too"
         )
 
 
 def fingerprint():
-    """One name for all versions and the loaded code, by which a sweep and its workers find out whether they run the same."""
+    """One name for all versions and the loaded code, by which a sweep and its workers find out whether they run the
+    same."""
     return digest([versions_now(), code_now()])
 
 # %% ../../nbs/4_study/01_versions.ipynb #f10d9a23
 def renewed_lock(lock, unwatched=None):
-    """The `lock` for the code and the versions that are loaded. unwatched: why parts that run only on a GPU may be renewed without running them.
+    """The `lock` for the code and the versions that are loaded. unwatched: why parts that run only on a GPU may be
+    renewed without running them.
 
     Raises ValueError naming such parts if they changed and there is no reason.
     """
@@ -274,7 +285,8 @@ def renewed_lock(lock, unwatched=None):
 # %% ../../nbs/4_study/01_versions.ipynb #d805479a
 @cache
 def source_provenance():
-    """{"text": a hash of the loaded sources, "commit": of git, with a + if files have changed since; None outside a repository}."""
+    """{"text": a hash of the loaded sources, "commit": of git, with a + if files have changed since; None outside a
+    repository}."""
     text = hashlib.sha256("\n".join(_LOADED[module] for module in _MODULES).encode()).hexdigest()[:16]
     folder = Path(sparse_nb.__path__[0])
     try:

@@ -33,7 +33,8 @@ ENGINES = ("local", "dask")
 
 @dataclass(frozen=True)
 class Engine:
-    """A place where calls are made. submit(function, *args) -> `concurrent.futures.Future`; slots() -> how many at once; remote: not in this process."""
+    """A place where calls are made. submit(function, *args) -> `concurrent.futures.Future`; slots() -> how many at
+    once; remote: not in this process."""
 
     submit: Callable
     slots: Callable
@@ -87,7 +88,8 @@ def threads_for(workers: int) -> int:
 # %% ../../nbs/6_sweep/03_engines.ipynb #8527a891
 @contextmanager
 def local_processes(workers, *, threads=None, memory=None, seconds=None):
-    """An `Engine` of `workers` processes on this machine, for the length of a `with` block; then they are ended, whatever they do.
+    """An `Engine` of `workers` processes on this machine, for the length of a `with` block; then they are ended,
+    whatever they do.
 
     threads: of each process, by default its share of the cores. memory: bytes that each may take; None for no limit.
     seconds: a call that takes longer is ended; None for no limit.
@@ -129,7 +131,8 @@ def exit_words(status):
 def judge(error):
     """(verdict, reason in words) on the exception of a call.
 
-    verdict: "again", another try makes sense; "never", it does not; "everywhere", every other call would meet it, as a full disk.
+    verdict: "again", another try makes sense; "never", it does not; "everywhere", every other call would meet it, as a
+    full disk.
     """
     if type(error).__name__ == "ProcessExpired":
         return "again", f"its process {exit_words(error.exitcode)}"
@@ -154,7 +157,8 @@ def judge(error):
 # %% ../../nbs/6_sweep/03_engines.ipynb #59e19706
 @contextmanager
 def logged(path):
-    """For the length of a `with` block, what this process says, a crash too, goes to the end of the file at `path`. path: None for no change."""
+    """For the length of a `with` block, what this process says, a crash too, goes to the end of the file at `path`.
+    path: None for no change."""
     if path is None:
         yield
         return
@@ -179,7 +183,8 @@ def is_here(host):
 
 
 def check_scheduler(address):
-    """Raise ValueError unless `address`, such as "tls://node7:8786" or "tcp://127.0.0.1:8786", is of this machine or talks TLS."""
+    """Raise ValueError unless `address`, such as "tls://node7:8786" or "tcp://127.0.0.1:8786", is of this machine or
+    talks TLS."""
     parts = urlsplit(address)
     if parts.scheme not in ("tcp", "tls") or not parts.hostname:
         raise ValueError(
@@ -191,7 +196,8 @@ def check_scheduler(address):
     except OSError as error:
         raise ValueError(f"scheduler is {address!r}; its host is not known: {error}") from error
     raise ValueError(
-        f"scheduler is {address!r}, on another machine and without TLS: whoever can reach it can execute code; start it with --tls-cert, --tls-key and --tls-ca-file, and say tls://{parts.netloc}"
+        f"scheduler is {address!r}, on another machine and without TLS: everybody who can reach it can execute code; "
+        f"start it with --tls-cert, --tls-key and --tls-ca-file, and say tls://{parts.netloc}"
     )
 
 # %% ../../nbs/6_sweep/03_engines.ipynb #86e50149
@@ -208,7 +214,8 @@ def call_within(seconds, function, *args):
 
 @contextmanager
 def own_cluster(workers, memory):
-    """A Dask cluster of `workers` processes with one thread each on this machine, all its ports on the loopback address."""
+    """A Dask cluster of `workers` processes with one thread each on this machine, all its ports on the loopback
+    address."""
     import dask
     import distributed
 
@@ -254,7 +261,8 @@ def delivered(call):
 def dask_cluster(scheduler=None, workers=None, *, memory=None, seconds=None):
     """An `Engine` on a Dask cluster, for the length of a `with` block.
 
-    scheduler: its address, or a cluster object such as `dask_jobqueue.SLURMCluster`; None for one of `workers` processes (default: the cores) on this machine.
+    scheduler: its address, or a cluster object such as `dask_jobqueue.SLURMCluster`; None for one of `workers`
+    processes (default: the cores) on this machine.
     memory: bytes for each of these. seconds: a call that takes longer ends its worker; None for no limit.
     Raises ValueError for an address that `check_scheduler` does not accept, OSError if nobody answers there.
     """

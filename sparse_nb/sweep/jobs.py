@@ -51,7 +51,8 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(device):
-    """The `torch.device` for "auto" (a GPU where there is one), "cpu" or "cuda". Raises ValueError for others, or for "cuda" without a GPU."""
+    """The `torch.device` for "auto" (a GPU where there is one), "cpu" or "cuda". Raises ValueError for others, or for
+    "cuda" without a GPU."""
     if device not in DEVICES:
         raise ValueError(f"device is {device!r}; accepted: {', '.join(DEVICES)}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -95,7 +96,8 @@ def environment(device: torch.device) -> dict:
 # %% ../../nbs/6_sweep/02_jobs.ipynb #2c624232
 @dataclass(frozen=True)
 class Job:
-    """One network: train it (if `train`; perhaps again, where a finished run lacks its checkpoint), then make the `evaluations` that are missing."""
+    """One network: train it (if `train`; perhaps again, where a finished run lacks its checkpoint), then make the
+    `evaluations` that are missing."""
 
     experiment: object
     train: bool
@@ -105,7 +107,8 @@ class Job:
 def missing_jobs(experiments, evaluations, store):
     """The jobs left to do, in the order of `experiments`, each network once.
 
-    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not measured. Raises ValueError as `check_measurable`.
+    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not
+    measured. Raises ValueError as `check_measurable`.
     """
     jobs = {}
     for experiment in dict.fromkeys(experiments):
@@ -125,7 +128,8 @@ def missing_jobs(experiments, evaluations, store):
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #211ed675
 def train_captured(experiment, images, **how):
-    """`experiments.train`, with captured steps if the images are on a GPU. how: as there. Returns (model, `History`)."""
+    """`experiments.train`, with captured steps if the images are on a GPU. how: as there. Returns (model,
+    `History`)."""
     images = sample(images, experiment.train_images)
     model = captured(
         prepare(experiment).to(images.pixels.device), as_float(images.pixels[: experiment.recipe.batch_size])
@@ -135,7 +139,8 @@ def train_captured(experiment, images, **how):
 # %% ../../nbs/6_sweep/02_jobs.ipynb #369f1c84
 @contextmanager
 def sound_kernels(experiment, device):
-    """A context in which the network of an `Experiment` is computed without oneDNN where that is known to write past its memory."""
+    """A context in which the network of an `Experiment` is computed without oneDNN where that is known to write past
+    its memory."""
     faulty = (
         device.type == "cpu"
         and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -173,7 +178,8 @@ class NoTimeLeft(Exception):
 def train_on(experiment, store, images, device, *, report, deadline, keep_every):
     """Train an `Experiment` from its last state to its end, keeping states.
 
-    Raises NoTimeLeft, after a last state, when `deadline` (of `time.time`) is over; ValueError if the run is finished and went another way.
+    Raises NoTimeLeft, after a last state, when `deadline` (of `time.time`) is over; ValueError if the run is finished
+    and went another way.
     """
     where, kept = environment(device), time.monotonic()
     before = load_history(store, experiment).epochs if store.has_run(experiment) else ()
@@ -248,7 +254,8 @@ def run_job(
 ):
     """Make the network of a job if it is still missing, then its measurements; returns an `Outcome`.
 
-    load: (dataset, split) -> `ImageSet` on the device. report: called with the share of the job that is done, in [0, 1], and a few words.
+    load: (dataset, split) -> `ImageSet` on the device. report: called with the share of the job that is done, in [0,
+    1], and a few words.
     deadline: of `time.time`; None for none. log: file that gets what this process says meanwhile; None for no change.
     """
     e, (training, measuring) = job.experiment, job_work(job)
@@ -290,7 +297,8 @@ def images_of(dataset, split, root, device):
 
 @contextmanager
 def data_in(root):
-    """A context in which `root` is the default data folder, where frost looks for its textures; None changes nothing."""
+    """A context in which `root` is the default data folder, where frost looks for its textures; None changes
+    nothing."""
     before = os.environ.get("SPARSE_NB_DATA")
     if root is not None:
         os.environ["SPARSE_NB_DATA"] = str(root)

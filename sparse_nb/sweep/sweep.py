@@ -41,8 +41,10 @@ from sparse_nb.sweep.jobs import (
 # %% ../../nbs/6_sweep/04_sweep.ipynb #e7f6c011
 @dataclass
 class Board:
-    """What has become of the jobs of a sweep. running: {job: slot}; done: {job: Outcome}; failed: {job: reason}; late: those that cannot end in time;
-    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; rates: how fast trainings are."""
+    """What has become of the jobs of a sweep. running: {job: slot}; done: {job: Outcome}; failed: {job: reason}; late:
+    those that cannot end in time;
+    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; rates: how fast
+    trainings are."""
 
     waiting: list
     running: dict = field(default_factory=dict)
@@ -54,11 +56,13 @@ class Board:
     rates: Rates = field(default_factory=Rates)
 
     def __str__(self):
-        return f"{len(self.done)} done, {len(self.running)} running, {len(self.failed)} failed, {len(self.waiting) + len(self.late)} left"
+        left = len(self.waiting) + len(self.late)
+        return f"{len(self.done)} done, {len(self.running)} running, {len(self.failed)} failed, {left} left"
 
 
 class Progress:
-    """One progress bar over the jobs of a `Board`, in units of estimated work. A context manager; silent if there is nothing to do or `show` is false."""
+    """One progress bar over the jobs of a `Board`, in units of estimated work. A context manager; silent if there is
+    nothing to do or `show` is false."""
 
     def __init__(self, board, show=True):
         self.board, self.work = board, {job: sum(job_work(job)) for job in board.waiting}
@@ -97,7 +101,8 @@ TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds
 
 
 def ready(board, most, in_time):
-    """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network cannot or failed, are taken off the list."""
+    """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network cannot
+    or failed, are taken off the list."""
     jobs, failed, late = [], {job.experiment for job in board.failed}, {job.experiment for job in board.late}
     unmade = {job.experiment for job in [*board.waiting, *board.running]}
     for job in list(board.waiting) if most else ():
@@ -117,7 +122,8 @@ def ready(board, most, in_time):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4fc82b26
 def fail(board, store, job, error):
-    """A job failed with an exception: if another try makes sense and there were not enough, it waits for one. Raises an error that every job would meet."""
+    """A job failed with an exception: if another try makes sense and there were not enough, it waits for one. Raises an
+    error that every job would meet."""
     verdict, reason = judge(error)
     if verdict == "everywhere":
         raise error
@@ -148,11 +154,12 @@ def settle(board, store, job, future):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #6b51d431
 def carry_out(board, engine, submit, store, progress, in_time=lambda job: True):
-    """Empty the `Board`'s waiting list. submit(job, slot) -> Future of an `Outcome`; in_time: can a job that begins now end in time?"""
+    """Empty the `Board`'s waiting list. submit(job, slot) -> Future of an `Outcome`; in_time: can a job that begins now
+    end in time?"""
     futures = {}
     while board.waiting or futures:
         free = sorted(set(range(engine.slots())) - set(board.running.values()))
-        for job, slot in zip(ready(board, len(free), in_time), free):
+        for job, slot in zip(ready(board, len(free), in_time), free, strict=False):
             board.waiting.remove(job)
             board.running[job] = slot
             board.tries[job] += 1
@@ -167,8 +174,10 @@ def carry_out(board, engine, submit, store, progress, in_time=lambda job: True):
 # %% ../../nbs/6_sweep/04_sweep.ipynb #b17ef6d1
 @dataclass(frozen=True)
 class Summary:
-    """What a sweep did: numbers of networks wanted (dense parents included), made now (trained or pruned), diverged, not pruned since
-    their dense network diverged (counted as diverged too), and of measurements made now; failed: (network in words, reason) of each that
+    """What a sweep did: numbers of networks wanted (dense parents included), made now (trained or pruned), diverged,
+    not pruned since
+    their dense network diverged (counted as diverged too), and of measurements made now; failed: (network in words,
+    reason) of each that
     failed; late: number of those for which no time was left."""
 
     wanted: int
@@ -218,13 +227,13 @@ def check_engine(engine, workers, scheduler, minutes=None, limit=None, threads=N
             raise ValueError(f"{name} is {count!r}; it must be a whole number from 1 to 4096, or None")
     if scheduler is not None and (engine != "dask" or workers is not None):
         raise ValueError(
-            f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; a scheduler needs engine 'dask' and brings its own workers"
+            f"scheduler is {scheduler!r}, engine {engine!r} and workers {workers!r}; "
+            "a scheduler needs engine 'dask' and brings its own workers"
         )
     for name, time_given, least in (("minutes", minutes, 0), ("limit", limit, 1 / 60)):
         if time_given is not None and not (isinstance(time_given, (int, float)) and least <= time_given < math.inf):
-            raise ValueError(
-                f"{name} is {time_given!r}; it must be a number of minutes{', at least a second' if least else ', not negative'}, or None"
-            )
+            bound = "at least a second" if least else "not negative"
+            raise ValueError(f"{name} is {time_given!r}; it must be a number of minutes, {bound}, or None")
 
 
 def open_engine(engine, workers, scheduler, device, seconds, threads=None):
@@ -239,15 +248,18 @@ def open_engine(engine, workers, scheduler, device, seconds, threads=None):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #8a582aca
 def check_code(remote):
-    """Raise RuntimeError if the loaded code is not what the versions stand for, or, with workers (`remote`), if they would load other code than this process has."""
+    """Raise RuntimeError if the loaded code is not what the versions stand for, or, with workers (`remote`), if they
+    would load other code than this process has."""
     versions.check_in_step()
     if changed := versions.changed_on_disk():
         if remote:
             raise RuntimeError(
-                f"{', '.join(changed)} changed on disk since this process loaded it, and workers would load the new code; start again"
+                f"{', '.join(changed)} changed on disk since this process loaded it, "
+                "and workers would load the new code; start again"
             )
         print(
-            f"{', '.join(changed)} changed on disk since this process loaded it; this sweep runs, and records, the code that is loaded",
+            f"{', '.join(changed)} changed on disk since this process loaded it; "
+            "this sweep runs, and records, the code that is loaded",
             file=sys.stderr,
         )
 
@@ -268,14 +280,20 @@ def run(
     keep_every=KEEP_EVERY,
     show=True,
 ):
-    """Train the `Experiment`s that `store` lacks and make the evaluations that it lacks; what is there is not computed again.
+    """Train the `Experiment`s that `store` lacks and make the evaluations that it lacks; what is there is not computed
+    again.
 
     evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}.
-    engine: "local", in this process or in `workers` processes of this machine, or "dask", on a cluster of `workers` processes or on that of `scheduler`
-    (its address, or a cluster object). threads: of each process, None for its share of the usable cores. device: "auto", "cpu" or "cuda". root: folder of the datasets, see `data.data_root`.
-    minutes: nothing is begun that cannot end in this time. limit: minutes for one network, in a worker; one that takes longer is ended like a crashed one.
-    keep_every: seconds between the states that a training leaves. show: a progress bar on the standard error. Returns a `Summary`; networks that failed are in it, and in `attempts.load_failures`.
-    Raises ValueError for settings that are not accepted, RuntimeError if the loaded code is not what the declared versions stand for, OSError for what
+    engine: "local", in this process or in `workers` processes of this machine, or "dask", on a cluster of `workers`
+    processes or on that of `scheduler`
+    (its address, or a cluster object). threads: of each process, None for its share of the usable cores. device:
+    "auto", "cpu" or "cuda". root: folder of the datasets, see `data.data_root`.
+    minutes: nothing is begun that cannot end in this time. limit: minutes for one network, in a worker; one that takes
+    longer is ended like a crashed one.
+    keep_every: seconds between the states that a training leaves. show: a progress bar on the standard error. Returns a
+    `Summary`; networks that failed are in it, and in `attempts.load_failures`.
+    Raises ValueError for settings that are not accepted, RuntimeError if the loaded code is not what the declared
+    versions stand for, OSError for what
     would meet every network, such as a full disk. Finished results stay.
     """
     check_engine(engine, workers, scheduler, minutes, limit, threads)

@@ -1,6 +1,7 @@
 """Tiny networks of every kind, and what they come to: weights and records as SHA-256, losses as numbers.
 
-Golden bits prove nothing about a number being right. They tell whether a change of code, or another machine, changes it.
+Golden bits prove nothing about a number being right. They tell whether a change of code, or another machine, changes
+it.
 """
 
 import dataclasses
@@ -87,7 +88,8 @@ def _numbers(size):
 
 
 def network(family, shape):
-    """A sparse network for images of `shape` whose weights come from arithmetic alone, so that training's version has no part in it."""
+    """A sparse network for images of `shape` whose weights come from arithmetic alone, so that training's version has
+    no part in it."""
     width, depth = {"mlp": (96, 1), "vgg": (6, 11)}[family]
     model = models.build_model(family, shape, 10, width=width, depth=depth)
     kept = {}
@@ -154,7 +156,8 @@ _CASES = (
 
 
 def compute(name):
-    """What a case comes to here: {"version": "training" or a measure, "losses": list of float, "bits": 16 hexadecimal digits}."""
+    """What a case comes to here: {"version": "training" or a measure, "losses": list of float, "bits": 16 hexadecimal
+    digits}."""
     function, *arguments = _CASES[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -173,7 +176,8 @@ def listed():
 
 
 def compare(name, found, golden):
-    """What differs between a computed case and the golden one, in words; None if nothing does. Bits count on a machine that is listed, losses elsewhere."""
+    """What differs between a computed case and the golden one, in words; None if nothing does. Bits count on a machine
+    that is listed, losses elsewhere."""
     if name not in golden:
         return f"{name} is not among the golden cases"
     wanted = golden[name]

@@ -150,7 +150,8 @@ from sparse_nb.study.experiments import Clean, Experiment, experiment_identity
 from sparse_nb.runs.store import Store
 from sparse_nb.networks.training import Recipe
 net = [Experiment("digits", "mlp", 8, 1, 300, 0, Recipe(epochs=1))]
-path = pathlib.Path(sys.argv[1]); path.write_text(path.read_text().replace("optimiser.zero_grad()", "optimiser.zero_grad(); pass"))
+path = pathlib.Path(sys.argv[1])
+path.write_text(path.read_text().replace("optimiser.zero_grad()", "optimiser.zero_grad(); pass"))
 print(sweep.run(net, [Clean()], store=Store(sys.argv[2]), show=False, workers=int(sys.argv[3]) or None))
 """
 

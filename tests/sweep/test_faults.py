@@ -1,4 +1,5 @@
-"""What becomes of damaged files, rivals, folders in the way and full disks: refused by name, never believed, never silently replaced."""
+"""What becomes of damaged files, rivals, folders in the way and full disks: refused by name, never believed, never
+silently replaced."""
 
 import dataclasses
 import json
@@ -271,7 +272,8 @@ def test_a_pickle_in_place_of_a_checkpoint_is_never_executed(store, tmp_path, ca
 
 
 def sweep_and_read(runs, answer, together, turns):
-    """Sweep at the same time as a rival, then read the table as often as it does, each time from no index; says in a file what was seen."""
+    """Sweep at the same time as a rival, then read the table as often as it does, each time from no index; says in a
+    file what was seen."""
     store, seen = Store(runs), []
     together.wait(30)
     summary = sweep.run(EXPERIMENTS, [MEASUREMENT], store=store, show=False)
@@ -310,7 +312,8 @@ def test_records_are_of_the_network_that_is_kept_when_a_rival_was_first(tmp_path
     store, rival = Store(tmp_path), []
 
     def load(dataset, split):
-        """The images; while they are fetched for training, another machine finishes the same run with slightly other weights."""
+        """The images; while they are fetched for training, another machine finishes the same run with slightly other
+        weights."""
         images = data.load_images(dataset, split)
         if split == "train" and not rival:
             model, history = train(ONE, images)

@@ -1,6 +1,8 @@
-"""Sweeps that are killed, crash, hang, run out of memory or disk, and meet each other: nothing is lost, doubled or silently wrong.
+"""Sweeps that are killed, crash, hang, run out of memory or disk, and meet each other: nothing is lost, doubled or
+silently wrong.
 
-Counts are small by default; `make bench-faults` sets SPARSE_NB_FAULTS=full and prints what is said here through `report`.
+Counts are small by default; `make bench-faults` sets SPARSE_NB_FAULTS=full and prints what is said here through
+`report`.
 """
 
 import dataclasses
@@ -86,11 +88,12 @@ def undisturbed(tmp_path_factory):
     return root, time.monotonic() - start
 
 
-# kill -9 --------------------------------------------------------------------------------------------------------------------------
+# kill -9 --------------------------------------------------------------------------------------------------------------
 
 
 def kill_drivers(count, undisturbed, folder):
-    """Kill the process of a sweep at random moments until there were `count` kills; finished sweeps are checked, and the next begins."""
+    """Kill the process of a sweep at random moments until there were `count` kills; finished sweeps are checked, and
+    the next begins."""
     root, seconds = undisturbed
     chance, kills, sweeps = random.Random(0), 0, 0
     while kills < count or sweeps == 0:
@@ -221,7 +224,7 @@ def test_kill_9_of_the_notebooks_kernel(undisturbed, tmp_path, report):
     )
 
 
-# Crashes, loops, hunger -----------------------------------------------------------------------------------------------------------
+# Crashes, loops, hunger -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +272,7 @@ def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monke
     )
 
 
-# Dask -----------------------------------------------------------------------------------------------------------------------------
+# Dask -----------------------------------------------------------------------------------------------------------------
 
 COUNT = 60 if FULL else 16
 
@@ -365,7 +368,7 @@ def test_a_cluster_that_goes_away_ends_the_sweep_with_one_sentence(tmp_path):
         cluster.wait()
 
 
-# Two at once, and full disks ------------------------------------------------------------------------------------------------------
+# Two at once, and full disks ------------------------------------------------------------------------------------------
 
 
 def sweep_and_say(root, answer, together):
@@ -434,7 +437,7 @@ def test_a_full_disk_is_said_and_the_sweep_resumes_when_there_is_room(undisturbe
     )
 
 
-# Time that is over ----------------------------------------------------------------------------------------------------------------
+# Time that is over ----------------------------------------------------------------------------------------------------
 
 
 def test_minutes_begin_nothing_that_cannot_end_and_exit_cleanly(tmp_path):
@@ -449,7 +452,7 @@ def test_minutes_begin_nothing_that_cannot_end_and_exit_cleanly(tmp_path):
     assert again.made == 1 and again.late == 2  # what fits is done
 
 
-# Many runs ------------------------------------------------------------------------------------------------------------------------
+# Many runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timed
@@ -471,12 +474,13 @@ def test_a_sweep_over_1000_finished_runs_begins_and_ends_within_2_seconds(undist
     report("a sweep over 1,000 finished runs", f"{seconds:.2f} s")
 
 
-# Devices ----------------------------------------------------------------------------------------------------------------
+# Devices --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_family_is_trained_kept_pruned_and_measured_on_each_device(device, tmp_path):
-    """The MLP has units that nobody hears, and its sparse product; the convolutional networks have batch norm and a last, smaller batch."""
+    """The MLP has units that nobody hears, and its sparse product; the convolutional networks have batch norm and a
+    last, smaller batch."""
     mlp = Experiment("digits", "mlp", 2048, 2, 10_000, 0, Recipe(epochs=2))
     vgg, resnet = (
         Experiment("digits", family, 8, depth, 5_000, 0, Recipe(epochs=2), rule="proportional")
