@@ -254,7 +254,9 @@ def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monke
     assert (
         len(summary.failed) == len(reasons) == 3 and summary.made == MADE - 3
     )  # the poisoned ones are made, and fail when they are measured
-    for experiment, words in zip(poisoned, ("was killed by SIGABRT", "took longer than the limit", "memory ran out")):
+    for experiment, words in zip(
+        poisoned, ("was killed by SIGABRT", "took longer than the limit", "memory ran out"), strict=True
+    ):
         tries, reason = reasons[experiment_hash(experiment)]
         assert tries == 3 and words in reason
     logs = {failure["run"]: "\n".join(failure["log"]) for failure in load_failures(store)}
@@ -319,7 +321,8 @@ def test_dask_finishes_all_jobs_though_workers_are_killed(tmp_path, monkeypatch,
     assert len(kills) >= 1 and len(executions) <= COUNT + len(kills)
     report(
         "Dask",
-        f"{COUNT} of {COUNT} jobs done, {len(kills)} worker kills, {len(executions)} executions (at most {COUNT + len(kills)})",
+        f"{COUNT} of {COUNT} jobs done, {len(kills)} worker kills, "
+        f"{len(executions)} executions (at most {COUNT + len(kills)})",
     )
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
@@ -345,7 +348,8 @@ def test_a_cluster_that_goes_away_ends_the_sweep_with_one_sentence(tmp_path):
         import sys, time
         from distributed import LocalCluster
         if __name__ == "__main__":
-            cluster = LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", worker_dashboard_address="127.0.0.1:0")
+            own = dict.fromkeys(("dashboard_address", "worker_dashboard_address"), "127.0.0.1:0")
+            cluster = LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", **own)
             print(cluster.scheduler_address, flush=True)
             time.sleep(120)
     """)
@@ -433,7 +437,8 @@ def test_a_full_disk_is_said_and_the_sweep_resumes_when_there_is_room(undisturbe
     assert ends > tries / 2
     report(
         "disk full at different writes",
-        f"{ends} of {tries} sweeps ended with 'No space left', earlier results readable, all finished when there was room",
+        f"{ends} of {tries} sweeps ended with 'No space left', earlier results readable, "
+        "all finished when there was room",
     )
 
 
