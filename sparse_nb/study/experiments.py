@@ -57,6 +57,13 @@ def without_meaning(experiment):
 
 # %% ../../nbs/4_study/02_experiments.ipynb #6b51d431
 SCHEDULES = ("static", "magnitude")
+_BOUNDS = {  # a seed and a budget fit the integers of a database; larger networks would not be built in a lifetime
+    "width": (1, 2**24),
+    "depth": (1, 1000),
+    "repeat": (1, 1000),
+    "budget": (1, 2**63 - 1),
+    "seed": (0, 2**63 - 1),
+}
 
 
 def accept(name, value, accepted):
@@ -73,9 +80,12 @@ def check_experiment(experiment):
     accept("schedule", e.schedule, SCHEDULES)
     accept("initial_scale", e.initial_scale, masks.SCALES)
     accept("pruning", e.pruning, masks.SCOPES)
-    for name in ("width", "depth", "repeat", "budget", "seed"):
-        if type(getattr(e, name)) is not int:
-            raise TypeError(f"{name} is {getattr(e, name)!r}; accepted: a whole number")
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(e, name)
+        if type(value) is not int:
+            raise TypeError(f"{name} is {value!r}; accepted: a whole number")
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}; accepted: {least} to {most:,}")
     if type(e.batch_norm) is not bool or type(e.recipe) is not Recipe:
         raise TypeError(
             f"batch_norm is {e.batch_norm!r} and recipe {e.recipe!r}; accepted: True or False, and a training.Recipe"

@@ -173,9 +173,9 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
     """
     accept("preset", preset, PRESETS)
     preset = PRESETS[preset]
-    for name, value in [("seeds", seeds), ("epochs", epochs)]:
-        if value is not None and not (type(value) is int and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+    for name, value, most in [("seeds", seeds, 10_000), ("epochs", epochs, 1_000_000)]:
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
     widths = (
         str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
     )

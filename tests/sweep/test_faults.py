@@ -513,7 +513,7 @@ described = st.builds(
     ),
     rates,
     rates,
-    st.integers(0, 2**63),
+    st.integers(0, 2**63 - 1),
     st.sampled_from(["sparse", "dense"]),
 )
 
