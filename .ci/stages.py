@@ -82,6 +82,15 @@ def in_step(log):
         return run(["git", "diff", "--exit-code", "--stat", "-p", "-U1"], log, cwd=copy)
 
 
+def lint(log):
+    commands = (
+        [BIN / "ruff", "check", "--output-format", "concise"],
+        [BIN / "ruff", "format", "--check"],
+        [BIN / "mypy"],
+    )
+    return max([run(command, log) for command in commands])
+
+
 def notebooks(log):
     data = os.environ.get("SPARSE_NB_DATA")
     real = data and (Path(data) / "MNIST/raw").is_dir() and (Path(data) / "cifar-10-batches-py").is_dir()
@@ -118,7 +127,7 @@ def pytest(log):
 def main():
     LOGS.mkdir(exist_ok=True)
     failed = False
-    for stage in (in_step, notebooks, outputs, timed_tests, pytest):
+    for stage in (in_step, lint, notebooks, outputs, timed_tests, pytest):
         name = stage.__name__.replace("_", " ")
         print(f"{name:<14}", end="", flush=True)
         start = time.monotonic()

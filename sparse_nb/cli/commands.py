@@ -170,7 +170,7 @@ def status_command(command: options.Status) -> None:
     rates, failed = measured_rates(store, device), {failure["run"] for failure in load_failures(store)}
     wanted = {figure: _wanted(command, (figure,)) for figure in _figures_of(command)}
     if len(wanted) > 1:
-        every = {}
+        every: dict = {}
         for of_figure in wanted.values():
             for e, evaluations in of_figure.items():
                 every[e] = tuple(dict.fromkeys([*every.get(e, ()), *evaluations]))
@@ -265,7 +265,7 @@ def export_command(command: options.Export) -> None:
 
 def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path):
     """Export runs, one folder for each dataset and family, printing the files and what is no longer published."""
-    parts = {}
+    parts: dict[str, list[Experiment]] = {}
     for experiment in experiments:
         parts.setdefault(f"{experiment.dataset}-{experiment.family}", []).append(experiment)
 
@@ -317,7 +317,7 @@ def explore_command(command: options.Explore) -> None:
     serve(command.notebooks / "explore.ipynb", runs=command.runs, **where)
 
 # %% ../../nbs/cli/02_commands.ipynb #633c17aa
-_COMMANDS = {
+_COMMANDS: dict = {
     options.Figures: figures_command,
     options.Sweep: sweep_command,
     options.Status: status_command,

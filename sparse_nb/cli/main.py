@@ -17,7 +17,7 @@ import tyro
 from . import options
 
 # %% ../../nbs/cli/03_main.ipynb #65e3f658
-_OPTIONS = {
+_OPTIONS: dict = {
     "figures": options.Figures,
     "sweep": options.Sweep,
     "status": options.Status,

@@ -11,6 +11,7 @@ __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_
 
 # %% ../../nbs/4_study/03_studies.ipynb #d4735e3a
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .. import data
@@ -78,7 +79,7 @@ class Preset:
     class_recall: ClassRecall = ClassRecall()
     corruption: Corruption = Corruption(test_images=1000)
     attack: Attack = Attack(test_images=1000)
-    attack_epsilons: dict[int, tuple[float, ...]] = field(
+    attack_epsilons: Mapping[int, tuple[float, ...]] = field(
         default_factory=lambda: attacks.EPSILONS
     )  # by the images' channels
     only_rules: tuple[str, ...] = ()
