@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'SCOPES', 'sample_positions', 'random_positions', 'random_masks', 'density', 'check_masks', 'kept_positions',
-           'initialise', 'draw_layer', 'apply_masks', 'gradient_masks', 'mask_gradients', 'largest', 'magnitude_masks']
+           'initialise', 'apply_masks', 'gradient_masks', 'mask_gradients', 'magnitude_masks']
 
 # %% ../../nbs/2_networks/03_masks.ipynb #ea646c48
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from .models import counted_weights
 from ..randomness import generator
 
 # %% ../../nbs/2_networks/03_masks.ipynb #19581e27
-def sample_positions(size, kept, stream):
+def sample_positions(size: int, kept: int, stream: torch.Generator) -> torch.Tensor:
     """`kept` distinct positions out of `size`, every subset equally likely, in ascending order.
 
     size: number of weights in the layer. kept: 0 ≤ kept ≤ size. stream: a CPU `torch.Generator`.
-    Returns int64 (kept,). Time and memory follow kept; over half, only size − kept numbers are drawn, with `size` bytes beside them.
+    Returns int64 (kept,). Time and memory follow kept; over half, only size − kept numbers are drawn, with `size` bytes
+    beside them.
     """
     if 2 * kept > size:
         stays = torch.ones(size, dtype=torch.bool)
@@ -37,21 +38,25 @@ def sample_positions(size, kept, stream):
     return torch.from_numpy(np.sort(chosen[:kept]))
 
 # %% ../../nbs/2_networks/03_masks.ipynb #8527a891
-def random_positions(model, budget, *, rule="water_filling", seed):
+def random_positions(
+    model: nn.Module, budget: int, *, rule: str = "water_filling", seed: int
+) -> dict[str, torch.Tensor]:
     """Random flat positions of exactly `budget` kept weights of `model`, split over its layers by `rule`.
 
-    model: any `nn.Module`, also without memory on the meta device; its counted weights are those of convolutions and linear layers.
-    budget: int, one per layer at least, all counted weights at most. rule: see `allocation.allocate`.
-    Returns {weight name: int64 (kept,), ascending, on the CPU}. Raises ValueError for an impossible budget or an unknown rule. Paper, section 2.
+    model: any `nn.Module`, also without memory on the meta device; its counted weights are those of convolutions and
+    linear layers. budget: int, one per layer at least, all counted weights at most. rule: see `allocation.allocate`.
+    Returns {weight name: int64 (kept,), ascending, on the CPU}. Raises ValueError for an impossible budget or an
+    unknown rule. Paper, section 2.
     """
     shapes = {name: tuple(weight.shape) for name, weight in counted_weights(model).items()}
+    counts = allocate(list(shapes.values()), budget, rule)
     return {
         name: sample_positions(math.prod(shape), kept, generator(seed, "mask", name))
-        for (name, shape), kept in zip(shapes.items(), allocate(list(shapes.values()), budget, rule))
+        for (name, shape), kept in zip(shapes.items(), counts, strict=True)
     }
 
 # %% ../../nbs/2_networks/03_masks.ipynb #b17ef6d1
-def random_masks(model, budget, *, rule="water_filling", seed):
+def random_masks(model: nn.Module, budget: int, *, rule: str = "water_filling", seed: int) -> dict[str, torch.Tensor]:
     """Random masks that keep exactly `budget` weights of `model`: true at its `random_positions`.
 
     Returns {weight name: bool tensor of the weight's shape, on the weight's device}. Arguments and errors as there.
@@ -63,107 +68,116 @@ def random_masks(model, budget, *, rule="water_filling", seed):
     return masks
 
 # %% ../../nbs/2_networks/03_masks.ipynb #785f3ec7
-def density(masks):
+def density(masks: Mapping[str, torch.Tensor]) -> float:
     """Kept over all counted weights, in (0, 1]. masks: {name: bool tensor}, not empty."""
     return sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 # %% ../../nbs/2_networks/03_masks.ipynb #b7a56873
-def check_masks(model, masks):
+def check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
     """The counted weights of `model`, after checking that `masks` are theirs.
 
-    Returns {name: Parameter}. Raises ValueError naming the first mask that is missing, unknown, or of another shape or dtype.
+    Returns {name: Parameter}. Raises ValueError naming the first mask that is missing, unknown, or of another shape or
+    dtype.
     """
-    weights = counted_weights(model)
+    weights, wrong = counted_weights(model), "the masks belong to another network: "
     for name in masks:
         if name not in weights:
-            raise ValueError(f"the masks belong to another network: {name!r} is none of its weights {list(weights)}")
+            raise ValueError(f"{wrong}{name!r} is none of its weights {list(weights)}")
     for name, weight in weights.items():
         if name not in masks:
-            raise ValueError(f"the masks belong to another network: none for its weight {name!r}")
-        if masks[name].shape != weight.shape or masks[name].dtype != torch.bool:
-            raise ValueError(
-                f"the masks belong to another network: that of {name!r} is {masks[name].dtype} {tuple(masks[name].shape)}; the weight needs torch.bool {tuple(weight.shape)}"
-            )
+            raise ValueError(f"{wrong}none for its weight {name!r}")
+        mask = masks[name]
+        if mask.shape != weight.shape or mask.dtype != torch.bool:
+            found, needed = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(weight.shape)}"
+            raise ValueError(f"{wrong}that of {name!r} is {found}; the weight needs {needed}")
     return weights
 
 # %% ../../nbs/2_networks/03_masks.ipynb #5f9c4ab0
-def kept_positions(model, masks):
-    """The flat positions of the kept weights, {weight name: int64 (kept,), ascending}, of masks; or of positions, which stay as they are.
+def kept_positions(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The flat positions of the kept weights, {weight name: int64 (kept,), ascending}, of masks; positions stay as they
+    are.
 
     Raises ValueError for masks or positions of another network.
     """
     if not all(mask.dtype == torch.int64 for mask in masks.values()):
         return {name: masks[name].flatten().nonzero().squeeze(1) for name in check_masks(model, masks)}
-    for name, weight in counted_weights(model).items():
-        if name not in masks or len(masks) > len(counted_weights(model)):
-            raise ValueError(
-                f"the positions belong to another network: they are of {list(masks)}, its weights are {list(counted_weights(model))}"
-            )
-        if (
-            masks[name].dim() != 1
-            or (masks[name].diff() <= 0).any()
-            or len(masks[name])
-            and not 0 <= masks[name][0] <= masks[name][-1] < weight.numel()
-        ):
+    weights = counted_weights(model)
+    if set(masks) != set(weights):
+        raise ValueError(
+            f"the positions belong to another network: they are of {list(masks)}, its weights are {list(weights)}"
+        )
+    for name, weight in weights.items():
+        kept = masks[name]
+        ascending = kept.dim() == 1 and not (kept.diff() <= 0).any()
+        if not ascending or (len(kept) and not 0 <= kept[0] <= kept[-1] < weight.numel()):
             raise ValueError(f"the positions of {name!r} must ascend from 0 or more to at most {weight.numel() - 1}")
-    return {name: masks[name] for name in counted_weights(model)}
+    return {name: masks[name] for name in weights}
 
 # %% ../../nbs/2_networks/03_masks.ipynb #35135aaa
 SCALES = ("sparse", "dense")
 
 
-def initialise(model, masks, *, seed, scale="sparse"):
-    """Draw the initial weights of `model` at the kept positions, zero elsewhere; everything in place.
+def initialise(model: nn.Module, masks: Mapping[str, torch.Tensor] | None, *, seed: int, scale: str = "sparse") -> None:
+    """Sample the initial weights of `model` at the kept positions, zero elsewhere; everything in place.
 
-    masks: {name: bool tensor} as from `random_masks`; None for a model whose every weight is kept, as of one that stores no others.
-    scale: "sparse" counts a layer's fan-in over kept weights, "dense" over all.
-    Weights and biases of counted layers are uniform in ±1/√fan-in, PyTorch's default; other modules are reset to their defaults.
-    Independent of the global random state. A weight that two layers share is not supported: the second would draw it anew, whole.
-    Raises ValueError for an unknown scale or masks of another network.
+    masks: {name: bool tensor} as from `random_masks`; None for a model whose every weight is kept, as of one that
+    stores no others. scale: "sparse" counts a layer's fan-in over kept weights, "dense" over all.
+    Weights and biases of counted layers are uniform in ±1/√fan-in, PyTorch's default; other modules are reset to their
+    defaults, if they have a `reset_parameters`. A weight that several layers share is sampled once, for the layer that
+    it is counted for; each of them gets biases of its own. Independent of the global random state. Raises ValueError
+    for an unknown scale or masks of another network.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; accepted: {', '.join(SCALES)}")
     weights = check_masks(model, masks) if masks is not None else counted_weights(model)
-    for name, module in model.named_modules():
-        weight = f"{name}.weight".lstrip(".")
-        if weight in weights:
-            draw_layer(module, masks and masks[weight], generator(seed, "initialise", name), scale)
+    names, counted = {id(weight): name for name, weight in weights.items()}, []
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            counted.append((path, module))
         elif hasattr(module, "reset_parameters"):
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(generator(seed, "initialise", name).initial_seed())
+                torch.manual_seed(generator(seed, "initialise", path).initial_seed())
                 module.reset_parameters()
+    for path, module in counted:  # after the others, since an embedding may share its weight with a linear layer
+        name, stream = names[id(module.weight)], generator(seed, "initialise", path)
+        _sample_layer(module, masks and masks[name], stream, scale, again=name != f"{path}.weight".lstrip("."))
 
 # %% ../../nbs/2_networks/03_masks.ipynb #624b60c5
 @torch.no_grad()
-def draw_layer(module, mask, stream, scale):
-    """Draw one convolution's or linear layer's weights at the true positions of `mask`, all of them if it is None, and its biases, in place.
+def _sample_layer(
+    module: nn.Module, mask: torch.Tensor | None, stream: torch.Generator, scale: str, again: bool = False
+) -> None:
+    """Sample one convolution's or linear layer's weights at the true positions of `mask`, all of them if it is None,
+    and its biases, in place.
 
-    module: with the attribute `shape`, of the whole matrix or kernel, if its `weight` is a list of the kept entries.
-    stream: CPU `torch.Generator`. scale: see `initialise`.
+    module: with the attribute `shape`, of the complete matrix or kernel, if its `weight` is a list of the kept entries.
+    scale: see `initialise`. again: its weight was sampled for another layer, and stays.
     """
     weight, shape = module.weight, getattr(module, "shape", module.weight.shape)
     positions = torch.arange(weight.numel()) if mask is None else mask.flatten().nonzero().squeeze(1)
     fan_in = (len(positions) if scale == "sparse" else math.prod(shape)) / shape[0]
-    bound = 1 / math.sqrt(fan_in)
+    bound = 1 / math.sqrt(fan_in) if fan_in else 0.0  # without inputs, PyTorch's biases are zero too
 
     def uniform(count):
         return ((2 * torch.rand(count, generator=stream) - 1) * bound).to(weight)
 
-    values = torch.zeros(weight.numel()).to(weight).index_copy_(0, positions.to(weight.device), uniform(len(positions)))
-    weight.copy_(values.view(weight.shape))
+    if not again:
+        values = torch.zeros(weight.numel()).to(weight)
+        values.index_copy_(0, positions.to(weight.device), uniform(len(positions)))
+        weight.copy_(values.view(weight.shape))
     if module.bias is not None:
         module.bias.copy_(uniform(len(module.bias)))
 
 # %% ../../nbs/2_networks/03_masks.ipynb #7a61b537
 @torch.no_grad()
-def apply_masks(model, masks):
+def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set the removed weights of `model` to zero, in place. Raises ValueError for masks of another network."""
     for name, weight in check_masks(model, masks).items():
         weight.mul_(masks[name])
 
 
-def gradient_masks(model, masks):
-    """(weight, 0 or 1 for each of its entries) for every counted weight that loses some; what `mask_gradients` needs at each step.
+def gradient_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """(weight, 0 or 1 for each of its entries) for each counted weight that loses some; `mask_gradients` needs it.
 
     The factors have the weight's dtype and memory layout. Raises ValueError for masks of another network.
     """
@@ -176,16 +190,20 @@ def gradient_masks(model, masks):
 
 
 @torch.no_grad()
-def mask_gradients(held):
-    """Set the gradients of removed weights to zero, in place; call between `backward` and the optimiser's step. held: from `gradient_masks`."""
+def mask_gradients(held: Sequence[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    """Set the gradients of removed weights to zero, in place, between `backward` and the optimiser's step. held: from
+    `gradient_masks`.
+    """
     for weight, kept in held:
-        weight.grad.mul_(kept)
+        if weight.grad is not None:  # of a frozen or unused layer
+            weight.grad.mul_(kept)
 
 # %% ../../nbs/2_networks/03_masks.ipynb #44cb730c
-def largest(magnitudes, kept):
+def _largest(magnitudes: torch.Tensor, kept: int) -> torch.Tensor:
     """True at the `kept` largest entries; of equal entries the first positions are taken.
 
-    magnitudes: tensor of any shape without NaN. kept: 0 ≤ kept ≤ number of entries. Returns a bool tensor of the same shape and device.
+    magnitudes: tensor of any shape without NaN. kept: 0 ≤ kept ≤ number of entries. Returns a bool tensor of the same
+    shape and device.
     """
     flat = magnitudes.flatten()
     if kept == 0:
@@ -200,12 +218,15 @@ def largest(magnitudes, kept):
 SCOPES = ("layer", "global")
 
 
-def magnitude_masks(model, budget, *, scope="layer", rule="water_filling"):
+def magnitude_masks(
+    model: nn.Module, budget: int, *, scope: str = "layer", rule: str = "water_filling"
+) -> dict[str, torch.Tensor]:
     """Masks that keep exactly `budget` weights of `model`, those largest in magnitude; of equal ones the first.
 
-    budget: int, one per layer at least, all counted weights at most. scope: "layer" splits it by `rule` (see `allocation.allocate`),
-    "global" lets all layers compete, and may empty one. Returns {weight name: bool tensor of the weight's shape, on its device}.
-    Raises ValueError for an impossible budget, an unknown scope or rule, or weights that are not finite. Paper, section 2.
+    budget: int, one per layer at least, all counted weights at most. scope: "layer" splits it by `rule` (see
+    `allocation.allocate`), "global" lets all layers compete, and may empty one. Returns {weight name: bool tensor of
+    the weight's shape, on its device}. Raises ValueError for an impossible budget, an unknown scope or rule, or weights
+    that are not finite. Paper, section 2.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; accepted: {', '.join(SCOPES)}")
@@ -216,7 +237,7 @@ def magnitude_masks(model, budget, *, scope="layer", rule="water_filling"):
             raise ValueError(f"{name} has weights that are not finite; a diverged network cannot be pruned")
     magnitudes = [w.detach().abs() for w in weights.values()]
     if scope == "layer":
-        return {name: largest(m, kept) for name, m, kept in zip(weights, magnitudes, counts)}
-    together = largest(torch.cat([m.flatten() for m in magnitudes]), budget)
+        return {name: _largest(m, kept) for name, m, kept in zip(weights, magnitudes, counts, strict=True)}
+    together = _largest(torch.cat([m.flatten() for m in magnitudes]), budget)
     parts = together.split([m.numel() for m in magnitudes])
-    return {name: part.view(m.shape) for name, m, part in zip(weights, magnitudes, parts)}
+    return {name: part.view(m.shape) for name, m, part in zip(weights, magnitudes, parts, strict=True)}
