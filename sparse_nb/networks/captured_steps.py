@@ -22,8 +22,8 @@ def captured(model, example):
     if not example.is_cuda:
         return model
     for layer in model.modules():
-        if isinstance(layer, SparseLinear) and layer.heard_outputs is not None:
-            layer.heard_outputs = layer.heard_outputs.to(example.device)
+        if isinstance(layer, SparseLinear) and layer.executed_outputs is not None:
+            layer.executed_outputs = layer.executed_outputs.to(example.device)
     before, plain = {name: value.clone() for name, value in model.state_dict().items()}, model.forward
     torch.cuda.make_graphed_callables(model.train(), (example,))
     warnings.filterwarnings(

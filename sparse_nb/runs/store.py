@@ -525,7 +525,7 @@ def save_run(store, experiment, model, history, environment):
     """Keep a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
     import safetensors.torch
 
-    from sparse_nb.networks.masks import connectivity
+    from sparse_nb.networks.connectivity import connectivity
     from sparse_nb.networks.sparse_layers import pattern
     from sparse_nb.study.experiments import build, dense_parent, experiment_identity
 

@@ -172,7 +172,11 @@ def code_hash(source, definition=None, without=()):
     return hashlib.sha256(repr(_shape(tree)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/4_study/01_versions.ipynb #24066a19
-_NETWORK = ("randomness", "data", *(f"networks.{name}" for name in ("models", "allocation", "masks", "sparse_layers")))
+_NETWORK = (
+    "randomness",
+    "data",
+    *(f"networks.{name}" for name in ("models", "allocation", "masks", "kernels", "sparse_layers")),
+)
 _MEASURING = (*_NETWORK, "robustness.evaluation")
 _PARTS = {
     "training": (

@@ -5,7 +5,7 @@ import torch
 
 import bench
 from sparse_nb import data
-from sparse_nb.networks import masks, sparse_layers, training
+from sparse_nb.networks import kernels, masks, training
 from sparse_nb.networks.models import build_model, counted_weights
 from sparse_nb.networks.sparse_layers import SparseConv2d, SparseLinear, dense_network
 from sparse_nb.networks.training import Recipe
@@ -66,13 +66,13 @@ def test_a_sweep_executes_sparsely_and_records_what_dense_execution_gives(name, 
 
 def test_the_walks_are_what_a_sweep_runs_on(tmp_path, monkeypatch):
     calls = []
-    for walk in ("walk_forward", "walk_backward", "walk_convolution", "walk_convolution_back"):
-        original = getattr(sparse_layers, walk)
+    for walk in ("_walk_forward", "_walk_backward", "_walk_convolution", "_walk_convolution_back"):
+        original = getattr(kernels, walk)
         monkeypatch.setattr(
-            sparse_layers, walk, lambda *args, walk=walk, original=original: (calls.append(walk), original(*args))
+            kernels, walk, lambda *args, walk=walk, original=original: (calls.append(walk), original(*args))
         )
     sweep.run([CASES["mlp"], CASES["resnet"]], [NOISE], store=Store(tmp_path), device="cpu", show=False)
-    assert set(calls) == {"walk_forward", "walk_backward", "walk_convolution", "walk_convolution_back"}
+    assert set(calls) == {"_walk_forward", "_walk_backward", "_walk_convolution", "_walk_convolution_back"}
 
 
 def test_a_pruned_network_is_sparse_and_a_dense_one_dense(tmp_path):

@@ -128,11 +128,11 @@ def test_a_renamed_variable_needs_make_versions_and_another_order_of_summation_a
 
     edit(
         project,
-        "networks.sparse_layers",
+        "networks.kernels",
         "    for e in range(first, last):\n        weight, row =",
         "    for e in range(last - 1, first - 1, -1):\n        weight, row =",
     )
-    assert "networks.sparse_layers (shapes training, clean" in in_step(project).stderr
+    assert "networks.kernels (shapes training, clean" in in_step(project).stderr
     said = make_versions(project)
     assert said.returncode == 1 and "raise versions.TRAINING" in said.stdout, said.stdout + said.stderr
     for version in versions.versions_now().values():
