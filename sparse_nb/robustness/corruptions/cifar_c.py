@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+from ...data import data_root
 from ...randomness import generator
 from .archives import frost_photographs
 from sparse_nb.robustness.corruptions.filters import (
@@ -435,8 +436,11 @@ def grown_ice():
 
 
 @cache
-def frost_textures(root=None):
-    """The textures that frost is cut from, uint8 (3, H, W), five of them, and what they are: "photographs" if they are under `root` or can be fetched, else "grown ice"."""
+def frost_textures(root: Path) -> tuple[list[torch.Tensor], str]:
+    """The five textures that frost is cut from, uint8 (3, H, W), and what they are.
+
+    root: the folder of the datasets. "photographs" if they are there or can be downloaded to it, else "grown ice"; remembered for each folder.
+    """
     try:
         photographs = frost_photographs(root=root, download=True)
     except FileNotFoundError:  # no network
@@ -458,8 +462,8 @@ def frosted(images, parameters, ice):
 
 
 def frost(images, parameters, draws, *, root=None):
-    """`frosted` with the piece of a texture that each image's "place" names."""
-    textures, _ = frost_textures(root)
+    """`frosted` with the piece of a texture that each image's "place" names. root: the folder of the textures, see `data.data_root`."""
+    textures, _ = frost_textures(data_root(root))
     size, pieces = images.shape[-1], []
     for which, row, column in draws["place"].tolist():
         texture = textures[int(which * len(textures))]
