@@ -1,4 +1,5 @@
-"""What the chapters on corruptions cannot test in a cell: other threads, processes and devices, a memory shared by networks, missing libraries, no network."""
+"""What the chapters on corruptions cannot test in a cell: other threads, processes and devices, a memory shared by
+networks, missing libraries, no network."""
 
 import hashlib
 import io
@@ -48,7 +49,7 @@ def severities(dataset, name):
     return range(1, len(benchmark(IMAGE_SHAPES[dataset])[name].parameters) + 1)
 
 
-# Whatever the threads and processes ---------------------------------------------------------------------------------------------
+# Whatever the threads and processes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
@@ -110,7 +111,8 @@ def test_processes_in_any_order():
     "dataset, name", [(dataset, name) for dataset, name in ALL if benchmark(IMAGE_SHAPES[dataset])[name].draw]
 )
 def test_draws_depend_on_their_name_alone(dataset, name):
-    """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each change them."""
+    """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each
+    change them."""
     corruption, shape, own = (
         benchmark(IMAGE_SHAPES[dataset])[name],
         IMAGE_SHAPES[dataset],
@@ -128,7 +130,7 @@ def test_draws_depend_on_their_name_alone(dataset, name):
         assert all(not torch.equal(values, whole[kind]) for kind, values in drawn(other, range(200, 300)).items())
 
 
-# Memory --------------------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,7 +158,8 @@ def test_a_second_network_meets_remembered_images(made):
 
 
 def test_what_is_remembered_is_of_these_images(made):
-    """Neither a name nor a place in the test set makes two images equal: changed pixels are corrupted themselves, and records are those without memory."""
+    """Neither a name nor a place in the test set makes two images equal: changed pixels are corrupted themselves, and
+    records are those without memory."""
     images = sample(load_images("digits", "test"), 40)
     network = build_model("mlp", images.shape, 10, width=8, depth=1)
     others = [
@@ -188,7 +191,7 @@ def test_what_does_not_fit_is_not_kept(made, monkeypatch):
     assert corruptions._MEMORY.used <= 12 * 10**6
 
 
-# Folders -------------------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -215,7 +218,8 @@ def refuse(path):
 
 
 def test_frost_is_of_the_folder_that_its_record_names(two_winters, tmp_path, monkeypatch):
-    """Photographs of one colour: what frost must give is known for every pixel, in each folder, whatever the default folder is."""
+    """Photographs of one colour: what frost must give is known for every pixel, in each folder, whatever the default
+    folder is."""
     images = pictures("cifar10")
     network = build_model("mlp", images.shape, 10, width=8, depth=1)
     monkeypatch.setenv("SPARSE_NB_DATA", str(tmp_path / "nothing"))
@@ -267,7 +271,7 @@ def test_only_test_images_are_official(tmp_path):
             function(source="official")
 
 
-# What is not there ---------------------------------------------------------------------------------------------------------------
+# What is not there ----------------------------------------------------------------------------------------------------
 
 WITHOUT = """
     import importlib.util, io, socket, sys
@@ -340,7 +344,7 @@ def test_digits_ask_no_network(tmp_path):
     assert said == ["[]"] and list(tmp_path.iterdir()) == []
 
 
-# Devices -------------------------------------------------------------------------------------------------------------------------
+# Devices --------------------------------------------------------------------------------------------------------------
 
 ELSEWHERE = "lazy"  # a device that needs no driver to be named
 
@@ -366,7 +370,8 @@ class There(torch.Tensor):
 
 
 class TwoDevices(TorchDispatchMode):
-    """While it is active, an operation on tensors of both devices is an error, as it is with a GPU; a CPU tensor that is a single number is welcome."""
+    """While it is active, an operation on tensors of both devices is an error, as it is with a GPU; a CPU tensor that
+    is a single number is welcome."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -416,7 +421,8 @@ def test_mixed_devices_would_be_noticed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dataset, name", ALL)
 def test_a_gpu_makes_the_same_images(dataset, name):
-    """The order of some sums and fused products are a GPU's own. They may cost one value of a thousand a level; where a threshold lies between, in
+    """The order of some sums and fused products are a GPU's own. They may cost one value of a thousand a level; where a
+    threshold lies between, in
     spatter, snow and canny edges, more than a level."""
     images = pictures(dataset, 64)
     for severity in severities(dataset, name):

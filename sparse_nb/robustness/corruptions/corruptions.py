@@ -22,7 +22,7 @@ from ...data import IMAGE_SHAPES, ImageSet, data_root
 from . import cifar_c, mnist_c
 from .archives import available, load_official
 from .filters import CorruptionKind, apply
-from ..evaluation import Record, accuracy_and_loss, logits
+from ..evaluation import Record, _distinct, _refuse_empty, _whole_number, accuracy_and_loss, logits
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #f6f8a1bd
 BENCHMARKS = {(1, 28, 28): mnist_c.CORRUPTIONS, (3, 32, 32): cifar_c.CORRUPTIONS}
@@ -36,7 +36,8 @@ def benchmark(shape: Sequence[int]) -> dict[str, CorruptionKind]:
 
 
 def names(dataset: str) -> tuple[str, ...]:
-    """The corruptions of a dataset, in the benchmark's order: 15 for "digits" and "mnist", 19 for "cifar10" and "cifar100"."""
+    """The corruptions of a dataset, in the benchmark's order: 15 for "digits" and "mnist", 19 for "cifar10" and
+    "cifar100"."""
     return tuple(benchmark(_shape_of(dataset)))
 
 
@@ -50,20 +51,23 @@ def _shape_of(dataset):
 PAPER_SEVERITIES = (2, 4)
 
 
-def default_severities(shape, name):
-    """The severities at which the paper measures: (2, 4) for colour images, the published one of MNIST-C for grey ones."""
+def default_severities(shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """The severities at which the paper measures: (2, 4) for colour images, the published one of MNIST-C for grey
+    ones."""
     check_severity(shape, name, 0)
     return PAPER_SEVERITIES if shape[0] == 3 else (mnist_c.PUBLISHED[name],)
 
 
-def check_severity(shape, name, severity):
-    """Raise ValueError unless images of `shape` have the corruption `name` at `severity`; 0 is no corruption and always there."""
+def check_severity(shape: Sequence[int], name: str, severity: int) -> int:
+    """`severity` as an int. Raises ValueError unless images of `shape` have the corruption `name` at it; 0 is no
+    corruption and always there."""
     corruptions = benchmark(shape)
     if name not in corruptions:
         raise ValueError(f"corruption is {name!r}; for images {tuple(shape)} accepted: {', '.join(corruptions)}")
-    most = len(corruptions[name].parameters)
-    if type(severity) is not int or not 0 <= severity <= most:
-        raise ValueError(f"severity is {severity!r}; for {name} accepted: {', '.join(map(str, range(most + 1)))}")
+    accepted = range(len(corruptions[name].parameters) + 1)
+    if isinstance(severity, (bool, float)) or severity not in accepted:
+        raise ValueError(f"severity is {severity!r}; for {name} accepted: {', '.join(map(str, accepted))}")
+    return int(severity)
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #7057788b
 SOURCES = ("auto", "official", "generated")
@@ -72,13 +76,16 @@ SOURCES = ("auto", "official", "generated")
 def source_of(dataset: str, name: str, severity: int, *, source: str = "auto", root: Path | str | None = None) -> str:
     """Where the test images of `dataset` under a corruption come from.
 
-    source: "official" insists on the archive, "generated" ignores it, "auto" takes it where it is. root: the folder of the datasets, see
-    `data.data_root`. Returns "official", or "generated" with what decided the pixels where that matters: the JPEG library, the textures of frost
+    source: "official" insists on the archive, "generated" ignores it, "auto" takes it where it is. root: the folder of
+    the datasets, see
+    `data.data_root`. Returns "official", or "generated" with what decided the pixels where that matters: the JPEG
+    library, the textures of frost
     (its six photographs are downloaded to `root` if they are missing).
-    Raises ValueError for an unknown dataset, corruption, severity or source, FileNotFoundError for an archive that is insisted on and absent.
+    Raises ValueError for an unknown dataset, corruption, severity or source, FileNotFoundError for an archive that is
+    insisted on and absent.
     """
     shape = _shape_of(dataset)
-    check_severity(shape, name, severity)
+    severity = check_severity(shape, name, severity)
     return _origin(dataset, shape, "test", name, severity, source, data_root(root).absolute())
 
 
@@ -119,13 +126,13 @@ def origins(
 
 
 def _requested(shape, names, severities):
-    """Every (name, severity) that is asked for, in order; None asks for the defaults. Raises ValueError as `check_severity`."""
-    names, pairs = benchmark(shape) if names is None else names, []
-    for name in names:
-        pairs += [(name, s) for s in (default_severities(shape, name) if severities is None else severities)]
-    for name, severity in pairs:
-        check_severity(shape, name, severity)
-    return pairs
+    """Every (name, severity) that is asked for, in order; None asks for the defaults. Raises ValueError as
+    `check_severity`, and for names or severities that are no sequence, empty, or there twice."""
+    names = tuple(benchmark(shape)) if names is None else _distinct("names", names)
+    if severities is not None:
+        severities = _distinct("severities", severities, _whole_number)
+    pairs = [(name, s) for name in names for s in severities or default_severities(shape, name)]
+    return [(name, check_severity(shape, name, severity)) for name, severity in pairs]
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #b8817c21
 def corrupt(
@@ -140,20 +147,24 @@ def corrupt(
 ) -> ImageSet:
     """An `ImageSet` under one corruption: the same labels, other pixels.
 
-    images: uint8, grey 28 × 28 or colour 32 × 32, on any device. name: one of `names`. severity: 0, which changes nothing, to 5. seed, draw:
-    name the random numbers, with the corruption, the severity and each image's index. source: see `source_of`; only test images can be official.
-    root: folder of the datasets, where archives and frost's photographs are looked for; default `images.root`, else `data.data_root()`.
-    Raises ValueError for an unknown name, severity, shape or source, FileNotFoundError for an official array that is not there.
+    images: uint8, grey 28 × 28 or colour 32 × 32, on any device. name: one of `names`. severity: 0, which changes
+    nothing, to 5. seed, draw:
+    name the random numbers, with the corruption, the severity and each image's index. source: see `source_of`; only
+    test images can be official.
+    root: folder of the datasets, where archives and frost's photographs are looked for; default `images.root`, else
+    `data.data_root()`.
+    Raises ValueError for an unknown name, severity, shape or source, FileNotFoundError for an official array that is
+    not there.
     Hendrycks & Dietterich 2019; Mu & Gilmer 2019.
     """
-    check_severity(images.shape, name, severity)
-    if severity == 0:
+    severity, root = check_severity(images.shape, name, severity), _folder_of(images, root)
+    if severity == 0 or not len(images):
         return images
-    root = _folder_of(images, root)
     if _origin(images.name, images.shape, images.split, name, severity, source, root) == "official":
         published = load_official(images.name, name, severity if images.name != "mnist" else None, root=root)
         return replace(images, pixels=published[images.index.cpu()].to(images.pixels.device))
-    corruption, key = _looking_in(root, benchmark(images.shape)[name]), (seed, "corruption", name, severity, draw)
+    key = (_whole_number("seed", seed), "corruption", str(name), severity, _whole_number("draw", draw, 0))
+    corruption = _looking_in(root, benchmark(images.shape)[name])
     parameters = corruption.parameters[severity - 1]
     return replace(images, pixels=apply(corruption, parameters, images.pixels, key, images.index.tolist()))
 
@@ -183,7 +194,8 @@ def _measurements(images, names, severities, draws, source, root):
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #91610555
 class _Memory:
-    """Tensors by the key that they were made from, at most `limit` bytes of them; the one that was not asked for longest goes first."""
+    """Tensors by the key that they were made from, at most `limit` bytes of them; the one that was not asked for
+    longest goes first."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self._kept, self._lock = limit, 0, OrderedDict(), Lock()
@@ -210,7 +222,8 @@ _MEMORY = _Memory(2**30)
 
 
 def _content(images):
-    """A SHA-256 of the pixels of an `ImageSet` and of their places in its split: equal for equal images, whatever object holds them."""
+    """A SHA-256 of the pixels of an `ImageSet` and of their places in its split: equal for equal images, whatever
+    object holds them."""
     parts = (images.pixels.cpu().contiguous(), images.index.cpu().contiguous())
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).digest()
 
@@ -228,14 +241,15 @@ def evaluate(
 ) -> list[Record]:
     """Accuracy and loss of `model` on an `ImageSet` under corruptions.
 
-    names: None for the complete benchmark. severities: None for the paper's (see `default_severities`). draws: of each random corruption.
+    names: None for the complete benchmark. severities: None for the paper's (see `default_severities`). draws: of each
+    random corruption.
     source: see `source_of`; images of another split than "test" are generated. root: see `corrupt`.
-    Returns `Record`s "accuracy" in [0, 1] and "loss" in nats: first without corruption (name "", strength 0), then per (name, severity, draw),
+    Returns `Record`s "accuracy" in [0, 1] and "loss" in nats: first without corruption (name "", strength 0), then per
+    (name, severity, draw),
     each with its source. Raises ValueError and FileNotFoundError as `corrupt` does, before anything is measured.
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; it must be at least 1")
-    root = _folder_of(images, root)
+    _refuse_empty(images)
+    draws, seed, root = _whole_number("draws", draws, 1), _whole_number("seed", seed), _folder_of(images, root)
     todo = _measurements(images, names, severities, draws, source, root)
     remembered = images.pixels.nbytes * len(todo) <= _MEMORY.limit
     which = (images.name, images.split, images.shape, str(images.pixels.device), root, remembered and _content(images))
@@ -261,8 +275,10 @@ def _corrupted_pixels(images, *request, **options):
 def corruption_errors(accuracy, base):
     """Mean corruption error and relative mean corruption error against `base`, as two floats; 1 is as bad as the base.
 
-    accuracy, base: {(name, severity): accuracy in [0, 1]} of the two networks, with the same keys; ("", 0) is the clean accuracy. NaN where the base makes no
-    error, or loses nothing, under some corruption. Raises ValueError for other keys. Hendrycks & Dietterich 2019, section 4.
+    accuracy, base: {(name, severity): accuracy in [0, 1]} of the two networks, with the same keys; ("", 0) is the clean
+    accuracy. NaN where the base makes no
+    error, or loses nothing, under some corruption. Raises ValueError for other keys. Hendrycks & Dietterich 2019,
+    section 4.
     """
     if accuracy.keys() != base.keys() or ("", 0) not in base or len(base) < 2:
         raise ValueError("accuracies are of other corruptions than the base's, or the clean one is missing")
