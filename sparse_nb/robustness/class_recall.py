@@ -5,39 +5,50 @@
 # %% auto #0
 __all__ = ['recalls', 'class_labels', 'evaluate']
 
-# %% ../../nbs/3_robustness/04_class_recall.ipynb #d4735e3a
+# %% ../../nbs/3_robustness/04_class_recall.ipynb #34dcbe10
 import torch
+from torch import nn
 
-from .evaluation import Record, logits
+from ..data import ImageSet
+from .evaluation import Record, _whole_number, logits
 
-# %% ../../nbs/3_robustness/04_class_recall.ipynb #19581e27
-def recalls(predictions, labels, classes):
+# %% ../../nbs/3_robustness/04_class_recall.ipynb #635a9e78
+def recalls(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     """The recall of each class: the share of its images that were predicted to be of it.
 
     predictions, labels: int64 (N,), on one device, 0 ≤ label < classes. Returns float64 (classes,), in [0, 1].
-    Raises ValueError if a class has no image: its recall is not defined. Paper, section 3 ("Sensitive classes").
+    Raises ValueError if a class has no image, because its recall is not defined, for labels that are no class, and
+    unless
+    there is one prediction for each label. Paper, section 3 ("Sensitive classes").
     """
+    classes = _whole_number("classes", classes, 1)
+    if predictions.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)}; both must be (N,)")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels lie in {int(labels.min())} … {int(labels.max())}; they must lie in 0 … {classes - 1}")
     images = torch.bincount(labels, minlength=classes)
     if not images.all():
         absent = (images == 0).nonzero().squeeze(1).tolist()
+        named = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise ValueError(
-            f"{len(absent)} of {classes} classes have no image among these {len(labels)}, so no recall: {', '.join(map(str, absent[:10]))}"
-            f"{', …' if len(absent) > 10 else ''}; take more images"
+            f"{len(absent)} of {classes} classes have no image among these {len(labels)}, so no recall: {named}; take more "
+            "images"
         )
     return torch.bincount(labels[predictions == labels], minlength=classes).double() / images
 
 # %% ../../nbs/3_robustness/04_class_recall.ipynb #e629fa65
-def class_labels(images):
+def class_labels(images: ImageSet) -> tuple[str, ...]:
     """A text for each class of an `ImageSet`: its name; its number if not every class has a name of its own."""
     if len(images.class_names) == len(set(images.class_names)) == images.classes:
         return tuple(images.class_names)
     return tuple(str(number) for number in range(images.classes))
 
 # %% ../../nbs/3_robustness/04_class_recall.ipynb #b17ef6d1
-def evaluate(model, images):
+def evaluate(model: nn.Module, images: ImageSet) -> list[Record]:
     """The recall of every class, the lowest of them, and the accuracy of `model` on an `ImageSet`.
 
-    Returns `Record`s with values in [0, 1]: a "recall" for each class, `name` as in `class_labels`; a "lowest_recall", `name` the class
+    Returns `Record`s with values in [0, 1]: a "recall" for each class, `name` as in `class_labels`; a "lowest_recall",
+    `name` the class
     that has it, the first of equals; an "accuracy". The model is left as it was. Paper, section 3 and figure 8.
     Raises ValueError if a class has no image, or an output is not finite.
     """
@@ -46,7 +57,7 @@ def evaluate(model, images):
     lowest = values.index(min(values))
     accuracy = float((predictions == images.labels).double().mean())
     return [
-        *(Record("class_recall", "recall", value, name=name) for name, value in zip(names, values)),
+        *(Record("class_recall", "recall", value, name=name) for name, value in zip(names, values, strict=True)),
         Record("class_recall", "lowest_recall", values[lowest], name=names[lowest]),
         Record("class_recall", "accuracy", accuracy),
     ]

@@ -5,44 +5,100 @@
 # %% auto #0
 __all__ = ['logits', 'accuracy_and_loss', 'Record', 'evaluate', 'sample']
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #d4735e3a
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #915c71ae
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ..data import as_float
+from ..data import ImageSet, as_float
 from ..randomness import generator
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #7902699b
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #19679734
+def _refuse_empty(images):
+    """Raise ValueError for an `ImageSet` without images, whose accuracy would be 0/0."""
+    if not len(images):
+        raise ValueError(
+            f"there are no images to measure on in this set ({images.name}, {images.split}); at least 1 is needed"
+        )
+
+
+def _whole_number(name, value, least=None):
+    """`value` as an int: a whole number of Python or NumPy, or a tensor with one.
+
+    Raises ValueError for others and below `least`.
+    """
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or (least is not None and number < least):
+        raise ValueError(
+            f"{name} is {value!r}; it must be a whole number" + (f", at least {least}" if least is not None else "")
+        )
+    return number
+
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #6f09b3ec
+def _computes_in(model):
+    """The floating-point type of a network: of its first parameter that has one, else of its first buffer, else
+    float32."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+
 @torch.no_grad()
-def logits(model, images, *, parameters=None, batch_size=1000):
+def logits(
+    model: nn.Module, images: ImageSet, *, parameters: Mapping[str, torch.Tensor] | None = None, batch_size: int = 1000
+) -> torch.Tensor:
     """The network's outputs on `images`, in eval mode; the network is left as it was.
 
-    images: an `ImageSet` on the model's device. parameters: {name: tensor} to use in place of the model's own, which stay untouched.
-    Returns (N, classes), in the model's floating-point type. Raises ValueError if an output is not finite.
+    images: on the model's device. parameters: {name: tensor} to use in place of the model's own, which stay untouched.
+    Returns (N, classes), in the model's floating-point type: float64, float32, float16 or bfloat16.
+    Raises ValueError without images, for a batch_size below 1, for outputs of another shape and for outputs that are
+    not finite.
     """
-    modes = {module: module.training for module in model.modules()}
+    _refuse_empty(images)
+    batches, modes = images.pixels.split(_whole_number("batch_size", batch_size, 1)), _modes(model)
     model.eval()
     try:
-        outputs = torch.cat(
-            [
-                torch.func.functional_call(model, parameters or {}, (as_float(batch),))
-                for batch in images.pixels.split(batch_size)
-            ]
-        )
+        inputs = (as_float(batch).to(_computes_in(model)) for batch in batches)
+        outputs = torch.cat([torch.func.functional_call(model, dict(parameters or {}), (batch,)) for batch in inputs])
     finally:
-        for module, mode in modes.items():
+        for module, mode in modes:
             module.training = mode
-    if not outputs.isfinite().all():
-        raise ValueError(
-            f"{int((~outputs.isfinite()).any(1).sum())} of {len(outputs)} outputs of the network are not finite"
-        )
+    _check_outputs(outputs, len(images))
     return outputs
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #6b51d431
-def accuracy_and_loss(outputs, labels):
-    """Accuracy in [0, 1] and mean cross-entropy (nats) of logits (N, classes) against int64 labels (N,)."""
+
+def _modes(model):
+    """[(module, whether it is in training mode), …]"""
+    return [(module, module.training) for module in model.modules()]
+
+
+def _check_outputs(outputs, count):
+    """Raise ValueError unless `outputs` are (count, classes) and finite."""
+    if outputs.ndim != 2 or len(outputs) != count:
+        raise ValueError(
+            f"the network's outputs for {count} images have shape {tuple(outputs.shape)}; they must be (N, classes)"
+        )
+    if wrong := int((~outputs.isfinite()).any(1).sum()):
+        raise ValueError(f"{wrong} of {count} outputs of the network are not finite")
+
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #48410ed9
+def accuracy_and_loss(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy (nats) of logits (N, classes) against int64 labels (N,), summed in
+    float64.
+
+    Raises ValueError without images, and for labels beyond the outputs.
+    """
+    if not len(labels):
+        raise ValueError("there are no labels; accuracy and loss need at least 1 image")
+    if int(labels.max()) >= outputs.shape[1]:
+        raise ValueError(f"labels go up to {int(labels.max())}, but the network has {outputs.shape[1]} outputs")
     return float((outputs.argmax(1) == labels).double().mean()), float(F.cross_entropy(outputs.double(), labels))
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #e629fa65
@@ -50,7 +106,8 @@ def accuracy_and_loss(outputs, labels):
 class Record:
     """One measured number.
 
-    measure: "clean", "weight_noise", "corruption", "attack" or "class_recall". quantity: "accuracy" or "recall" in [0, 1], "loss" or "loss_increase" in nats, …
+    measure: "clean", "weight_noise", "corruption", "attack" or "class_recall". quantity: "accuracy" or "recall" in [0,
+    1], "loss" or "loss_increase" in nats, …
     name: the corruption, the attack or the class, "" where there is only one kind.
     strength: sigma, severity or epsilon; 0 is undisturbed. draw: number of the random draw, from 0.
     source: where the disturbed images come from, as "official" or "generated"; "" where there is nothing to say.
@@ -64,24 +121,70 @@ class Record:
     draw: int = 0
     source: str = ""
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #4523540f
-def evaluate(model, images):
-    """Clean accuracy and loss of `model` on an `ImageSet`. Returns two `Record`s."""
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #5df26e07
+def evaluate(model: nn.Module, images: ImageSet) -> list[Record]:
+    """Clean accuracy and loss of `model` on an `ImageSet`: two `Record`s.
+
+    Raises ValueError as `logits` and `accuracy_and_loss`.
+    """
     accuracy, loss = accuracy_and_loss(logits(model, images), images.labels)
     return [Record("clean", "accuracy", accuracy), Record("clean", "loss", loss)]
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #6f4b6612
-def sample(images, count, *, seed=0):
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #6498808e
+def sample(images: ImageSet, count: int | None, *, seed: int = 0) -> ImageSet:
     """`count` random images of an `ImageSet`, in random order; all of them, in their own order, if `count` is None.
 
-    The same seed gives the same images; a smaller count gives the first of a larger one. Raises ValueError for a count below 1 or above the set.
+    The same seed gives the same images; a smaller count gives the first of a larger one. Raises ValueError for a count
+    below 1 or above the set.
     """
     if count is None:
         return images
-    if not 1 <= count <= len(images.labels):
+    count, most = _whole_number("count", count), len(images)
+    if not 1 <= count <= most:
         raise ValueError(
-            f"a sample of {count} images from {len(images.labels)} ({images.name}, {images.split}); it must lie in 1…{len(images.labels)}"
+            f"a sample of {count} images from {most} ({images.name}, {images.split}); it must lie in 1…{most}"
         )
-    return images.take(
-        torch.randperm(len(images.labels), generator=generator(seed, "sample", images.name, images.split))[:count]
-    )
+    stream = generator(_whole_number("seed", seed), "sample", images.name, images.split)
+    return images.take(torch.randperm(most, generator=stream)[:count])
+
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #79433d3b
+def _number(name, value):
+    """One number of Python, NumPy or PyTorch as an int or a float; of single or half precision, the decimal that it is
+    printed as."""
+    if type(value) in (int, float):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()[()]
+    try:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError
+        return (
+            operator.index(value)
+            if isinstance(value, np.integer)
+            else float(str(value) if isinstance(value, np.floating) else value)
+        )
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} has {value!r} in it; accepted: numbers") from None
+
+
+def _text(name, value):
+    """NumPy's texts as Python's; anything else as it is."""
+    return str(value) if isinstance(value, str) else value
+
+
+def _distinct(name, values, convert=_text):
+    """`values`, in a sequence, an array or a tensor, each through `convert`, as a tuple.
+
+    Raises ValueError if there are none, or one comes twice.
+    """
+    try:
+        several = None if isinstance(values, (str, bytes)) else list(values)
+    except TypeError:
+        several = None
+    if several is None:
+        raise ValueError(f"{name} is {values!r}; it must be a sequence of values, even if there is only one")
+    found = tuple(convert(name, value) for value in several)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name} are {found}; at least one is needed, each only once")
+    return found

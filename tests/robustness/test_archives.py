@@ -1,4 +1,5 @@
-"""What the chapter on the official archives cannot test in a cell: many damaged files, hostile archives, broken lines, full disks."""
+"""What the chapter on the official archives cannot test in a cell: many damaged files, hostile archives, broken lines,
+full disks."""
 
 import hashlib
 import io
@@ -138,7 +139,7 @@ class Bomb:
         return open, (self.mark, "w")
 
 
-# What is read ---------------------------------------------------------------------------------------------------------------
+# What is read ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_row_comes_out_where_it_belongs(unpacked):
@@ -219,7 +220,7 @@ def test_the_order_is_compared_with_the_clean_test_set(unpacked, monkeypatch):
             assert fact in str(caught.value)
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------------
+# Damage ---------------------------------------------------------------------------------------------------------------
 
 
 def damages(content, number, seed):
@@ -272,7 +273,10 @@ def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, datas
     "dataset, good, files", [("cifar10", CIFAR_TAR, CIFAR_FILES), ("mnist", MNIST_ZIP, MNIST_FILES)]
 )
 def test_a_damaged_archive_with_a_forged_sum_gives_whole_arrays_or_its_name(root, monkeypatch, dataset, good, files):
-    """The second line of defence: each array is checked again. What a zip lets pass (its own sum guards the content) has the right form."""
+    """The second line of defence: each array is checked again.
+
+    What a zip lets pass (its own sum guards the content) has the right form.
+    """
     make = cifar if dataset == "cifar10" else mnist
     path = root / ca.ARCHIVES[dataset].file
     for damaged in damages(good, 50, "forged"):
@@ -323,7 +327,8 @@ def test_wrong_forms_are_refused_even_without_a_sum(root, monkeypatch, content):
 
 @pytest.mark.parametrize("path", [*list(CIFAR_FILES)[::2], *list(MNIST_FILES)[:2]])
 def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, report):
-    """Not as a bare pickle, not as an array of objects; neither from a file put there by hand nor from an archive with a forged sum."""
+    """Not as a bare pickle, not as an array of objects; neither from a file put there by hand nor from an archive with
+    a forged sum."""
     mark = tmp_path / "it ran"
     pickle.loads(pickle.dumps(Bomb(mark))).close()
     assert mark.exists(), "the bomb works"
@@ -347,7 +352,7 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
     report(f"pickles as {path}", "4 offered, 0 executed")
 
 
-# What is remembered ---------------------------------------------------------------------------------------------------------
+# What is remembered ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -390,7 +395,8 @@ def test_the_first_read_after_a_change_finds_it(unpacked, sums_taken, change):
 
 
 def test_a_change_within_one_tick_of_the_clock(unpacked, monkeypatch):
-    """Nothing is remembered of a file that was just written: it might change again and, by a coarse clock, keep its times."""
+    """Nothing is remembered of a file that was just written: it might change again and, by a coarse clock, keep its
+    times."""
     now = time.time_ns()
     monkeypatch.setattr(ca, "file_state", lambda path: [path.stat().st_size, now, now])
     file = unpacked / "mnist_c" / "fog" / "test_images.npy"
@@ -441,7 +447,7 @@ def test_mnist_copied_by_hand_is_checked_for_its_form(unpacked):
     assert len(ca.load_official("mnist", "fog", None, root=unpacked)) == COUNT
 
 
-# Hostile archives -----------------------------------------------------------------------------------------------------------
+# Hostile archives -----------------------------------------------------------------------------------------------------
 
 
 def special(name, kind, target=""):
@@ -557,11 +563,12 @@ def test_a_python_without_the_filter_is_refused_before_any_work(root, monkeypatc
     assert contents(root) == {"CIFAR-10-C.tar": CIFAR_TAR}
 
 
-# Downloads ------------------------------------------------------------------------------------------------------------------
+# Downloads ------------------------------------------------------------------------------------------------------------
 
 
 class Site(BaseHTTPRequestHandler):
-    """A server after the plan of its owner: `cut` bytes per answer, `ranges` honoured or not, `length` told or not, `status` if not 200."""
+    """A server after the plan of its owner: `cut` bytes per answer, `ranges` honoured or not, `length` told or not,
+    `status` if not 200."""
 
     def do_GET(self):
         plan, wish = self.server.plan, self.headers.get("Range")
@@ -756,7 +763,7 @@ def test_a_truncated_archive_can_be_continued_as_its_error_says(online):
     assert server.log == ["bytes=5000-"]
 
 
-# Full disks -----------------------------------------------------------------------------------------------------------------
+# Full disks -----------------------------------------------------------------------------------------------------------
 
 
 def test_room_is_asked_for_before_the_first_byte(root, monkeypatch):
@@ -782,7 +789,8 @@ FULL = """
 
 
 def test_a_full_disk_leaves_no_half_file_under_a_final_name(tmp_path):
-    """A limit on the size of files stands for the end of the disk; it strikes once in the download and once in the first array."""
+    """A limit on the size of files stands for the end of the disk; it strikes once in the download and once in the
+    first array."""
     download, array = tmp_path / "download", tmp_path / "array"
     array.mkdir()
     (array / "CIFAR-10-C.tar").write_bytes(CIFAR_TAR)
@@ -802,7 +810,7 @@ def test_a_full_disk_leaves_no_half_file_under_a_final_name(tmp_path):
     }
 
 
-# The frost ------------------------------------------------------------------------------------------------------------------
+# The frost ------------------------------------------------------------------------------------------------------------
 
 
 def test_frost_photographs(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""What no cell can test of the attacks: figure 3 as a whole process, any linear model, interruptions, the GPU, the names of measurements."""
+"""What no cell can test of the attacks: figure 3 as a whole process, any linear model, interruptions, the GPU, the
+names of measurements."""
 
 import dataclasses
 import re
@@ -99,7 +100,7 @@ def test_any_linear_model_is_brought_to_its_worst_margin(seed, epsilon, attack):
     with torch.no_grad():
         model[1].weight.copy_(torch.randn(2, 9, generator=numbers))
     images, labels = torch.rand(5, 1, 3, 3, generator=numbers), torch.randint(2, (5,), generator=numbers)
-    found = attacks.perturb(model, images, labels, attack=attack, epsilon=epsilon, seed=seed, classes=2).flatten(1)
+    found = attacks.perturb(model, images, labels, attack=attack, epsilon=epsilon, seed=seed).flatten(1)
     v = (model[1].weight[labels] - model[1].weight[1 - labels]).detach()
     corner = (images.flatten(1) - epsilon * v.sign()).clamp(0, 1)
     assert torch.allclose((v * found).sum(1), (v * corner).sum(1), atol=1e-4)

@@ -1,7 +1,10 @@
-"""Both benchmarks against outputs of their original programs: value for value with the programs' own random draws, and in their statistics with ours.
+"""Both benchmarks against outputs of their original programs: value for value with the programs' own random draws, and
+in their statistics with ours.
 
-The reference is no part of the project. SPARSE_NB_REFERENCE names a folder with cifar10c.npz, mnistc.npz, statistics.json and frost/frost1_x0.2.png to
-frost5_x0.2.png; without it these tests are skipped. The programs' draws are repeated from np.random.RandomState, whose streams are frozen.
+The reference is no part of the project. SPARSE_NB_REFERENCE names a folder with cifar10c.npz, mnistc.npz,
+statistics.json and frost/frost1_x0.2.png to
+frost5_x0.2.png; without it these tests are skipped. The programs' draws are repeated from np.random.RandomState, whose
+streams are frozen.
 """
 
 import json
@@ -184,7 +187,7 @@ def assert_equal(ours, theirs):
     )
 
 
-# Every value ------------------------------------------------------------------------------------------------------------------
+# Every value ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("severity", range(1, 6))
@@ -230,11 +233,12 @@ def test_nothing_is_left_out():
     ]
 
 
-# Statistics ---------------------------------------------------------------------------------------------------------------------
+# Statistics -----------------------------------------------------------------------------------------------------------
 
 
 def statistics(clean, ours):
-    """The statistics of the reference, those of each channel as an array; clean and ours float64 (N, C, H, W), 0 to 255."""
+    """The statistics of the reference, those of each channel as an array; clean and ours float64 (N, C, H, W), 0 to
+    255."""
     change = ours - clean
     absolute, squared = np.abs(change).mean((1, 2, 3)), (change**2).mean((1, 2, 3))
     psnr = 10 * np.log10(255**2 / squared[squared > 0])
@@ -255,10 +259,13 @@ def statistics(clean, ours):
 
 
 def assert_close(dataset, key, name, severity, monkeypatch):
-    """The first 1,000 test images under our draws of seed 0: each statistic within 4.5 standard errors of the original's mean over three seeds.
+    """The first 1,000 test images under our draws of seed 0: each statistic within 4.5 standard errors of the
+    original's mean over three seeds.
 
-    A new run and a mean of three differ with the deviation se·√(1 + 1/3). Two allowances come on top: a unit in the last of the six digits that are stored, and for
-    shares of values 10 values more or less, since counts of rare values are not normal. Deterministic corruptions have nothing but these.
+    A new run and a mean of three differ with the deviation se·√(1 + 1/3). Two allowances come on top: a unit in the
+    last of the six digits that are stored, and for
+    shares of values 10 values more or less, since counts of rare values are not normal. Deterministic corruptions have
+    nothing but these.
     """
     monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (textures(), "photographs"))
     entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())[

@@ -1,6 +1,8 @@
-"""What the chapters on corruptions cannot test in a cell: other threads, processes and devices, a memory shared by networks, missing libraries, no network."""
+"""What the chapters on corruptions cannot test in a cell: other threads, processes and devices, a memory shared by
+networks, missing libraries, no network."""
 
 import hashlib
+import io
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -23,7 +26,7 @@ from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw
 from sparse_nb.robustness.evaluation import sample
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
-ICE = cifar_c.grown_ice()
+ICE, FROST_TEXTURES = cifar_c.grown_ice(), cifar_c.frost_textures
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def severities(dataset, name):
     return range(1, len(benchmark(IMAGE_SHAPES[dataset])[name].parameters) + 1)
 
 
-# Whatever the threads and processes ---------------------------------------------------------------------------------------------
+# Whatever the threads and processes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset, name", ALL)
@@ -108,7 +111,8 @@ def test_processes_in_any_order():
     "dataset, name", [(dataset, name) for dataset, name in ALL if benchmark(IMAGE_SHAPES[dataset])[name].draw]
 )
 def test_draws_depend_on_their_name_alone(dataset, name):
-    """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each change them."""
+    """An image's numbers are the same in any company and order; the seed, the severity, the draw and the index each
+    change them."""
     corruption, shape, own = (
         benchmark(IMAGE_SHAPES[dataset])[name],
         IMAGE_SHAPES[dataset],
@@ -126,29 +130,148 @@ def test_draws_depend_on_their_name_alone(dataset, name):
         assert all(not torch.equal(values, whole[kind]) for kind, values in drawn(other, range(200, 300)).items())
 
 
-# Memory --------------------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_network_meets_remembered_images():
+@pytest.fixture
+def made(monkeypatch):
+    """An empty memory, and the list of the corruptions that were made since."""
+    calls, make = [], corruptions.apply
+
+    def apply_and_note(corruption, *rest):
+        calls.append(corruption)
+        return make(corruption, *rest)
+
+    monkeypatch.setattr(corruptions, "_MEMORY", corruptions._Memory(2**30))
+    monkeypatch.setattr(corruptions, "apply", apply_and_note)
+    return calls
+
+
+def test_a_second_network_meets_remembered_images(made):
+    digits = load_images("digits", "test")
+    networks = [build_model("mlp", digits.shape, 10, width=width, depth=1) for width in (8, 16)]
+    for network in networks:  # the sample is taken again, as another object
+        evaluate(network, sample(digits, 40), names=("shear", "stripe"), draws=3)
+    assert len(made) == len(corruptions._MEMORY) == 4  # three draws and one
+    evaluate(networks[0], sample(load_images("digits", "test"), 40), names=("shear",), draws=3, seed=1)
+    assert len(made) == 7
+
+
+def test_what_is_remembered_is_of_these_images(made):
+    """Neither a name nor a place in the test set makes two images equal: changed pixels are corrupted themselves, and
+    records are those without memory."""
     images = sample(load_images("digits", "test"), 40)
-    networks = [build_model("mlp", images.shape, 10, width=width, depth=1) for width in (8, 16)]
-    corruptions.remembered.cache_clear()
-    for network in networks:
-        evaluate(network, images, names=("shear", "stripe"), draws=3)
-    found = corruptions.remembered.cache_info()
-    assert (found.misses, found.hits, found.currsize) == (4, 4, 4)  # three draws and one
-    evaluate(networks[0], images, names=("shear",), draws=3, seed=1)
-    assert corruptions.remembered.cache_info().misses == 7
+    network = build_model("mlp", images.shape, 10, width=8, depth=1)
+    others = [
+        images,
+        replace(images, pixels=255 - images.pixels),
+        replace(images, index=images.index + 1),
+        replace(images, labels=images.labels.flip(0)),
+        images.take(torch.arange(39, -1, -1)),
+    ]
+    found = [evaluate(network, other, names=("shear", "stripe"), draws=1) for other in others]
+    for other, records in zip(others, found, strict=True):
+        for record in records[2:]:
+            pixels = corrupt(other, record.name, record.strength).pixels
+            outputs = network(pixels.float() / 255)
+            right = (outputs.argmax(1) == other.labels).double().mean()
+            assert record.quantity == "loss" or record.value == right
+    assert len(made) - len(found) * 4 == 4 * 2  # labels have no part in it; besides, four here for each set
 
 
-def test_a_whole_test_set_is_not_kept():
-    images = pictures("cifar10", 1400)  # more than 4 MB
-    corruptions.remembered.cache_clear()
-    evaluate(build_model("mlp", images.shape, 10, width=4, depth=1), images, names=("contrast",))
-    assert corruptions.remembered.cache_info().currsize == 0
+def test_what_does_not_fit_is_not_kept(made, monkeypatch):
+    images = pictures("cifar10", 1400)  # 4.3 MB, and two severities
+    network = build_model("mlp", images.shape, 10, width=4, depth=1)
+    monkeypatch.setattr(corruptions._MEMORY, "limit", 12 * 10**6)
+    evaluate(network, images, names=("contrast",))
+    assert len(corruptions._MEMORY) == 0
+    evaluate(network, images.take(slice(1000)), names=("contrast",))
+    assert len(corruptions._MEMORY) == 2 and corruptions._MEMORY.used == 2 * 1000 * 3072
+    evaluate(network, images.take(slice(1000, 1400)), names=("contrast", "pixelate"))
+    assert corruptions._MEMORY.used <= 12 * 10**6
 
 
-# What is not there ---------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_winters(tmp_path, monkeypatch):
+    """Two folders with photographs of frost, all of one colour in each, and the colours."""
+    files, colours = {}, {}
+    for number, name in enumerate(archives.FROST_MD5):
+        file = io.BytesIO()
+        Image.new("RGB", (400, 300), (10, 20, 30)).save(file, "png")
+        files[name] = file.getvalue() + bytes(number)  # each with a sum of its own
+    for folder, colour in (("mild", (10, 20, 30)), ("hard", (200, 210, 250))):
+        colours[tmp_path / folder] = colour
+        (tmp_path / folder / "frost").mkdir(parents=True)
+        for name in files:
+            Image.new("RGB", (400, 300), colour).save(tmp_path / folder / "frost" / name, "png")
+    monkeypatch.setattr(cifar_c, "frost_textures", FROST_TEXTURES)
+    monkeypatch.setattr(archives, "checked_bytes", lambda path, md5: path.read_bytes())
+    monkeypatch.setattr(archives, "download_file", lambda path, *_: refuse(path))
+    return colours
+
+
+def refuse(path):
+    raise FileNotFoundError(f"{path}: no network")
+
+
+def test_frost_is_of_the_folder_that_its_record_names(two_winters, tmp_path, monkeypatch):
+    """Photographs of one colour: what frost must give is known for every pixel, in each folder, whatever the default
+    folder is."""
+    images = pictures("cifar10")
+    network = build_model("mlp", images.shape, 10, width=8, depth=1)
+    monkeypatch.setenv("SPARSE_NB_DATA", str(tmp_path / "nothing"))
+    for root, colour in two_winters.items():
+        ice = np.array(colour, np.float64)[:, None, None]
+        right = np.uint8(np.clip(images.pixels.numpy() * 0.9 + ice * 0.4, 0, 255))
+        assert corruptions.source_of("cifar10", "frost", 3, root=root) == "generated, photographs"
+        for given, how in ((images, {"root": root}), (images, {"root": str(root)}), (replace(images, root=root), {})):
+            assert np.array_equal(corrupt(given, "frost", 3, **how).pixels.numpy(), right)
+            clean, _, frosty, _ = evaluate(network, given, names=("frost",), severities=(3,), draws=1, **how)
+            answers = network(torch.from_numpy(right).float() / 255).argmax(1)
+            assert frosty.source == "generated, photographs"
+            assert frosty.value == float((answers == images.labels).double().mean())
+    default = evaluate(network, images, names=("frost",), severities=(3,), draws=1)
+    assert default[2].source == "generated, grown ice"
+    monkeypatch.setenv("SPARSE_NB_DATA", str(root))  # no memory of the folder before
+    assert np.array_equal(corrupt(images, "frost", 3).pixels.numpy(), right)
+    assert evaluate(network, images, names=("frost",), severities=(3,), draws=1)[2].source == "generated, photographs"
+
+
+def test_another_root_than_that_of_the_images(tmp_path):
+    """An official array is taken from the folder that is asked for, before that of the images."""
+    digits = load_images("digits", "test").take(slice(20))
+    for folder, level in (("one", 1), ("other", 2)):
+        (tmp_path / folder / "mnist_c" / "stripe").mkdir(parents=True)
+        array = np.full((10_000, 28, 28, 1), level, np.uint8)
+        np.save(tmp_path / folder / "mnist_c" / "stripe" / "test_images.npy", array)
+    images = replace(digits, name="mnist", root=tmp_path / "one")
+    assert corrupt(images, "stripe", 1, source="auto").pixels.unique().tolist() == [1]
+    assert corrupt(images, "stripe", 1, source="auto", root=tmp_path / "other").pixels.unique().tolist() == [2]
+    network = build_model("mlp", images.shape, 10, width=8, depth=1)
+    for root, level in ((None, 1), (tmp_path / "other", 2), (tmp_path / "nothing", 0)):
+        record = evaluate(network, images, names=("stripe",), root=root)[3]
+        pixels = torch.full((20, 1, 28, 28), level / 255) if level else corrupt(images, "stripe", 1).pixels / 255
+        right = torch.nn.functional.cross_entropy(network(pixels), images.labels)
+        assert record.source == ("official" if level else "generated") and record.value == pytest.approx(right.item())
+
+
+def test_only_test_images_are_official(tmp_path):
+    """The archive has no training images: a record of those does not say so, and to insist on it is an error."""
+    (tmp_path / "mnist_c" / "stripe").mkdir(parents=True)
+    np.save(tmp_path / "mnist_c" / "stripe" / "test_images.npy", np.zeros((10_000, 28, 28, 1), np.uint8))
+    images = replace(load_images("digits", "train").take(slice(20)), name="mnist", root=tmp_path)
+    network = build_model("mlp", images.shape, 10, width=8, depth=1)
+    assert torch.equal(corrupt(images, "stripe", 1, source="auto").pixels, corrupt(images, "stripe", 1).pixels)
+    assert {r.source for r in evaluate(network, images, names=("stripe",)) if r.name} == {"generated"}
+    for function in (lambda **how: corrupt(images, "stripe", 1, **how), lambda **how: evaluate(network, images, **how)):
+        with pytest.raises(FileNotFoundError, match="for mnist's train images is not there"):
+            function(source="official")
+
+
+# What is not there ----------------------------------------------------------------------------------------------------
 
 WITHOUT = """
     import importlib.util, io, socket, sys
@@ -221,7 +344,7 @@ def test_digits_ask_no_network(tmp_path):
     assert said == ["[]"] and list(tmp_path.iterdir()) == []
 
 
-# Devices -------------------------------------------------------------------------------------------------------------------------
+# Devices --------------------------------------------------------------------------------------------------------------
 
 ELSEWHERE = "lazy"  # a device that needs no driver to be named
 
@@ -247,7 +370,8 @@ class There(torch.Tensor):
 
 
 class TwoDevices(TorchDispatchMode):
-    """While it is active, an operation on tensors of both devices is an error, as it is with a GPU; a CPU tensor that is a single number is welcome."""
+    """While it is active, an operation on tensors of both devices is an error, as it is with a GPU; a CPU tensor that
+    is a single number is welcome."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -297,7 +421,8 @@ def test_mixed_devices_would_be_noticed():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dataset, name", ALL)
 def test_a_gpu_makes_the_same_images(dataset, name):
-    """The order of some sums and fused products are a GPU's own. They may cost one value of a thousand a level; where a threshold lies between, in
+    """The order of some sums and fused products are a GPU's own. They may cost one value of a thousand a level; where a
+    threshold lies between, in
     spatter, snow and canny edges, more than a level."""
     images = pictures(dataset, 64)
     for severity in severities(dataset, name):

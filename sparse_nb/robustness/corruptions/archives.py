@@ -43,9 +43,12 @@ from ...data import download as download_file
 class Archive:
     """A published archive, and the arrays in it that are used here.
 
-    file, url, bytes, md5: its name below the data root, its address, length and md5 sum. names: its corruptions. images and labels: paths
-    below the root, in which "{name}" stands for the corruption. count: number of test images. image_shape: (H, W, C). severities: how many
-    copies of the test set an array of images holds, weakest first. sums: {path: md5}, where sums of single arrays are published.
+    file, url, bytes, md5: its name below the data root, its address, length and md5 sum. names: its corruptions. images
+    and labels: paths
+    below the root, in which "{name}" stands for the corruption. count: number of test images. image_shape: (H, W, C).
+    severities: how many
+    copies of the test set an array of images holds, weakest first. sums: {path: md5}, where sums of single arrays are
+    published.
     """
 
     file: str
@@ -177,9 +180,11 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 
 
 def open_array(path, shape):
-    """The array in the .npy file at `path`, a Path, memory-mapped and read-only: uint8 images (N, H, W, C), or integer labels (N,).
+    """The array in the .npy file at `path`, a Path, memory-mapped and read-only: uint8 images (N, H, W, C), or integer
+    labels (N,).
 
-    shape: what it must have. Raises ValueError, naming the file, what was found and what is accepted, for any other header or length.
+    shape: what it must have. Raises ValueError, naming the file, what was found and what is accepted, for any other
+    header or length.
     """
     accepted = f"accepted: a NumPy file of {'uint8' if len(shape) > 1 else 'integers'} {shape} in C order, and nothing after it"
     with open(path, "rb") as file:
@@ -207,13 +212,15 @@ def md5_sum(path):
 
 
 def file_state(path):
-    """[bytes, time of the last change of content, of content or name], times in ns: what differs after a file was written to."""
+    """[bytes, time of the last change of content, of content or name], times in ns: what differs after a file was
+    written to."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #535fa30d
 def read_verified(folder):
-    """{path: {"md5": sum, "state": state}} of the arrays in `folder` that were verified; ValueError for a file that is none of ours."""
+    """{path: {"md5": sum, "state": state}} of the arrays in `folder` that were verified; ValueError for a file that is
+    none of ours."""
     file = folder / ".verified.json"
     try:
         verified = json.loads(file.read_bytes()) if file.exists() else {}
@@ -236,7 +243,8 @@ def write_verified(folder, verified):
 def checked_array(archive, root, path, *, trust=True):
     """The array at `path` below `root`, memory-mapped, provided that it has its form and its md5 sum.
 
-    path: one of `archive.arrays()`. The sum is the published one, else the one noted when a verified archive was unpacked; without
+    path: one of `archive.arrays()`. The sum is the published one, else the one noted when a verified archive was
+    unpacked; without
     either only the form is checked. trust=False: take the sum even of a file that is remembered as verified.
     Raises ValueError naming the file.
     """
@@ -259,9 +267,11 @@ def checked_array(archive, root, path, *, trust=True):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #35135aaa
 def transfer(url, part, length, bar):
-    """One attempt to add to the file `part`, a Path, what it lacks of the `length` bytes at `url`; bar: shows how far it is.
+    """One attempt to add to the file `part`, a Path, what it lacks of the `length` bytes at `url`; bar: shows how far
+    it is.
 
-    Raises ValueError if the server offers another length; errors of network and disk as they come. What has arrived stays.
+    Raises ValueError if the server offers another length; errors of network and disk as they come. What has arrived
+    stays.
     """
     have = part.stat().st_size if part.exists() else 0
     with urlopen(Request(url, headers={"Range": f"bytes={have}-"} if have else {}), timeout=60) as answer:
@@ -295,9 +305,11 @@ def check_archive(archive, path):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #eb1e33e8
 def download_archive(archive, path):
-    """Fetch `archive` to `path`, a Path, continuing `path`.part if there is one; nothing is called `path` before its md5 was compared.
+    """Fetch `archive` to `path`, a Path, continuing `path`.part if there is one; nothing is called `path` before its
+    md5 was compared.
 
-    Tries again as long as something arrives. Raises FileNotFoundError for what cannot be had and OSError for a full disk (the part
+    Tries again as long as something arrives. Raises FileNotFoundError for what cannot be had and OSError for a full
+    disk (the part
     stays, to be continued), ValueError for wrong content (the part is deleted).
     """
     part, have = path.with_name(path.name + ".part"), -1
@@ -355,9 +367,11 @@ def list_members(opened):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #d59eced1
 def unpack(archive, path, root, wanted):
-    """Write the arrays `wanted`, a list from `archive.arrays()`, below `root` from the archive's file at `path`; each is checked first.
+    """Write the arrays `wanted`, a list from `archive.arrays()`, below `root` from the archive's file at `path`; each
+    is checked first.
 
-    Raises ValueError, naming file and member, for a hostile or damaged archive or array, OSError for a full disk. The sum of each array
+    Raises ValueError, naming file and member, for a hostile or damaged archive or array, OSError for a full disk. The
+    sum of each array
     is noted for `checked_array`.
     """
     tar, shapes, folder = archive.file.endswith(".tar"), archive.arrays(), root / archive.folder
@@ -393,7 +407,8 @@ def official(dataset):
 
 
 def check_room(archive, root, missing):
-    """Raise OSError (ENOSPC) unless the disk of the folder `root` has room for the download and the arrays `missing`."""
+    """Raise OSError (ENOSPC) unless the disk of the folder `root` has room for the download and the arrays
+    `missing`."""
     part = root / f"{archive.file}.part"
     needed = sum(math.prod(archive.arrays()[path]) for path in missing)
     if not (root / archive.file).exists():
@@ -406,11 +421,14 @@ def check_room(archive, root, missing):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #71ee45a3
 def fetch(dataset, *, root=None):
-    """Have the official archive of `dataset` ("cifar10", "cifar100", "mnist") unpacked below `root` (see `data.data_root`).
+    """Have the official archive of `dataset` ("cifar10", "cifar100", "mnist") unpacked below `root` (see
+    `data.data_root`).
 
-    Returns the folder of its arrays. Downloads and unpacks only what is missing; arrays that are there are verified. The archive's
+    Returns the folder of its arrays. Downloads and unpacks only what is missing; arrays that are there are verified.
+    The archive's
     file may be deleted afterwards.
-    Raises ValueError for a wrong or hostile file, FileNotFoundError if it cannot be downloaded, OSError for a full disk, RuntimeError for a
+    Raises ValueError for a wrong or hostile file, FileNotFoundError if it cannot be downloaded, OSError for a full
+    disk, RuntimeError for a
     Python without tarfile's data filter; each names the file.
     """
     archive, root = official(dataset), data_root(root)
@@ -477,7 +495,8 @@ def clean_labels(dataset, root):
 
 
 def check_order(archive, dataset, root, name, start):
-    """Raise ValueError, naming the file, if the labels of the corruption `name`, from row `start` on, are not the clean test set's.
+    """Raise ValueError, naming the file, if the labels of the corruption `name`, from row `start` on, are not the clean
+    test set's.
 
     Without a file of labels, or without the clean test set, there is nothing to compare.
     """
@@ -495,11 +514,15 @@ def check_order(archive, dataset, root, name, start):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #031b4af5
 def load_official(dataset, name, severity, *, root=None):
-    """The test images of `dataset` under the official corruption `name`: uint8 (N, C, H, W) on the CPU; image i is test image i.
+    """The test images of `dataset` under the official corruption `name`: uint8 (N, C, H, W) on the CPU; image i is test
+    image i.
 
-    severity: 1 to 5 for "cifar10" and "cifar100"; None for "mnist", whose corruptions have one strength each. root: see `data.data_root`.
-    Form and md5 sum are checked (see `checked_array`), and the labels against the clean test set's if both are there. Downloads nothing.
-    Raises FileNotFoundError for an array that is not there, ValueError for an unknown name or severity and for a wrong file.
+    severity: 1 to 5 for "cifar10" and "cifar100"; None for "mnist", whose corruptions have one strength each. root: see
+    `data.data_root`.
+    Form and md5 sum are checked (see `checked_array`), and the labels against the clean test set's if both are there.
+    Downloads nothing.
+    Raises FileNotFoundError for an array that is not there, ValueError for an unknown name or severity and for a wrong
+    file.
     """
     archive, root = official(dataset), data_root(root)
     if name not in archive.names:
@@ -533,9 +556,11 @@ FROST_MD5 = {
 
 
 def frost_photographs(*, root=None, download=False):
-    """The six photographs of the corruption "frost" from `root`/frost: a list of uint8 arrays (H, W, 3), RGB; None if any is not there.
+    """The six photographs of the corruption "frost" from `root`/frost: a list of uint8 arrays (H, W, 3), RGB; None if
+    any is not there.
 
-    download=True fetches those that are missing. Raises ValueError for a wrong file, FileNotFoundError if a download was asked for in vain.
+    download=True fetches those that are missing. Raises ValueError for a wrong file, FileNotFoundError if a download
+    was asked for in vain.
     Source: github.com/hendrycks/robustness, folder ImageNet-C/create_c.
     """
     folder = data_root(root) / "frost"

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+from ...data import data_root
 from ...randomness import generator
 from .archives import frost_photographs
 from sparse_nb.robustness.corruptions.filters import (
@@ -129,7 +130,10 @@ def draw_moves(numbers, shape, parameters):
 
 
 def glass_blur(images, parameters, draws):
-    """Blurred with sigma, shuffled `iterations` times, blurred again; parameters: (sigma, iterations). The first two rows and columns keep their place."""
+    """Blurred with sigma, shuffled `iterations` times, blurred again; parameters: (sigma, iterations).
+
+    The first two rows and columns keep their place.
+    """
     (sigma, _), (_, channels, height, width) = parameters, images.shape
     shuffled = (gaussian_filter(unit(images), sigma) * 255).to(torch.uint8)
     here = torch.arange(height * width, device=images.device).view(height, width)
@@ -142,14 +146,16 @@ def glass_blur(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #c2356069
 def zoomed_size(size, factor):
-    """How many pixels of `size` an enlargement by `factor` is cut from, and how many they become before it is cut to `size`."""
+    """How many pixels of `size` an enlargement by `factor` is cut from, and how many they become before it is cut to
+    `size`."""
     crop = math.ceil(size / factor)
     return crop, round(crop * factor)
 
 
 @cache
 def zoomed_places(size, factor):
-    """Which two pixels each of `size` enlarged ones lies between, the nearer first, int64 (2, size), and how far from the nearer, float64 (size,), at most 1/2."""
+    """Which two pixels each of `size` enlarged ones lies between, the nearer first, int64 (2, size), and how far from
+    the nearer, float64 (size,), at most 1/2."""
     crop, enlarged = zoomed_size(size, factor)
     place = (torch.arange(size, dtype=torch.float64) + (enlarged - size) // 2) * ((crop - 1) / max(enlarged - 1, 1))
     left, first = place.floor(), (size - crop) // 2
@@ -160,7 +166,8 @@ def zoomed_places(size, factor):
 
 
 def clipped_zoom(x, factor):
-    """The middle of float64 x (H, W, …), enlarged by `factor` ≥ 1 to the same H and W, with linear interpolation and aligned corners."""
+    """The middle of float64 x (H, W, …), enlarged by `factor` ≥ 1 to the same H and W, with linear interpolation and
+    aligned corners."""
     for dim in (0, 1):
         (near, far), share = (part.to(x.device) for part in zoomed_places(x.shape[dim], factor))
         x = torch.lerp(
@@ -173,7 +180,8 @@ def clipped_zoom(x, factor):
 
 @cache
 def enlargements(sizes, stop):
-    """((factor, how often), …) of the enlargements by 1.01, 1.02, … below `stop` of images of `sizes` (H, W); those that are the same are counted together."""
+    """((factor, how often), …) of the enlargements by 1.01, 1.02, … below `stop` of images of `sizes` (H, W); those
+    that are the same are counted together."""
     factors = np.arange(1, stop, 0.01).tolist()[1:]
     alike = (
         list(group) for _, group in groupby(factors, key=lambda factor: [zoomed_size(size, factor) for size in sizes])
@@ -182,7 +190,8 @@ def enlargements(sizes, stop):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #ad77af74
 def add_enlargements_anywhere(x, factors, total):
-    """Add the enlargements of float32 x (H, W, N) by each (factor, how often) to `total`, in operations of PyTorch, for any device."""
+    """Add the enlargements of float32 x (H, W, N) by each (factor, how often) to `total`, in operations of PyTorch, for
+    any device."""
     wide = x.double()
     for factor, times in factors:
         enlarged = clipped_zoom(wide, factor).float()
@@ -199,7 +208,8 @@ def mix(near, far, share, mixed):
 
 @compiled
 def enlarge_and_add(x, rows, down, columns, right, times, total):
-    """As `add_enlargements_anywhere`, of float64 x; rows, columns: int64 (factors, 2, size); down, right: float64 (factors, size), see `zoomed_places`; times: (factors,)."""
+    """As `add_enlargements_anywhere`, of float64 x; rows, columns: int64 (factors, 2, size); down, right: float64
+    (factors, size), see `zoomed_places`; times: (factors,)."""
     height, width, count = x.shape
     line, enlarged = np.empty((width, count)), np.empty((width, count), np.float32)
     for f in range(len(times)):
@@ -238,7 +248,8 @@ def zoom_blur(images, stop, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #670671cd
 def to_hsv(x):
-    """Hue, saturation and value, each (N, H, W) in [0, 1], of float64 RGB x (N, 3, H, W); grey has hue and saturation 0."""
+    """Hue, saturation and value, each (N, H, W) in [0, 1], of float64 RGB x (N, 3, H, W); grey has hue and saturation
+    0."""
     red, green, blue = x.unbind(1)
     value = x.amax(1)
     spread = value - x.amin(1)
@@ -288,7 +299,10 @@ def recoloured_anywhere(images, change, parameters):
 
 @cache
 def recolouring(change, parameters):
-    """Over (largest, smallest) level, (256, 256) each: what these two become, uint8; S' and V', float64. And the levels as doubles, (256,)."""
+    """Over (largest, smallest) level, (256, 256) each: what these two become, uint8; S' and V', float64.
+
+    And the levels as doubles, (256,).
+    """
     levels = torch.arange(256, dtype=torch.uint8)
     largest, smallest = torch.maximum(levels[:, None], levels), torch.minimum(levels[:, None], levels)
     colours = torch.stack([largest, smallest, smallest])[None]
@@ -300,7 +314,8 @@ def recolouring(change, parameters):
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #e7d801dc
 @compiled
 def long_way(red, green, blue, saturation, value):
-    """The new level of the middle one of three different `unit` numbers, hue included, as `to_hsv` and `from_hsv` compute it."""
+    """The new level of the middle one of three different `unit` numbers, hue included, as `to_hsv` and `from_hsv`
+    compute it."""
     largest = max(red, max(green, blue))
     spread = largest - min(red, min(green, blue))
     hue = (
@@ -345,7 +360,8 @@ def recolour(images, top, bottom, saturations, values, numbers, changed):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #df13aa7a
 def recoloured(images, change, parameters):
-    """uint8 RGB (N, 3, H, W) with other saturation and value: change(saturation, value, parameters), each in [0, 1], gives the new two."""
+    """uint8 RGB (N, 3, H, W) with other saturation and value: change(saturation, value, parameters), each in [0, 1],
+    gives the new two."""
     if images.device.type != "cpu":
         return recoloured_anywhere(images, change, parameters)
     changed = torch.empty(images.shape, dtype=torch.uint8)
@@ -396,7 +412,8 @@ def draw_flakes(numbers, shape, parameters):
 
 
 def snow(images, parameters, draws):
-    """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the image)."""
+    """parameters: (mean and deviation of the flakes, zoom, threshold, radius and sigma of the wind, share kept of the
+    image)."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = clipped_zoom((draws["layer"].double() * deviation + mean).permute(1, 2, 0).contiguous(), zoom).permute(
         2, 0, 1
@@ -419,7 +436,8 @@ ICE = (
 
 
 def grown_ice():
-    """Five textures (3, 128, 128), uint8, with the mean and standard deviation of the benchmark's photographs in each channel."""
+    """Five textures (3, 128, 128), uint8, with the mean and standard deviation of the benchmark's photographs in each
+    channel."""
     textures = []
     for index, (means, deviations) in enumerate(ICE):
         uniforms = torch.rand(128 * 128 - 1, generator=generator(0, "ice", index)) * 2 - 1
@@ -435,8 +453,12 @@ def grown_ice():
 
 
 @cache
-def frost_textures(root=None):
-    """The textures that frost is cut from, uint8 (3, H, W), five of them, and what they are: "photographs" if they are under `root` or can be fetched, else "grown ice"."""
+def frost_textures(root: Path) -> tuple[list[torch.Tensor], str]:
+    """The five textures that frost is cut from, uint8 (3, H, W), and what they are.
+
+    root: the folder of the datasets. "photographs" if they are there or can be downloaded to it, else "grown ice";
+    remembered for each folder.
+    """
     try:
         photographs = frost_photographs(root=root, download=True)
     except FileNotFoundError:  # no network
@@ -458,8 +480,11 @@ def frosted(images, parameters, ice):
 
 
 def frost(images, parameters, draws, *, root=None):
-    """`frosted` with the piece of a texture that each image's "place" names."""
-    textures, _ = frost_textures(root)
+    """`frosted` with the piece of a texture that each image's "place" names.
+
+    root: the folder of the textures, see `data.data_root`.
+    """
+    textures, _ = frost_textures(data_root(root))
     size, pieces = images.shape[-1], []
     for which, row, column in draws["place"].tolist():
         texture = textures[int(which * len(textures))]
@@ -477,7 +502,8 @@ def draw_layer(numbers, shape, parameters):
 
 
 def spatter(images, parameters, draws):
-    """parameters: (mean, deviation and sigma of the liquid layer, threshold, strength of the water or sigma of the mud, 1 for mud)."""
+    """parameters: (mean, deviation and sigma of the liquid layer, threshold, strength of the water or sigma of the mud,
+    1 for mud)."""
     mean, deviation, sigma, threshold, strength, mud = parameters
     x = divided(images.float(), 255)
     colour = (torch.tensor(MUD if mud else WATER, dtype=torch.float64) / 255).float()[:, None, None].to(x.device)
@@ -515,7 +541,8 @@ def interpolated_anywhere(x, rows, columns, down, right):
 
 
 def affine_source(moved, size):
-    """Where each pixel (N, size, size) of an affinely moved image comes from, rows and columns in 1/32 of a pixel, as OpenCV rounds it.
+    """Where each pixel (N, size, size) of an affinely moved image comes from, rows and columns in 1/32 of a pixel, as
+    OpenCV rounds it.
 
     moved: (N, 3, 2), x and y of where the corners (26, 26), (26, 6), (6, 6) of a triangle go.
     """
@@ -552,7 +579,8 @@ def interpolate(x, rows, columns, down, right, moved):
 
 
 def interpolated(x, rows, columns, down, right):
-    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at shares `down` and `right`; mirrored outside."""
+    """Linear interpolation of x (N, C, H, W) between pixels (rows, columns), int32 (N, H, W), and the next ones, at
+    shares `down` and `right`; mirrored outside."""
     if x.device.type != "cpu":
         return interpolated_anywhere(x, rows, columns, down, right)
     moved = torch.empty(x.shape, dtype=x.dtype)
@@ -596,7 +624,8 @@ def settle(field, dim, whole, share):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #a978926d
 def settled(field, dim):
-    """Where pixels shifted by float32 field (N, H, W) along dim 1 or 2 come from, reflected into the image as SciPy 1.0 did it: the pixel before, int32, and how far behind it, float64."""
+    """Where pixels shifted by float32 field (N, H, W) along dim 1 or 2 come from, reflected into the image as SciPy 1.0
+    did it: the pixel before, int32, and how far behind it, float64."""
     if field.device.type != "cpu":
         return settled_anywhere(field, dim)
     whole, share = torch.empty(field.shape, dtype=torch.int32), torch.empty(field.shape, dtype=torch.float64)
@@ -605,7 +634,8 @@ def settled(field, dim):
 
 
 def elastic_transform(images, parameters, draws):
-    """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the corners), in pixels. For 32 × 32 images."""
+    """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the
+    corners), in pixels. For 32 × 32 images."""
     (amplitude, sigma, _), size = parameters, images.shape[-1]
     still = torch.tensor([[26.0, 26], [26, 6], [6, 6]], device=images.device)
     rows, columns = affine_source((still + draws["corners"].float()).double(), size)
@@ -621,7 +651,8 @@ def elastic_transform(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #1a656259
 def box_resize(planes, size):
-    """uint8 (M, H, W) resized to size × size by Pillow's box filter: horizontally, all below each other, then vertically, all side by side."""
+    """uint8 (M, H, W) resized to size × size by Pillow's box filter: horizontally, all below each other, then
+    vertically, all side by side."""
     count, height, width = planes.shape
     below = Image.fromarray(planes.reshape(count * height, width)).resize((size, count * height), Image.BOX)
     beside = np.asarray(below).reshape(count, height, size).swapaxes(0, 1).reshape(height, count * size)
@@ -636,7 +667,8 @@ def pixelate(images, size, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #2858dcd1
 def jpeg_library():
-    """Which library writes JPEG files here: "libjpeg 9d", the benchmark's, if jpeglib is installed, else Pillow's "libjpeg-turbo …"."""
+    """Which library writes JPEG files here: "libjpeg 9d", the benchmark's, if jpeglib is installed, else Pillow's
+    "libjpeg-turbo …"."""
     if importlib.util.find_spec("jpeglib"):
         return "libjpeg 9d"
     return (
@@ -647,7 +679,8 @@ def jpeg_library():
 
 
 def through_jpeg(pixels, quality):
-    """uint8 (H, W, 3), sides multiples of 16, written with libjpeg 9d at `quality`, colours at half the resolution, and read again."""
+    """uint8 (H, W, 3), sides multiples of 16, written with libjpeg 9d at `quality`, colours at half the resolution, and
+    read again."""
     import jpeglib
 
     with tempfile.TemporaryDirectory() as folder, jpeglib.version("9d"):
@@ -750,7 +783,8 @@ DETERMINISTIC = tuple(name for name, corruption in CORRUPTIONS.items() if corrup
 
 
 def archive_md5(images, corruption):
-    """The md5 sum of the archive's file: all `images` (N, C, H, W) at every severity in turn, as an .npy array (5N, H, W, C)."""
+    """The md5 sum of the archive's file: all `images` (N, C, H, W) at every severity in turn, as an .npy array (5N, H,
+    W, C)."""
     count, channels, height, width = images.shape
     header = io.BytesIO()
     shape = (len(corruption.parameters) * count, height, width, channels)

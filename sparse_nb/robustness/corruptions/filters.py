@@ -28,7 +28,8 @@ from ...randomness import generator
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #7902699b
 def divided(x, number):
-    """x / number with the same bits on every device: a GPU multiplies by the reciprocal of a Python number, which is not the same."""
+    """x / number with the same bits on every device: a GPU multiplies by the reciprocal of a Python number, which is
+    not the same."""
     return x / torch.tensor(number, dtype=x.dtype, device=x.device)
 
 
@@ -48,8 +49,10 @@ class CorruptionKind:
 
     apply: (images uint8 (N, C, H, W), parameters, draws) -> uint8 images of the same shape, on the device of `images`.
     parameters: what severity 1, 2, … hands to `apply` and `draw`; one entry where there are no severities.
-    draw: (numbers, shape (C, H, W), parameters) -> {name: CPU tensor (N, …)}, made of `numbers(name, fill, *size)`, see `random_numbers`; None where nothing is random.
-    block: how many images at a time a CPU handles best, the numbers in its cache; None where it is better to have all at once.
+    draw: (numbers, shape (C, H, W), parameters) -> {name: CPU tensor (N, …)}, made of `numbers(name, fill, *size)`, see
+    `random_numbers`; None where nothing is random.
+    block: how many images at a time a CPU handles best, the numbers in its cache; None where it is better to have all
+    at once.
     """
 
     apply: Callable
@@ -59,9 +62,11 @@ class CorruptionKind:
 
 
 def random_numbers(key, indices, name, fill, *size):
-    """Random numbers for images: float32 (N, *size), row i from the stream that `key`, `name` and indices[i] name, whatever the other indices are.
+    """Random numbers for images: float32 (N, *size), row i from the stream that `key`, `name` and indices[i] name,
+    whatever the other indices are.
 
-    key: a tuple as `generator` takes it. indices: N integers, not negative. fill: `torch.Tensor.uniform_`, in [0, 1), or `torch.Tensor.normal_`.
+    key: a tuple as `generator` takes it. indices: N integers, not negative. fill: `torch.Tensor.uniform_`, in [0, 1),
+    or `torch.Tensor.normal_`.
     """
     seed, stream, rows = generator(*key, name).initial_seed(), torch.Generator(), torch.empty(len(indices), *size)
     for row, index in zip(rows, indices):
@@ -70,7 +75,10 @@ def random_numbers(key, indices, name, fill, *size):
 
 
 def draw_all(corruption, parameters, key, indices, shape, device):
-    """The draws of a batch: {name: tensor (N, …)} on `device`; empty where nothing is random. key, indices: as in `random_numbers`; shape: (C, H, W) of one image."""
+    """The draws of a batch: {name: tensor (N, …)} on `device`; empty where nothing is random.
+
+    key, indices: as in `random_numbers`; shape: (C, H, W) of one image.
+    """
     draws = corruption.draw(partial(random_numbers, key, indices), shape, parameters) if corruption.draw else {}
     return {name: draw.to(device) for name, draw in draws.items()}
 
@@ -94,7 +102,10 @@ def in_threads(function, items):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #9400f1b2
 @torch.no_grad()
 def apply(corruption, parameters, images, key=(), indices=()):
-    """`images`, uint8 (N, C, H, W), under a `CorruptionKind`, block by block. key, indices: as in `random_numbers`; not needed where nothing is random."""
+    """`images`, uint8 (N, C, H, W), under a `CorruptionKind`, block by block.
+
+    key, indices: as in `random_numbers`; not needed where nothing is random.
+    """
     if corruption.draw and len(indices) != len(images):
         raise ValueError(f"there are {len(indices)} indices for {len(images)} images; each image needs one")
     block = corruption.block if corruption.block and images.device.type == "cpu" else max(len(images), 1)
@@ -116,7 +127,8 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #c2356069
 def border(size, radius, mode):
-    """Indices (size + 2·radius,) of the pixels that stand on a line of `size` pixels continued by `radius` on both sides.
+    """Indices (size + 2·radius,) of the pixels that stand on a line of `size` pixels continued by `radius` on both
+    sides.
 
     mode: "nearest", "reflect" (edge repeated) or "mirror" (edge not repeated), as in `scipy.ndimage`.
     """
@@ -137,7 +149,10 @@ def continued(x, dim, radius, mode):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #670671cd
 def gaussian_weights(sigma, truncate=4.0):
-    """The kernel as a list of 2r + 1 floats, r = int(truncate·sigma + 0.5), as SciPy computes it. sigma: standard deviation in pixels."""
+    """The kernel as a list of 2r + 1 floats, r = int(truncate·sigma + 0.5), as SciPy computes it.
+
+    sigma: standard deviation in pixels.
+    """
     radius = int(truncate * sigma + 0.5)
     slope = -0.5 / (sigma * sigma)
     bell = np.array([math.exp(step * (step * slope)) for step in range(-radius, radius + 1)])
@@ -160,7 +175,8 @@ def gaussian_filter_anywhere(x, sigma, *, dims=(-2, -1), mode="nearest", truncat
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #cca860ad
 @compiled
 def add_pairs(padded, step, weights, total):
-    """total[k] = w₀·x[k] + Σ (x[k − j·step] + x[k + j·step])·w_j, outermost pairs first; x is `padded` without the first radius·step numbers."""
+    """total[k] = w₀·x[k] + Σ (x[k − j·step] + x[k + j·step])·w_j, outermost pairs first; x is `padded` without the
+    first radius·step numbers."""
     radius = len(weights) // 2
     size, middle = len(padded) - 2 * radius * step, padded[radius * step :]
     for k in range(size):
@@ -173,7 +189,10 @@ def add_pairs(padded, step, weights, total):
 
 @compiled
 def smooth_planes(planes, rows, columns, down, across, smoothed):
-    """Gaussian filter of float64 planes (M, H, W) into `smoothed`. rows, columns: see `border`; down, across: the weights of each direction."""
+    """Gaussian filter of float64 planes (M, H, W) into `smoothed`.
+
+    rows, columns: see `border`; down, across: the weights of each direction.
+    """
     count, height, width = planes.shape
     tall, wide, reach = np.empty((len(rows), width)), np.empty((height, len(columns))), len(across) // 2
     first, second = np.empty((height, width)), np.empty((height, len(columns)))
@@ -191,7 +210,8 @@ def smooth_planes(planes, rows, columns, down, across, smoothed):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #53453f12
 def gaussian_filter(x, sigma, *, dims=(-2, -1), mode="nearest", truncate=4.0):
-    """float64 `x` (…, H, W) smoothed along the rows of -2, the columns of -1 or both, in that order, with SciPy's order of summation. sigma: standard deviation in pixels; mode: see `border`."""
+    """float64 `x` (…, H, W) smoothed along the rows of -2, the columns of -1 or both, in that order, with SciPy's order
+    of summation. sigma: standard deviation in pixels; mode: see `border`."""
     if x.device.type != "cpu":
         return gaussian_filter_anywhere(x, sigma, dims=dims, mode=mode, truncate=truncate)
     weights, (height, width) = np.array(gaussian_weights(sigma, truncate)), x.shape[-2:]
@@ -209,7 +229,10 @@ def gaussian_filter(x, sigma, *, dims=(-2, -1), mode="nearest", truncate=4.0):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #624b60c5
 def motion_offsets(taps, angles):
-    """Pixel offsets (N, taps, 2), rows and columns, of the taps of ImageMagick's motion blur. angles: (N,) in degrees, clockwise from the right."""
+    """Pixel offsets (N, taps, 2), rows and columns, of the taps of ImageMagick's motion blur.
+
+    angles: (N,) in degrees, clockwise from the right.
+    """
     steps, angles = torch.arange(taps, dtype=torch.float64), torch.deg2rad(angles.double())[:, None]
     offsets = torch.stack([steps * torch.sin(angles), steps * torch.cos(angles)], dim=-1)
     return torch.ceil(offsets - 0.5).long()
@@ -246,7 +269,8 @@ def motion_blur_anywhere(images, radius, sigma, angles):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #df340fc1
 @compiled
 def draw_out(images, weights, offsets, blurred):
-    """Motion blur of uint8 images (N, C, H, W) into `blurred`; weights: (taps,); offsets: int64 (N, taps, 2), see `motion_offsets`."""
+    """Motion blur of uint8 images (N, C, H, W) into `blurred`; weights: (taps,); offsets: int64 (N, taps, 2), see
+    `motion_offsets`."""
     (count, channels, height, width), taps = images.shape, len(weights)
     down, across = offsets[..., 0], offsets[..., 1]
     top, left = min(down.min(), 0), min(across.min(), 0)
@@ -275,7 +299,8 @@ def draw_out(images, weights, offsets, blurred):
 def motion_blur(images, radius, sigma, angles):
     """uint8 images (N, C, H, W) drawn out along lines, as ImageMagick 6 (Q16) does it.
 
-    radius, sigma: of the kernel, in pixels. angles: (N,) float CPU tensor or tensor on the device of `images`, in degrees, clockwise from the right.
+    radius, sigma: of the kernel, in pixels. angles: (N,) float CPU tensor or tensor on the device of `images`, in
+    degrees, clockwise from the right.
     """
     if images.device.type != "cpu":
         return motion_blur_anywhere(images, radius, sigma, angles)
@@ -301,7 +326,8 @@ def camera_motion(images, parameters, draws):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #0b918943
 @cache
 def poisson_tables(photons, intervals=4096):
-    """For the 256 levels: distribution functions, each raised by its level, float64 (256·photons,), ascending; and the counts (256, intervals), int16, at intervals of u, −1 where
+    """For the 256 levels: distribution functions, each raised by its level, float64 (256·photons,), ascending; and the
+    counts (256, intervals), int16, at intervals of u, −1 where
     two counts share one."""
     levels = np.arange(256)[:, None] / 255 * photons
     function = torch.from_numpy(poisson.cdf(np.arange(photons), levels))
@@ -313,7 +339,8 @@ def poisson_tables(photons, intervals=4096):
 
 
 def photon_counts(images, photons, uniforms):
-    """int16 Poisson counts with mean photons·x/255, from `uniforms` in [0, 1) of the images' shape; counts above `photons`, which are white, are cut off there."""
+    """int16 Poisson counts with mean photons·x/255, from `uniforms` in [0, 1) of the images' shape; counts above
+    `photons`, which are white, are cut off there."""
     function, table = (part.to(images.device) for part in poisson_tables(photons))
     intervals = table.shape[1]
     places = images.int() * intervals + (uniforms * intervals).int()
@@ -332,7 +359,8 @@ def draw_photons(numbers, shape, photons):
 def plasma(uniforms, decay):
     """Landscapes (N, n, n), float64, from 0 to 1, by the diamond-square method on a torus.
 
-    uniforms: (N, n² − 1) in [−1, 1), n a power of two; from coarse to fine, squares before the two kinds of diamonds. decay: divides the roughness at each halving.
+    uniforms: (N, n² − 1) in [−1, 1), n a power of two; from coarse to fine, squares before the two kinds of diamonds.
+    decay: divides the roughness at each halving.
     """
     size = math.isqrt(uniforms.shape[1] + 1)
     height = uniforms.new_zeros(len(uniforms), size, size, dtype=torch.float64)
@@ -353,14 +381,16 @@ def plasma(uniforms, decay):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #25fc0e70
 def neighbours(x, mode="mirror"):
-    """The eight neighbours and the pixel itself of x (N, H, W), as nine views in rows: (above left, above, …, below right)."""
+    """The eight neighbours and the pixel itself of x (N, H, W), as nine views in rows: (above left, above, …, below
+    right)."""
     height, width = x.shape[1:]
     padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else continued(continued(x, 1, 1, mode), 2, 1, mode)
     return [padded[:, row : row + height, column : column + width] for row in range(3) for column in range(3)]
 
 
 def over_square(combine, x, mode="mirror"):
-    """x (N, H, W) combined with its eight neighbours: three rows first, then three columns; mode: "mirror" or "zeros"."""
+    """x (N, H, W) combined with its eight neighbours: three rows first, then three columns; mode: "mirror" or
+    "zeros"."""
     height, width = x.shape[1:]
     padded = F.pad(x, (1, 1, 1, 1)) if mode == "zeros" else continued(continued(x, 1, 1, mode), 2, 1, mode)
     rows = reduce(combine, (padded[:, step : step + height] for step in range(3)))
@@ -388,7 +418,8 @@ def edges_anywhere(x):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #7dbb9bb6
 @compiled
 def gradients(image, padded, right, down, size):
-    """Sobel's gradient of one uint8 image (H, W), its border pixels repeated, into the middles of right, down and size; they and `padded` are int32 (H + 2, W + 2)."""
+    """Sobel's gradient of one uint8 image (H, W), its border pixels repeated, into the middles of right, down and size;
+    they and `padded` are int32 (H + 2, W + 2)."""
     height, width = image.shape
     padded[1:-1, 1:-1] = image
     padded[0], padded[-1] = padded[1], padded[-2]
@@ -482,7 +513,8 @@ def chamfer_distance_anywhere(places):
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #6a6ceb34
 @compiled
 def sweep(distance, up, two_up):
-    """One row's distances, int32 (W + 4,) with two far pixels at both ends, made the shortest by way of the two rows above or of the pixels before. In place."""
+    """One row's distances, int32 (W + 4,) with two far pixels at both ends, made the shortest by way of the two rows
+    above or of the pixels before. In place."""
     for w in range(2, len(distance) - 2):
         sideways = min(up[w - 1], up[w + 1]) + DIAGONAL
         leap = min(min(up[w - 2], up[w + 2]), min(two_up[w - 1], two_up[w + 1])) + KNIGHT
@@ -511,7 +543,8 @@ def sweep_twice(places, distances):
 
 
 def chamfer_distance(places):
-    """Distance (N, H, W), float32, of each pixel to the nearest True of `places`, over steps of 1, 1.4 and 2.1969; 256 where there is none."""
+    """Distance (N, H, W), float32, of each pixel to the nearest True of `places`, over steps of 1, 1.4 and 2.1969; 256
+    where there is none."""
     if places.device.type != "cpu":
         return chamfer_distance_anywhere(places)
     distances = torch.empty(places.shape)
@@ -520,7 +553,8 @@ def chamfer_distance(places):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #2858dcd1
 def equalised(x):
-    """uint8 x (N, H, W) with its histogram equalised, image by image, as OpenCV does it; a flat image stays as it is."""
+    """uint8 x (N, H, W) with its histogram equalised, image by image, as OpenCV does it; a flat image stays as it
+    is."""
     levels, pixels = x.flatten(1).long(), x[0].numel()
     histogram = torch.zeros(len(x), 256, device=x.device).scatter_add_(
         1, levels, torch.ones(levels.shape, device=x.device)
@@ -533,7 +567,10 @@ def equalised(x):
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #7688b6ef
 def water_light(layer):
-    """Light (N, H, W), float32, largest value 1, that blots of water gather. layer: uint8 (N, H, W), 0 where there is no water. 0 where a layer is empty."""
+    """Light (N, H, W), float32, largest value 1, that blots of water gather.
+
+    layer: uint8 (N, H, W), 0 where there is no water. 0 where a layer is empty.
+    """
     distance = chamfer_distance(edges(layer)).clamp(max=20)
     distance = equalised(
         divided(over_square(torch.add, distance), 9).to(torch.uint8)

@@ -39,7 +39,8 @@ def shot_noise(images, peak, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #e629fa65
 def draw_impulse_noise(numbers, shape, parameters):
-    """{"struck": uniforms that decide which pixels are hit, "white": uniforms that decide their colour}, float32 (N, *shape) in [0, 1)."""
+    """{"struck": uniforms that decide which pixels are hit, "white": uniforms that decide their colour}, float32 (N,
+    *shape) in [0, 1)."""
     return {name: numbers(name, torch.Tensor.uniform_, *shape) for name in ("struck", "white")}
 
 
@@ -49,12 +50,14 @@ def impulse_noise(images, share, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #4ec9599f
 def visited(reach):
-    """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row: rows and columns 28 − reach down to reach + 1."""
+    """Positions 28·row + column in the order of glass blur's visits: from the lower right, row by row: rows and columns
+    28 − reach down to reach + 1."""
     return [28 * row + column for row in range(28 - reach, reach, -1) for column in range(28 - reach, reach, -1)]
 
 
 def draw_glass_blur(numbers, shape, parameters):
-    """{"steps": int64 (N, rounds, visits, 2), columns and rows to the pixel that each visit swaps with; (0, 0) where it does not swap}."""
+    """{"steps": int64 (N, rounds, visits, 2), columns and rows to the pixel that each visit swaps with; (0, 0) where it
+    does not swap}."""
     _, reach, rounds = parameters
     visits = len(visited(reach))
     swaps = numbers("swaps", torch.Tensor.uniform_, rounds, visits, 1) < 0.5
@@ -75,7 +78,10 @@ def swap(pixels, places, partners):
 
 
 def glass_blur(images, parameters, draws):
-    """Blur down the columns, local swaps, the same blur again. parameters: (sigma, reach, rounds), sigma and reach in pixels."""
+    """Blur down the columns, local swaps, the same blur again.
+
+    parameters: (sigma, reach, rounds), sigma and reach in pixels.
+    """
     sigma, reach, rounds = parameters
     blurred = (gaussian_filter(unit(images), sigma, dims=(-2,)) * 255).to(
         torch.uint8
@@ -92,7 +98,8 @@ def glass_blur(images, parameters, draws):
 def warp(images, matrices):
     """Each image seen through an affine map, bilinear, black outside: float64 (N, 1, H, W) in [0, 1].
 
-    images: uint8 (N, 1, H, W). matrices: float64 (N or 1, 2, 3), from (column, row) of the result to those of the image.
+    images: uint8 (N, 1, H, W). matrices: float64 (N or 1, 2, 3), from (column, row) of the result to those of the
+    image.
     """
     count, _, height, width = images.shape
     padded = unit(pad(images, (1, 1, 1, 1))).flatten(1)
@@ -129,7 +136,8 @@ def either_way(images, draws, matrix):
 
 
 def shear(images, amount, draws):
-    """Shear to the left or right, with the matrix of old scikit-image, which also stretches the rows apart by 1/cos(amount)."""
+    """Shear to the left or right, with the matrix of old scikit-image, which also stretches the rows apart by
+    1/cos(amount)."""
     return either_way(
         images, draws, lambda sign: about_centre(1.0, -math.sin(sign * amount), 0.0, math.cos(sign * amount))
     )
@@ -156,7 +164,8 @@ def draw_corner(numbers, shape, parameters):
 
 
 def translate(images, distance, draws):
-    """The digit shifted by `distance` pixels along rows and along columns, black coming in; signs of 1 shift it to the left and up."""
+    """The digit shifted by `distance` pixels along rows and along columns, black coming in; signs of 1 shift it to the
+    left and up."""
     same = torch.eye(2, dtype=torch.float64, device=images.device).expand(len(images), 2, 2)
     return as_bytes(warp(images, torch.cat([same, distance * draws["signs"].double()[:, :, None]], 2)))
 
@@ -172,7 +181,10 @@ def draw_fog(numbers, shape, parameters):
 
 
 def fog(images, parameters, draws):
-    """A random landscape of light over the image. parameters: (thickness, decay); decay divides the roughness from scale to finer scale."""
+    """A random landscape of light over the image.
+
+    parameters: (thickness, decay); decay divides the roughness from scale to finer scale.
+    """
     thickness, decay = parameters
     # five at a time: more leave the processor's cache
     landscape = torch.cat([plasma(few, decay)[:, None, :28, :28] for few in draws["uniforms"].split(5)])
@@ -187,7 +199,10 @@ def draw_spatter(numbers, shape, parameters):
 
 
 def spatter(images, parameters, draws):
-    """Drops of mud. parameters: mean, standard deviation, smoothing and threshold of the noise, smoothing of the drops; in pixels."""
+    """Drops of mud.
+
+    parameters: mean, standard deviation, smoothing and threshold of the noise, smoothing of the drops; in pixels.
+    """
     mean, deviation, smoothing, threshold, softness = parameters
     wet = gaussian_filter(mean + deviation * draws["field"], smoothing) > threshold
     drops = gaussian_filter(wet.double(), softness)
@@ -203,7 +218,10 @@ def stripe(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #0e17daca
 def stroke(start_column, start_row, end_column, end_row):
-    """Brightness in [0, 1] of a straight stroke per image, float64 (N, 1, 28, 28). Ends: float64 (N,), start_column < end_column."""
+    """Brightness in [0, 1] of a straight stroke per image, float64 (N, 1, 28, 28).
+
+    Ends: float64 (N,), start_column < end_column.
+    """
     c0, r0, c1, r1 = (ends[:, None, None, None] for ends in (start_column, start_row, end_column, end_row))
     place = torch.arange(28, dtype=torch.float64, device=c0.device)
     distance = (place[:, None] - ((r1 - r0) / (c1 - c0) * (place - c0) + r0)).abs().clamp(0, 2.3 - 1e-10)
@@ -224,7 +242,8 @@ def dotted_line(images, parameters, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #2858dcd1
 def corners(rise):
-    """Corners (column, row) of a zigzag from (0, 0) to (23, rise), float64 (8, 2): teeth of 4 along the line, 2 to either side."""
+    """Corners (column, row) of a zigzag from (0, 0) to (23, rise), float64 (8, 2): teeth of 4 along the line, 2 to
+    either side."""
     angle = math.atan(rise / 23)
     length = 23 / math.cos(angle)
     flat = [(0.0, 0.0)] + [(4.0 * tooth + 2, 2.0 * (-1) ** tooth) for tooth in range(int((length - 2) // 4) + 1)]
