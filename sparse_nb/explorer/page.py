@@ -19,7 +19,7 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from ..data import IMAGE_SHAPES
-from .views import text_as_html
+from .texts import text_as_html
 from ..results.axes import AXIS_TITLES, place_points
 from ..results.captions import WORDS, radius_text
 from ..results.measure_plots import corruption_means
