@@ -30,7 +30,11 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[f"{settings['lib_name']}*"]),
-    package_data={settings["lib_name"]: ["py.typed"], f"{settings['lib_name']}.study": ["versions.lock"]},
+    package_data={
+        settings["lib_name"]: ["py.typed"],
+        f"{settings['lib_name']}.study": ["versions.lock"],
+        f"{settings['lib_name']}.explorer": ["page.html", "page.css", "page.js"],
+    },
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg", "slurm")},

@@ -1,6 +1,7 @@
-"""What no cell can test of the page: a browser opens it from disk, hands on the keyboard, and what it draws is what pandas finds."""
+"""What no cell can test of the page: by keyboard it plots what pandas finds, and hostile text stays text."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -47,9 +48,10 @@ def kinds_of_records(point):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Every combination of two datasets, families, ways to grow and rules, both schedules, all measures; the numbers are chosen at random.
+    """Every combination of two datasets, families, ways to grow, rules and schedules, all measures; random numbers.
 
-    On MNIST, the MLP of width 1024 has a diverged network, the one of width 2048 only diverged ones, the one of 256 a network that did not converge.
+    On MNIST, the MLP of width 1024 has a diverged network, the one of width 2048 only diverged ones, and the one of
+    width 256 a network that did not converge.
     """
     preset, rows, plans = narrow("laptop", datasets="mnist cifar10", families="mlp vgg", seeds=3), [], {}
     for name, figure in FIGURES.items():
@@ -93,7 +95,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file as a page; at the end there must have been neither a message, nor an error, nor a request for anything but files on disk."""
+    """Opens a file as a page; afterwards: no message, no error, and no request for anything but files on disk."""
     contexts, said, asked = [], [], []
 
     def opened(path, *, width=1000, height=900, scheme="light"):
@@ -117,7 +119,8 @@ def open_page(browser):
 def drawn(page):
     """What the plotly element holds, {name of the trace: trace}, the bars together as a list under "bars"."""
     traces = page.evaluate(
-        """() => document.getElementById("chart").data.map(t => ({name: t.name, x: [...t.x], y: [...t.y], text: t.text, marker: t.marker, error: t.error_y}))"""
+        """() => document.getElementById("chart").data.map(t =>
+            ({name: t.name, x: [...t.x], y: [...t.y], text: t.text, marker: t.marker, error: t.error_y}))"""
     )
     return {trace["name"]: trace for trace in traces if trace["name"] != "bar"} | {
         "bars": [trace["error"] for trace in traces if trace["name"] == "bar"]
@@ -125,19 +128,19 @@ def drawn(page):
 
 
 def by_hand(rows):
-    """{width: (mean, half of the 95 % interval)} over seeds, in percent, of records that are to be averaged within each network first."""
+    """{width: (mean, half of the 95 % interval)} over seeds, in percent; first a mean over each network's records."""
     of_seed = rows.groupby(["width", "seed"]).value.mean().groupby("width").agg(["mean", "std", "size"])
     half = stats.t.ppf(0.975, of_seed["size"] - 1) * of_seed["std"] / np.sqrt(of_seed["size"])
-    return {width: (100 * mean, 100 * h) for width, mean, h in zip(of_seed.index, of_seed["mean"], half)}
+    return {width: (100 * mean, 100 * h) for width, mean, h in zip(of_seed.index, of_seed["mean"], half, strict=True)}
 
 
 def assert_draws(page, rows, expected):
-    """The page draws the means and bars `expected` (of `by_hand`) at the places of `rows`, and a gap where there are none."""
+    """The page plots the means and bars `expected` (of `by_hand`) at the places of `rows`, and gaps where none are."""
     places = rows.drop_duplicates("width").sort_values("density", ascending=False)
     found = drawn(page)
     assert len(found["points"]["y"]) == len(places) > 1
     for width, density, x, y, bar in zip(
-        places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"]
+        places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"], strict=True
     ):
         assert x == pytest.approx(100 * density, rel=1e-5)
         mean, half = expected.get(width, (None, None))
@@ -203,9 +206,9 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
     found = drawn(page)
     widths = [2**k for k in range(7, 16)]
     measured = [y for y in found["points"]["y"] if y is not None]
-    marked = dict(zip(found["marked"]["x"], found["marked"]["y"]))
+    marked = dict(zip(found["marked"]["x"], found["marked"]["y"], strict=True))
     assert marked[100] == found["points"]["y"][0] and max(measured) in marked.values()
-    symbols = dict(zip(widths, found["points"]["marker"]["symbol"]))
+    symbols = dict(zip(widths, found["points"]["marker"]["symbol"], strict=True))
     assert {width for width, symbol in symbols.items() if symbol == "circle-open"} == {256, 1024, 2048}
     assert (
         found["diverged"]["text"] == ["1 of 3 diverged", "3 of 3 diverged"]
@@ -227,8 +230,11 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
         and all(run in hover for run in place.experiment.unique())
     )
     page.mouse.move(
-        *page.evaluate("""() => {const box = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point")).find(p => p.length > 2)[2].getBoundingClientRect();
-        return [box.x + box.width / 2, box.y + box.height / 2]}""")
+        *page.evaluate("""() => {
+            const points = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point"));
+            const box = points.find(p => p.length > 2)[2].getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2];
+        }""")
     )
     page.wait_for_selector("#chart .hoverlayer .hovertext")
     assert "3 seeds" in page.text_content("#chart .hoverlayer .hovertext")
@@ -320,7 +326,8 @@ def test_every_select_changes_by_keyboard_and_only_what_exists_can_be_chosen(tab
       return found;
     }""")
     words = {
-        tuple(CONTROLS[name][1][value] for name, value in zip(CONTROLS, combination)) for combination in combinations
+        tuple(CONTROLS[name][value] for name, value in zip(CONTROLS, combination, strict=True))
+        for combination in combinations
     }
     assert {tuple(combination) for combination in offered} == words and len(offered) == len(words) == 2 * 2 * (
         2 * (4 + 3 + 2) + 1
@@ -345,7 +352,8 @@ def test_numbers_are_in_a_table_and_titles_in_words(path, open_page):
     means = [None if "–" in row.split("\t")[3] else float(row.split("\t")[3].split("\u00a0")[0]) for row in rows]
     assert means == [None if y is None else pytest.approx(y, abs=0.051) for y in drawn(page)["points"]["y"]]
     layout = page.evaluate(
-        "(({xaxis, yaxis}) => [xaxis.title.text, yaxis.title.text, xaxis.type, xaxis.range])(document.getElementById('chart').layout)"
+        """(({xaxis, yaxis}) => [xaxis.title.text, yaxis.title.text, xaxis.type, xaxis.range])(
+            document.getElementById("chart").layout)"""
     )
     assert layout[:3] == ["remaining weights (%)", "accuracy (%)", "log"] and layout[3][0] > layout[3][1]
     assert page.inner_text("#title") == "MLP on MNIST, growing in width: accuracy under weight noise, σ = 0.5"
@@ -369,7 +377,8 @@ def test_phone(path, open_page, width):
         page.select_option("#measure", label=measure)
         assert page.evaluate("document.documentElement.scrollWidth") == width
     sizes = page.evaluate(
-        "[...document.querySelectorAll('select, input, button')].filter(e => e.offsetParent).map(e => e.getBoundingClientRect().height)"
+        """[...document.querySelectorAll("select, input, button")].filter(e => e.offsetParent)
+            .map(e => e.getBoundingClientRect().height)"""
     )
     assert min(sizes) >= 40
     assert page.evaluate("document.querySelector('#chart .main-svg').getBoundingClientRect().width") <= width
@@ -390,6 +399,40 @@ def test_dark(path, open_page):
     assert plots.luminance(page.evaluate(grounds)[0]) == 1
     page.wait_for_function("document.getElementById('chart')._fullLayout.paper_bgcolor === 'white'")
     assert drawn(page)["points"]["marker"]["color"] == dark  # one colour for one density, day and night
+
+
+HOSTILE = """</script><!--<script>window.hurt=1</script><img src=x onerror="hurt=1"><a href='//evil.example'>&lt;"""
+
+
+def test_hostile_text_stays_text(table, open_page, tmp_path):
+    """A name, a status, a hash, a footer and a command that are HTML are shown as they are and run nothing."""
+    some = table[(table.measure == "corruption") & (table.dataset == "cifar10") & (table.family == "vgg")].copy()
+    some["name"] = some.name.replace("fog", HOSTILE)
+    some["status"] = HOSTILE
+    run = HOSTILE.replace(" ", "/")
+    some["experiment"] = some.experiment.replace(some.experiment.iloc[0], run)
+    page = open_page(write_page(some, tmp_path / "explore.html", provenance=[HOSTILE])[0])
+    assert page.inner_text("footer") == HOSTILE
+    choose(page, "question", HOSTILE)
+    assert HOSTILE in page.inner_text("#title")
+    page.click("summary")
+    assert HOSTILE in page.inner_text("#rows") and run in page.inner_text("#rows")
+    page.locator("#chart").scroll_into_view_if_needed()
+    box = page.evaluate("""() => {
+        const points = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point"));
+        const box = points.find(p => p.length > 2)[0].getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+    }""")
+    page.mouse.move(*box)
+    page.wait_for_selector("#chart .hoverlayer .hovertext")
+    assert HOSTILE in page.text_content("#chart .hoverlayer") and run in page.text_content("#chart .hoverlayer")
+    with page.expect_download() as download:
+        page.click("#save")
+    download.value.save_as(tmp_path / "saved.svg")
+    assert not re.search("<(img|a|script)\\b", (tmp_path / "saved.svg").read_text())
+    assert page.evaluate("window.hurt") is None and page.locator("img, a").count() == 0
+    empty = open_page(write_page(pd.DataFrame(), tmp_path / "empty.html", provenance=[HOSTILE], fill=HOSTILE)[0])
+    assert empty.inner_text("pre") == HOSTILE and empty.evaluate("window.hurt") is None
 
 
 def test_picture_is_saved_as_vectors(path, open_page, tmp_path):
