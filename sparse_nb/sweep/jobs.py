@@ -26,9 +26,8 @@ import torch
 
 from .. import data
 from ..data import as_float
-from ..networks.captured_steps import captured
 from ..networks.sparse_layers import CONVOLUTION_WALK_BELOW, WALK_BELOW
-from ..networks.training import fit
+from ..networks.training import captured, fit
 from ..robustness.corruptions.cifar_c import frost_textures
 from ..robustness.evaluation import sample
 from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
