@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_nb.data import ImageSet, as_float, load_images
-from sparse_nb.networks.captured_steps import captured
 from sparse_nb.networks.masks import (
     gradient_masks,
     initialise,
@@ -32,7 +31,7 @@ from sparse_nb.networks.masks import (
 )
 from sparse_nb.networks.models import build_model, counted_weights
 from sparse_nb.networks.sparse_layers import SparseSequential, sparse_network
-from sparse_nb.networks.training import Recipe, fit
+from sparse_nb.networks.training import Recipe, captured, fit
 from sparse_nb.randomness import generator
 from sparse_nb.robustness import attacks, weight_noise
 from sparse_nb.robustness.corruptions import cifar_c, corruptions

@@ -182,7 +182,7 @@ _PARTS = {
     "training": (
         *_NETWORK,
         "networks.training",
-        "networks.captured_steps:captured",
+        "networks.training:captured",
         "robustness.evaluation:sample",
         *(f"study.experiments:{name}" for name in ("build", "prepare", "train", "prune")),
         "sweep.jobs:sound_kernels",
@@ -198,7 +198,7 @@ _PARTS = {
     "attack": (*_MEASURING, "robustness.attacks", "study.experiments:Attack.run"),
     "class_recall": (*_MEASURING, "robustness.class_recall", "study.experiments:ClassRecall.run"),
 }
-GPU_ONLY = ("networks.captured_steps:captured",)
+GPU_ONLY = ("networks.training:captured",)
 
 
 def _module_file(module):

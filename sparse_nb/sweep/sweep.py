@@ -28,7 +28,6 @@ from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_proces
 from sparse_nb.sweep.jobs import (
     KEEP_EVERY,
     Terms,
-    data_in,
     images_of,
     missing_jobs,
     resolve_device,
@@ -312,7 +311,6 @@ def run(
     own, fingerprint = engine == "local", versions.fingerprint()
     terms = Terms(str(store.root.absolute()), root, device.type, fingerprint, threads, deadline, keep_every, own)
     with (
-        data_in(root),
         with_threads(None if remote else threads),
         Progress(board, show) as progress,
         open_engine(engine, workers, scheduler, device, limit and 60 * limit, threads) as place,

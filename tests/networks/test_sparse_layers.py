@@ -1,4 +1,4 @@
-"""Sparse execution where it is used: in sweeps by default, with the records of dense execution, and in memory that a dense matrix would not fit into."""
+"""Sparse execution in use: in sweeps by default, with the records of dense execution, in memory too small for a dense matrix."""
 
 import pytest
 import torch
