@@ -1240,6 +1240,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                      'sparse_nb/robustness/corruptions/mnist_c.py'),
                                                           'sparse_nb.robustness.corruptions.mnist_c.as_bytes': ( '3_robustness/corruptions/mnist_c.html#as_bytes',
                                                                                                                  'sparse_nb/robustness/corruptions/mnist_c.py'),
+                                                          'sparse_nb.robustness.corruptions.mnist_c.between': ( '3_robustness/corruptions/mnist_c.html#between',
+                                                                                                                'sparse_nb/robustness/corruptions/mnist_c.py'),
                                                           'sparse_nb.robustness.corruptions.mnist_c.brightness': ( '3_robustness/corruptions/mnist_c.html#brightness',
                                                                                                                    'sparse_nb/robustness/corruptions/mnist_c.py'),
                                                           'sparse_nb.robustness.corruptions.mnist_c.canny_edges': ( '3_robustness/corruptions/mnist_c.html#canny_edges',

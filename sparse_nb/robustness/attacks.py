@@ -62,8 +62,8 @@ def _check_gradient(gradient):
     """Raise ValueError unless all gradients are finite: sign(NaN) is 0, and an attack along it does not move."""
     if not gradient.isfinite().all():
         raise ValueError(
-            "gradients of the loss for the images are not finite; an attack that follows them would take the network to "
-            "be robust"
+            "gradients of the loss for the images are not finite; an attack that follows them would take the network "
+            "to be robust"
         )
 
 

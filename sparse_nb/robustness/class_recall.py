@@ -31,8 +31,8 @@ def recalls(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> to
         absent = (images == 0).nonzero().squeeze(1).tolist()
         named = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise ValueError(
-            f"{len(absent)} of {classes} classes have no image among these {len(labels)}, so no recall: {named}; take more "
-            "images"
+            f"{len(absent)} of {classes} classes have no image among these {len(labels)}, so no recall: {named}; take "
+            "more images"
         )
     return torch.bincount(labels[predictions == labels], minlength=classes).double() / images
 

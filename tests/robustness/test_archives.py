@@ -831,7 +831,9 @@ def test_frost_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(ca, "download_file", download_file)
     assert ca.frost_photographs(root=tmp_path) is None and list(tmp_path.iterdir()) == []
     six = ca.frost_photographs(root=tmp_path, download=True)
-    assert [np.array_equal(a, b) for a, b in zip(six, colours.values())] == [True] * 6 and six[0].dtype == np.uint8
+    assert [np.array_equal(a, b) for a, b in zip(six, colours.values(), strict=True)] == [True] * 6 and six[
+        0
+    ].dtype == np.uint8
     assert asked == [ca.FROST_URL + name for name in pictures]
     (tmp_path / "frost" / "frost4.jpg").write_bytes(pictures["frost4.jpg"][:-1])
     with pytest.raises(ValueError, match="frost4.jpg is not the published file"):

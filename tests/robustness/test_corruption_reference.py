@@ -74,7 +74,8 @@ def middle(counts, rates):
     return (poisson.cdf(counts - 1, rates) + poisson.cdf(counts, rates)) / 2
 
 
-# What the original takes from np.random for one image, in its order, under our names: (random, image (H, W, …), parameters) -> {name: array} ---------
+# What the original takes from np.random for one image, in its order, under our names ---------------------------------
+# (random, image (H, W, …), parameters) -> {name: array}
 
 
 def channels_first(array):
@@ -175,7 +176,7 @@ def replayed(replay, seed, arrays, parameters):
         return {}
     one = [
         replay(np.random.RandomState(seed + int(index)), image, parameters)
-        for index, image in zip(arrays["indices"], arrays["clean"])
+        for index, image in zip(arrays["indices"], arrays["clean"], strict=True)
     ]
     return {kind: torch.from_numpy(np.stack([draws[kind] for draws in one])) for kind in one[0]}
 

@@ -103,7 +103,7 @@ def test_processes_in_any_order():
     """Two other processes, which share nothing with this one, make the same images in another order."""
     tasks = [(dataset, name, severity) for dataset, name in ALL for severity in severities(dataset, name)[-2:]]
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as processes:
-        there = dict(zip(tasks[::-1], processes.map(checksum, tasks[::-1])))
+        there = dict(zip(tasks[::-1], processes.map(checksum, tasks[::-1]), strict=True))
     assert there == {task: checksum(task) for task in tasks}
 
 
@@ -300,7 +300,8 @@ def test_jpeg_falls_back_to_pillow(tmp_path):
     said = run(
         """
         images = torch.arange(5 * 3072).view(5, 3, 32, 32).remainder(251).to(torch.uint8)
-        ours = corruptions.corrupt(ImageSet(images, torch.zeros(5, dtype=torch.long), 1, "cifar10", "test"), "jpeg_compression", 3).pixels
+        images_set = ImageSet(images, torch.zeros(5, dtype=torch.long), 1, "cifar10", "test")
+        ours = corruptions.corrupt(images_set, "jpeg_compression", 3).pixels
         for image, our in zip(images, ours):
             with io.BytesIO() as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=58)
@@ -315,7 +316,8 @@ def test_jpeg_falls_back_to_pillow(tmp_path):
 def test_frost_is_grown_where_the_network_refuses(tmp_path):
     said = run(
         """
-        images = ImageSet(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), 1, "cifar10", "test")
+        black, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+        images = ImageSet(black, labels, 1, "cifar10", "test")
         print(corruptions.source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).pixels.amax() > 0)
     """,
         SPARSE_NB_DATA=str(tmp_path),
@@ -430,7 +432,8 @@ def test_a_gpu_makes_the_same_images(dataset, name):
         assert there.device.type == "cuda" and there.dtype == torch.uint8 and there.shape == here.shape
         difference = (there.cpu().int() - here.int()).abs()
         print(
-            f"{name} {severity}: {int((difference > 0).sum())} of {difference.numel()} values differ, by up to {int(difference.max())}"
+            f"{name} {severity}: {int((difference > 0).sum())} of {difference.numel()} values differ, by up to "
+            f"{int(difference.max())}"
         )
         assert (difference > 0).double().mean() <= 0.001
         assert name in ("spatter", "canny_edges", "snow") or difference.max() <= 1

@@ -186,7 +186,8 @@ def open_array(path, shape):
     shape: what it must have. Raises ValueError, naming the file, what was found and what is accepted, for any other
     header or length.
     """
-    accepted = f"accepted: a NumPy file of {'uint8' if len(shape) > 1 else 'integers'} {shape} in C order, and nothing after it"
+    kind = "uint8" if len(shape) > 1 else "integers"
+    accepted = f"accepted: a NumPy file of {kind} {shape} in C order, and nothing after it"
     with open(path, "rb") as file:
         try:
             found, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
@@ -293,8 +294,8 @@ def check_archive(archive, path):
     size = path.stat().st_size
     if size != archive.bytes:
         raise ValueError(
-            f"{path} has {size:,} bytes, but the published {archive.file} has {archive.bytes:,}; it was not used. Delete it, "
-            f"or, if it is the beginning of a download, name it {archive.file}.part, and call again"
+            f"{path} has {size:,} bytes, but the published {archive.file} has {archive.bytes:,}; it was not used. Delete "
+            f"it, or, if it is the beginning of a download, name it {archive.file}.part, and call again"
         )
     found = md5_sum(path)
     if found != archive.md5:
@@ -328,8 +329,8 @@ def download_archive(archive, path):
             arrived = part.stat().st_size if part.exists() else 0
     if arrived < archive.bytes:
         raise FileNotFoundError(
-            f"{path} is missing and could not be downloaded from {archive.url} ({reason}). {part.name} has {arrived:,} of "
-            f"{archive.bytes:,} bytes: call again to continue, or put the whole file there yourself (md5 {archive.md5})"
+            f"{path} is missing and could not be downloaded from {archive.url} ({reason}). {part.name} has {arrived:,} "
+            f"of {archive.bytes:,} bytes: call again to continue, or put the complete file there yourself (md5 {archive.md5})"
         )
     found = md5_sum(part)
     if found != archive.md5 or arrived != archive.bytes:
@@ -508,8 +509,8 @@ def check_order(archive, dataset, root, name, start):
     if len(differ):
         i = int(differ[0])
         raise ValueError(
-            f"{root / path} is not in the order of the test set: {len(differ):,} labels differ, the first that of image {i}, "
-            f"which is {int(found[i])} and must be {int(clean_labels(dataset, root)[i])}"
+            f"{root / path} is not in the order of the test set: {len(differ):,} labels differ, the first that of image "
+            f"{i}, which is {int(found[i])} and must be {int(clean_labels(dataset, root)[i])}"
         )
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #031b4af5

@@ -227,7 +227,7 @@ def enlarge_and_add(x, rows, down, columns, right, times, total):
 def enlargement_tables(sizes, factors):
     """What `enlarge_and_add` needs to know of `factors`, as NumPy arrays: rows, down, columns, right, times."""
     places = [[zoomed_places(size, factor) for factor, _ in factors] for size in sizes]
-    tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction)]
+    tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction, strict=True)]
     return *tables, np.array([times for _, times in factors])
 
 
@@ -696,7 +696,7 @@ def jpeg_one_by_one(pixels, quality):
     kept = np.empty_like(pixels)
 
     def keep(start):
-        for image, place in zip(pixels[start : start + 128], kept[start : start + 128]):
+        for image, place in zip(pixels[start : start + 128], kept[start : start + 128], strict=True):
             with io.BytesIO() as file:
                 Image.fromarray(image).save(file, "JPEG", quality=quality)
                 place[:] = Image.open(file, formats=("JPEG",))

@@ -100,7 +100,8 @@ def _origin(dataset, shape, split, name, severity, source, root):
     if source == "official":
         whose = dataset if split == "test" else f"{dataset}'s {split} images"
         raise FileNotFoundError(
-            f"the official {name} at severity {severity} for {whose} is not there; archives.fetch downloads what is published"
+            f"the official {name} at severity {severity} for {whose} is not there; archives.fetch downloads what is "
+            "published"
         )
     made_with = {"jpeg_compression": cifar_c.jpeg_library, "frost": lambda: cifar_c.frost_textures(root)[1]}
     return f"generated, {made_with[name]()}" if name in made_with else "generated"

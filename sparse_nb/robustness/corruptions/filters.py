@@ -69,7 +69,7 @@ def random_numbers(key, indices, name, fill, *size):
     or `torch.Tensor.normal_`.
     """
     seed, stream, rows = generator(*key, name).initial_seed(), torch.Generator(), torch.empty(len(indices), *size)
-    for row, index in zip(rows, indices):
+    for row, index in zip(rows, indices, strict=True):
         fill(row, generator=stream.manual_seed((seed + index) % 2**63))
     return rows
 
@@ -257,9 +257,9 @@ def motion_blur_anywhere(images, radius, sigma, angles):
     padded = F.pad(images.index_select(0, order).double().mul_(257), (-left, right, -top, bottom), mode="replicate")
     total = torch.zeros_like(padded[..., :height, :width])
     starts = (offsets[..., 0] - top) * padded.shape[-1] + offsets[..., 1] - left
-    for weight, start in zip(weights, starts.unbind(1)):
+    for weight, start in zip(weights, starts.unbind(1), strict=True):
         runs, lengths = (part.tolist() for part in start.unique_consecutive(return_counts=True))
-        for run, part, pixels in zip(runs, total.split(lengths), padded.split(lengths)):
+        for run, part, pixels in zip(runs, total.split(lengths), padded.split(lengths), strict=True):
             row, column = divmod(run, padded.shape[-1])
             part.add_(pixels[..., row : row + height, column : column + width], alpha=weight)
     blurred = torch.empty_like(images)

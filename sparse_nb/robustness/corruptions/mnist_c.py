@@ -7,7 +7,7 @@ __all__ = ['CORRUPTIONS', 'PUBLISHED', 'as_bytes', 'shot_noise', 'draw_impulse_n
            'draw_glass_blur', 'swap', 'glass_blur', 'warp', 'draw_sign', 'about_centre', 'either_way', 'shear',
            'rotate', 'scale', 'draw_corner', 'translate', 'brightness', 'draw_fog', 'fog', 'draw_spatter', 'spatter',
            'stripe', 'stroke', 'draw_dotted_line', 'dotted_line', 'corners', 'draw_zigzag', 'zigzag', 'smoothed',
-           'sobel', 'ridge', 'canny_edges']
+           'sobel', 'ridge', 'between', 'canny_edges']
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #d4735e3a
 import math
@@ -71,7 +71,7 @@ def swap(pixels, places, partners):
 
     pixels: (positions, N). places: K integers. partners: int64 (K, N).
     """
-    for place, partner in zip(places, partners[:, None]):
+    for place, partner in zip(places, partners[:, None], strict=True):
         held = pixels[place].clone()
         pixels[place] = pixels.gather(0, partner)[0]
         pixels.scatter_(0, partner, held[None])
@@ -277,10 +277,8 @@ def zigzag(images, parameters, draws):
 def smoothed(numbers):
     """Gaussian mean with sigma 1 over the pixels inside the image only; float64 (N, 1, H, W)."""
 
-    def inside(values):
-        return gaussian_filter(pad(values, (4, 4, 4, 4)), 1)[
-            ..., 4:-4, 4:-4
-        ]  # four black pixels: as far as the filter reaches
+    def inside(values):  # between four black pixels: as far as the filter reaches
+        return gaussian_filter(pad(values, (4, 4, 4, 4)), 1)[..., 4:-4, 4:-4]
 
     return inside(numbers) / (inside(torch.ones_like(numbers[:1])) + 2**-52)
 
@@ -296,7 +294,6 @@ def sobel(numbers):
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #3e1e967e
 def ridge(down, along):
     """Pixels where the gradient is largest along its own direction, the frame left out: bool (N, 1, H, W)."""
-    height, width = down.shape[-2:]
     strength = (down * down + along * along).sqrt()
     framed = pad(strength, (1, 1, 1, 1))
     inner = pad(torch.ones_like(strength[..., 1:-1, 1:-1], dtype=torch.bool), (1, 1, 1, 1)) & (strength > 0)
@@ -304,22 +301,25 @@ def ridge(down, along):
     opposite = ((down <= 0) & (along >= 0)) | ((down >= 0) & (along <= 0))
     steep, gentle = down.abs() >= along.abs(), down.abs() <= along.abs()
     largest = torch.zeros_like(inner)
-    for case, straight, diagonal in (
+    for case, *places in (
         (same & steep, (1, 0), (1, 1)),
         (same & gentle, (0, 1), (1, 1)),
         (opposite & gentle, (0, 1), (-1, 1)),
         (opposite & steep, (-1, 0), (-1, 1)),
     ):
-        part = along.abs() / down.abs() if straight[0] else down.abs() / along.abs()
-
-        def beside(sign):
-            near, far = (
-                framed[..., 1 + sign * r :, 1 + sign * c :][..., :height, :width] for r, c in (straight, diagonal)
-            )
-            return far * part + near * (1 - part)
-
-        largest = torch.where(case, (beside(1) <= strength) & (beside(-1) <= strength), largest)
+        part = along.abs() / down.abs() if places[0][0] else down.abs() / along.abs()
+        ahead, behind = between(framed, part, places)
+        largest = torch.where(case, (ahead <= strength) & (behind <= strength), largest)
     return largest & inner
+
+
+def between(framed, part, places):
+    """Values ahead of each pixel and behind it, `part` of the way from the first to the second of two `places`, each given in
+    rows and columns. framed: numbers (N, 1, H, W) with a frame of one pixel."""
+    height, width = framed.shape[-2] - 2, framed.shape[-1] - 2
+    for sign in (1, -1):
+        near, far = (framed[..., 1 + sign * r :, 1 + sign * c :][..., :height, :width] for r, c in places)
+        yield far * part + near * (1 - part)
 
 # %% ../../../nbs/3_robustness/corruptions/04_mnist_c.ipynb #da4ea2a5
 def canny_edges(images, parameters, draws):
