@@ -2,10 +2,12 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
+from jupyter_client.manager import KernelManager
 from tornado.websocket import websocket_connect
 
 from sparse_nb.explorer.serve import start_server
-from sparse_nb.runs.attempts import save_failure
+from sparse_nb.runs.attempts import load_failures, save_failure
 from sparse_nb.runs.store import Store
 from sparse_nb.study.studies import narrow, plan
 from sparse_nb.sweep import sweep
@@ -35,7 +39,8 @@ PATIENCE = 120  # seconds
 FIRST_PAINT = 3  # seconds, on a machine that has nothing else to do
 
 POINT = """() => {
-    const plot = document.querySelector('.js-plotly-plot'), box = plot.getBoundingClientRect(), {xaxis, yaxis} = plot._fullLayout, {x, y} = plot.data[1]
+    const plot = document.querySelector('.js-plotly-plot'), box = plot.getBoundingClientRect()
+    const {xaxis, yaxis} = plot._fullLayout, {x, y} = plot.data[1]
     return [box.x + xaxis._offset + xaxis.d2p(x[1]), box.y + yaxis._offset + yaxis.d2p(y[1])]
 }"""  # where the second point of the curve is, in pixels
 
@@ -65,6 +70,11 @@ def wait_for_port(port, process):
     raise AssertionError(f"the server is not there; its status is {process.poll()}")
 
 
+def family(process):
+    """The processes below a process, those of its kernels that have not ended among them."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
 @contextmanager
 def ended(process):
     try:
@@ -80,7 +90,7 @@ def ended(process):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Width curves of an MLP on digits under weight noise, of two seeds; one network of the plan is missing, and one of another width failed."""
+    """Width curves of an MLP on digits under weight noise, of two seeds; one network is missing, and one failed."""
     store, points = (
         Store(tmp_path_factory.mktemp("explorer") / "runs"),
         plan("fig01", narrow("smoke", families="mlp", widths="32 128 512")),
@@ -231,7 +241,8 @@ def test_what_failed_has_a_mark_at_its_place(browser, served):
         page.goto(served)
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
         failed = page.evaluate(
-            "(({x, y, name, text}) => ({x: [...x], name, text}))(document.querySelector('.js-plotly-plot').data[5])"
+            """(({x, y, name, text}) => ({x: [...x], name, text}))(
+                document.querySelector(".js-plotly-plot").data[5])"""
         )
         assert failed == {"x": [12.5], "name": "failed", "text": ["1 failed"]}
         page.mouse.move(
@@ -247,7 +258,8 @@ FIRST_VIEW = """
 import sys, time
 from sparse_nb.explorer.widgets import explore
 explore(sys.argv[1])
-print(time.process_time(), *(name for name in ("torch", "numba", "scipy.stats", "torchvision", "torchattacks") if name in sys.modules))
+heavy = ("torch", "numba", "scipy.stats", "torchvision", "torchattacks")
+print(time.process_time(), *(name for name in heavy if name in sys.modules))
 """
 
 
@@ -376,6 +388,133 @@ def test_server_executes_nothing_that_is_sent(served):
     assert not any(
         m["parent_header"].get("msg_id") == identity or m["msg_type"] in ("execute_reply", "stream") for m in seen
     )
+
+
+@pytest.mark.parametrize("site, status", [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)])
+def test_another_page_starts_no_kernel(store, tmp_path, site, status):
+    port = free_port()
+    with ended(start_server(PAGE, tmp_path, runs=store.root, port=port)) as process:
+        wait_for_port(port, process)
+        before = len(family(process))
+        assert answer(f"http://127.0.0.1:{port}/", **{"Sec-Fetch-Site": site})[0] == status
+        assert (len(family(process)) > before) == (status == 200)
+
+
+@needs_browser
+def test_an_image_on_another_page_starts_no_kernel(browser, store, tmp_path):
+    port = free_port()
+    with ended(start_server(PAGE, tmp_path, runs=store.root, port=port)) as process:
+        wait_for_port(port, process)
+        before, other = len(family(process)), browser.new_page()
+        sources = [f"http://127.0.0.1:{port}/?{n}" for n in range(4)]
+        other.set_content("".join(f"<img src='{source}' onerror='document.title += 1'>" for source in sources))
+        other.wait_for_function("document.title == '1111'")
+        other.close()
+        assert len(family(process)) == before
+
+
+def test_no_more_kernels_than_the_limit(store, tmp_path):
+    """Of visits at the same time, and one after the other, only so many get a kernel; the page says why."""
+    port = free_port()
+    with ended(start_server(PAGE, tmp_path, runs=store.root, port=port, most_kernels=2)) as process:
+        wait_for_port(port, process)
+        with ThreadPoolExecutor(5) as visitors:
+            found = [status for status, _ in visitors.map(answer, [f"http://127.0.0.1:{port}/"] * 5)]
+        assert sorted(found) == [200, 200, 503, 503, 503]
+        assert answer(f"http://127.0.0.1:{port}/")[0] == 503 and len(family(process)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_server_ends_with_its_command(store, number):
+    port, words = free_port(), ["explore", "--runs", str(store.root), "--notebooks", str(PAGE.parent)]
+    start = "import sys; from sparse_nb.cli import main; main(sys.argv[1:])"
+    command = subprocess.Popen([sys.executable, "-c", start, *words, "--port", str(port)], cwd=ROOT)
+    wait_for_port(port, command)
+    assert answer(f"http://127.0.0.1:{port}/")[0] == 200
+    below = family(command)
+    assert len(below) >= 2  # the server and a kernel
+    command.send_signal(number)
+    command.wait(PATIENCE)
+    gone, alive = psutil.wait_procs(below, timeout=PATIENCE)
+    for process in alive:
+        process.kill()
+    assert not alive
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), 1)
+
+
+TRAIN = """
+from sparse_nb.explorer.widgets import _Explorer
+from sparse_nb.runs.store import Store
+explorer = _Explorer(Store({root!r}))
+explorer.training.train.click()
+"""
+
+
+def test_closing_the_kernel_interrupts_a_training_and_fails_nothing(tmp_path):
+    """As JupyterLab does it when it is closed, or a kernel is restarted."""
+    store, manager = Store(tmp_path / "runs"), KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(ROOT))
+    try:
+        client = manager.blocking_client()
+        client.start_channels()
+        client.wait_for_ready(timeout=PATIENCE)
+        client.execute(TRAIN.format(root=str(store.root)))
+        deadline = time.time() + PATIENCE
+        while not list(store.root.glob(".attempts/*/lease")) and time.time() < deadline:
+            time.sleep(0.02)
+        assert list(store.root.glob(".attempts/*/lease"))
+        client.stop_channels()
+    finally:
+        manager.shutdown_kernel()
+    assert load_failures(store) == [] and store.runs().empty
+    points = [p for p in plan("fig01", narrow("smoke", families="mlp", widths="32")) if p.experiment.seed == 0]
+    done = sweep.run([p.experiment for p in points], [], store=store, device="cpu", show=False)  # nothing is in the way
+    assert len(store.runs()) == 1, done
+
+
+HOSTILE = """<img src=x onerror="document.title='hurt'"><script>document.title='hurt'</script></pre><a href='//evil.example'>"""
+
+
+def made_hostile(run, settings):
+    """Alter a run as a stranger could who publishes it: its texts are HTML, its checksums are right."""
+    about = json.loads((run / "experiment.json").read_bytes())
+    about["result"] |= {"epochs": HOSTILE, "status": HOSTILE}
+    if settings:
+        about["experiment"] |= {"dataset": HOSTILE, "family": HOSTILE, "rule": HOSTILE}
+        about["code"] = HOSTILE
+    (run / "experiment.json").write_text(json.dumps(about))
+    manifest = json.loads((run / "manifest.json").read_bytes())
+    manifest["experiment.json"] = hashlib.sha256((run / "experiment.json").read_bytes()).hexdigest()
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@needs_browser
+@pytest.mark.parametrize("settings", [False, True], ids=["results", "settings"])
+def test_texts_of_a_hostile_run_stay_texts(browser, store, tmp_path, settings):
+    """Epochs, status, reasons and network names that are HTML, or settings such as the dataset and the rule."""
+    copy = Store(shutil.copytree(store.root, tmp_path / "runs"))
+    for run in (path.parent for path in copy.root.glob("*/manifest.json")):
+        made_hostile(run, settings)
+    failure = next(copy.root.glob(".attempts/*/failure.json"))
+    failure.write_text(json.dumps(json.loads(failure.read_text()) | {"reason": HOSTILE, "network": HOSTILE}))
+    port, folder = free_port(), tmp_path / "page"
+    folder.mkdir()
+    with ended(start_server(PAGE, folder, runs=copy.root, port=port)) as process, watched_page(browser) as page:
+        wait_for_port(port, process)
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        page.get_by_label("a point").select_option(index=1)
+        page.wait_for_selector("pre:has-text('Store')")
+        assert page.get_by_text(HOSTILE).count() > 0
+        for place in (1, 5) if not settings else (1,):
+            page.mouse.move(*page.evaluate(POINT.replace("[1]", "[0]").replace("data[0]", f"data[{place}]")))
+            page.wait_for_selector(".js-plotly-plot .hoverlayer .hovertext")
+        for view in ("heat map", "connectivity", "gallery", "curves"):
+            page.get_by_role("button", name=view).click()
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        assert page.title() != "hurt"
+        assert page.locator("img[src=x], a[href*=evil]").count() == 0
 
 
 @needs_browser
