@@ -8,21 +8,34 @@ __all__ = ['generator']
 # %% ../nbs/1_data/01_randomness.ipynb #d4735e3a
 import hashlib
 import json
+import operator
 
 import torch
 
 # %% ../nbs/1_data/01_randomness.ipynb #7902699b
-def generator(*key):
+def _plain(part) -> int | str:
+    """A part of a key as plain `int` or `str`: integers of NumPy and of tensors without dimensions too. Raises
+    TypeError for others.
+    """
+    if isinstance(part, str):
+        return str(part)
+    kind = str(getattr(part, "dtype", type(part).__name__))
+    if "bool" not in kind and not getattr(part, "ndim", 0):
+        try:
+            return operator.index(part)
+        except (TypeError, RuntimeError):
+            pass
+    raise TypeError(f"{part!r} in a stream's key is a {type(part).__name__}; only int and str are accepted")
+
+
+def generator(*key: int | str) -> torch.Generator:
     """A CPU `torch.Generator` for the stream that `key` names.
 
-    key: one or more integers and strings, such as `(seed, "noise", draw, "classifier")`.
-    Equal keys give equal streams on every machine; 7 and "7" are different keys.
-    Raises TypeError for a part that is neither `int` nor `str`, ValueError for an empty key.
+    key: one or more integers and strings, such as `(seed, "noise", draw, "classifier")`; integers of NumPy or PyTorch
+    count as `int`. Equal keys give equal streams on every machine; 7 and "7" are different keys.
+    Raises TypeError for a part that is neither an integer nor a string, ValueError for an empty key.
     """
     if not key:
         raise ValueError("the key is empty; it needs at least a seed, as in generator(7, 'mask')")
-    for part in key:
-        if type(part) not in (int, str):
-            raise TypeError(f"{part!r} in a stream's key is a {type(part).__name__}; only int and str are accepted")
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
+    digest = hashlib.sha256(json.dumps([_plain(part) for part in key]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

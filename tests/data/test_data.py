@@ -1,4 +1,4 @@
-"""What the chapter on data cannot test in a cell: hostile and broken files, no network, read-only folders, the real sets."""
+"""What the chapter on data cannot test in a cell: hostile and broken files, no network, read-only folders."""
 
 import gzip
 import hashlib
@@ -117,7 +117,7 @@ def no_network(monkeypatch):
     return asked
 
 
-# MNIST ------------------------------------------------------------------------------------------------------------------
+# MNIST --------------------------------------------------------------------------------------------------------------
 
 
 def test_mnist_is_read_as_it_was_written(mnist):
@@ -155,10 +155,42 @@ def test_a_damaged_mnist_file_is_refused_by_name_and_left_alone(mnist, no_networ
     assert len(data.load_images("mnist", "train", root=mnist)) == 12
 
 
-def test_uncompressed_copies_are_never_read(mnist):
+def test_decompressed_copies_beside_the_originals_are_not_read(mnist):
     for name, _ in MNIST.resources:
         (mnist / "MNIST" / "raw" / name.removesuffix(".gz")).write_bytes(b"anything")
     assert len(data.load_images("mnist", "test", root=mnist)) == 5
+
+
+def decompress(mnist, monkeypatch):
+    """Replace the files of an MNIST by what they decompress to; the sums of that are then the accepted ones."""
+    for path in list((mnist / "MNIST" / "raw").glob("*.gz")):
+        content = gzip.decompress(path.read_bytes())
+        path.with_suffix("").write_bytes(content)
+        path.unlink()
+        monkeypatch.setitem(data._DECOMPRESSED_MD5, path.stem, md5(content))
+
+
+def test_decompressed_files_alone_are_read_without_a_network(mnist, no_network, monkeypatch):
+    wanted = [data.load_images("mnist", split, root=mnist) for split in data.SPLITS]
+    decompress(mnist, monkeypatch)
+    before = contents(mnist)
+    for split, images in zip(data.SPLITS, wanted, strict=True):
+        found = data.load_images("mnist", split, root=mnist)
+        assert torch.equal(found.pixels, images.pixels) and torch.equal(found.labels, images.labels)
+    assert contents(mnist) == before and no_network == []
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "one bit"])
+def test_a_damaged_decompressed_file_is_refused_by_name_and_left_alone(mnist, no_network, monkeypatch, damage):
+    decompress(mnist, monkeypatch)
+    path = mnist / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    good = path.read_bytes()
+    bad = {"truncated": good[:-1], "empty": b"", "one bit": good[:-1] + bytes([good[-1] ^ 1])}[damage]
+    path.write_bytes(bad)
+    with pytest.raises(ValueError, match="is not the published file") as caught:
+        data.load_images("mnist", "test", root=mnist)
+    assert all(fact in str(caught.value) for fact in (str(path), md5(good), md5(bad)))
+    assert path.read_bytes() == bad and no_network == []
 
 
 def test_a_missing_mnist_file_without_network(mnist, no_network):
@@ -205,7 +237,7 @@ def test_a_first_download_makes_its_own_folders(tmp_path, mnist, monkeypatch):
     ]
 
 
-# CIFAR ------------------------------------------------------------------------------------------------------------------
+# CIFAR --------------------------------------------------------------------------------------------------------------
 
 
 def test_cifar_comes_out_of_its_archive(cifar, no_network):
@@ -330,7 +362,7 @@ def test_a_missing_cifar_without_network(cifar, no_network):
     assert contents(root) == {} and no_network == [reader.url]
 
 
-# Folders ----------------------------------------------------------------------------------------------------------------
+# Folders ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_root_is_the_argument_then_the_variable_then_the_cache(tmp_path, monkeypatch):
@@ -380,7 +412,7 @@ def test_a_complete_root_is_never_written_to(mnist, cifar, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
 
 
-# Without files ----------------------------------------------------------------------------------------------------------
+# Without files ------------------------------------------------------------------------------------------------------
 
 
 def test_importing_is_light():
@@ -411,7 +443,7 @@ def test_the_same_bits_on_a_gpu():
     assert torch.equal(digits.to("cpu").pixels, data.load_images("digits", "test").pixels)
 
 
-# The real sets ----------------------------------------------------------------------------------------------------------
+# The real sets ------------------------------------------------------------------------------------------------------
 
 
 def real(dataset, split):
@@ -419,6 +451,16 @@ def real(dataset, split):
     if missing:
         pytest.skip(f"the real {dataset} is not there: {data.data_root() / missing[0]} is missing (set SPARSE_NB_DATA)")
     return data.load_images(dataset, split)
+
+
+def test_the_real_mnist_decompressed(tmp_path, no_network):
+    packed, plain = real("mnist", "test"), tmp_path / "MNIST" / "raw"
+    plain.mkdir(parents=True)
+    for path in (data.data_root() / "MNIST" / "raw").glob("*.gz"):
+        (plain / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    for split, count in (("test", 10_000), ("train", 60_000)):
+        assert len(data.load_images("mnist", split, root=tmp_path)) == count
+    assert torch.equal(data.load_images("mnist", "test", root=tmp_path).pixels, packed.pixels) and no_network == []
 
 
 def test_the_real_mnist():
