@@ -35,7 +35,8 @@ from sparse_nb.results.plots import (
 from ..results.provenance import of_points
 from ..results.tables import curve_members
 from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
-from ..runs.store import run_status, write_whole
+from ..runs.files import write_whole
+from ..runs.store import run_status
 from ..study.experiments import experiment_hash
 from ..study.studies import FIGURES, plan, shown_families
 from ..study.versions import canonical

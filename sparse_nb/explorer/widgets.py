@@ -26,7 +26,7 @@ from ..results.axes import few
 from ..results.captions import WORDS
 from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
 from ..runs.attempts import load_failures
-from ..runs.store import Store, load_run
+from ..runs.index import Records
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #e7f6c011
 TITLES = {
@@ -147,7 +147,9 @@ def redraw(figure, new, old):
 @lru_cache(maxsize=16)
 def network(store, experiment):
     """`store.load_run`, remembered."""
-    return load_run(store, experiment)
+    from sparse_nb.runs.store import Store, load_run
+
+    return load_run(Store(store.root, write=False), experiment)
 
 
 def networks_of(store, members):
@@ -408,12 +410,13 @@ class Training:
     def make(self, jobs):
         """Carry out `jobs`; returns what became of them, in words."""
         from sparse_nb.explorer.next_point import make_point
+        from sparse_nb.runs.store import Store
 
         def report(share, words):
             self.bar.value, self.told.value = share, words
 
         self.stop.disabled, self.bar.value, self.bar.layout.visibility = False, 0.0, "visible"
-        return make_point(self.store, jobs, report=report, stopped=self.stopped)
+        return make_point(Store(self.store.root), jobs, report=report, stopped=self.stopped)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #c0de3310
 def follow_click(selection, trace, where):
@@ -466,9 +469,10 @@ class Explorer:
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
         from sparse_nb.explorer.next_point import next_jobs
+        from sparse_nb.runs.store import Store
 
         members = self.selection.members
-        return next_jobs(self.store, self.selection.chosen, () if members is None else members.experiment)
+        return next_jobs(Store(self.store.root), self.selection.chosen, () if members is None else members.experiment)
 
     def show(self):
         """Show what is chosen: the picture, what is to be said of it, and the networks of the chosen point."""
@@ -490,5 +494,5 @@ class Explorer:
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #3d914f93
 def explore(runs="runs"):
-    """The explorer of the runs folder `runs`, a widget to display. Raises OSError if the folder cannot be written."""
-    return Explorer(Store(runs)).page
+    """The explorer of the runs folder `runs`, a widget to display. The folder is made when a network is trained."""
+    return Explorer(Records(runs)).page
