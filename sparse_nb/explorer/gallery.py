@@ -23,6 +23,7 @@ from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS, perturb
 from ..robustness.class_recall import class_labels
 from ..robustness.corruptions.corruptions import corrupt, default_severities, names
 from ..robustness.evaluation import sample
+from ..runs.index import Records
 from ..runs.store import Store, load_run
 
 # %% ../../nbs/9_explorer/02_gallery.ipynb #e40b5053
@@ -85,7 +86,7 @@ def image_wall(
 @lru_cache(maxsize=16)
 def _network(store, experiment):
     """`store.load_run`, remembered."""
-    return load_run(store, experiment)
+    return load_run(Store(store.root, write=False), experiment)
 
 
 def _networks_of(store, members):
@@ -104,7 +105,7 @@ def _networks_of(store, members):
 
 # %% ../../nbs/9_explorer/02_gallery.ipynb #ad1df251
 def wall_of_curve(
-    store: Store, members: pd.DataFrame, *, dataset: str, measure: str, name: str, strength: float, count: int = 8
+    store: Records, members: pd.DataFrame, *, dataset: str, measure: str, name: str, strength: float, count: int = 8
 ) -> str:
     """The `image_wall` of the networks of a curve, for `count` test images.
 

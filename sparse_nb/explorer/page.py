@@ -27,7 +27,8 @@ from ..results.plots import collect, density_colour, footer_lines, summarise_cur
 from ..results.provenance import of_points
 from ..results.tables import curve_members
 from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
-from ..runs.store import Store, run_status, write_whole
+from ..runs.files import write_whole
+from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
 from ..study.studies import FIGURES, Point, Preset, plan, shown_families
 from ..study.versions import canonical

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..results.captions import WORDS, radius_text
-from ..runs.store import Store
+from ..runs.index import Records
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #3e32842e
 def text_as_html(value: object) -> str:
@@ -158,7 +158,7 @@ Then press “look again”. Or train the first point here.</p>"""
 
 
 def notices_html(
-    store: Store, members: pd.DataFrame | None, failures: Sequence[Mapping], failed: Sequence[Mapping] = ()
+    store: Records, members: pd.DataFrame | None, failures: Sequence[Mapping], failed: Sequence[Mapping] = ()
 ) -> str:
     """Lines of HTML on a store and the networks of a curve.
 

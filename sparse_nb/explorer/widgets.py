@@ -27,7 +27,7 @@ from sparse_nb.explorer.texts import (
 from .views import VIEWS, kinds_of, percent_labels, strengths_of, views_of
 from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
 from ..runs.attempts import load_failures
-from ..runs.store import Store
+from ..runs.index import Records
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #8e888f5e
 def _differences(new, old):
@@ -269,7 +269,7 @@ class _Training:
             self.bar.value, self.told.value = share, said
 
         self.stop.disabled, self.bar.value, self.bar.layout.visibility = False, 0.0, "visible"
-        return make_point(self.store, jobs, report=report, stopped=self.stopped)
+        return make_point(Store(self.store.root), jobs, report=report, stopped=self.stopped)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #28ad984f
 def _follow_click(selection, trace, where):
@@ -323,7 +323,7 @@ class _Explorer:
         from sparse_nb.explorer.next_point import next_jobs
 
         members = self.selection.members
-        return next_jobs(self.store, self.selection.chosen, () if members is None else members.experiment)
+        return next_jobs(Store(self.store.root), self.selection.chosen, () if members is None else members.experiment)
 
     def show(self):
         """Show what is chosen: the plot, what is to be said about it, and the networks of the chosen point."""
@@ -344,5 +344,5 @@ class _Explorer:
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #0838602c
 def explore(runs: str | Path = "runs") -> widgets.Widget:
-    """The explorer of the runs folder `runs`, a widget to display. Raises OSError if the folder cannot be written."""
-    return _Explorer(Store(runs)).page
+    """The explorer of the runs folder `runs`, a widget to display. The folder is made when a network is trained."""
+    return _Explorer(Records(runs)).page

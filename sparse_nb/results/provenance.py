@@ -27,7 +27,8 @@ from plotly.io import write_images
 from .. import __version__
 from .captions import WORDS
 from .plots import smaller_than_paper
-from ..runs.store import read_about, run_status
+from ..runs.files import read_about
+from ..runs.store import run_status
 from ..study.experiments import dense_parent, evaluation_hash, experiment_hash
 from ..study.versions import digest, name_of, versions_now
 from ..sweep.jobs import words

@@ -33,7 +33,8 @@ from sparse_nb.networks.models import counted_weights
 from sparse_nb.networks.sparse_layers import pattern
 from sparse_nb.networks.training import Recipe
 from sparse_nb.results import provenance
-from sparse_nb.runs.store import Store, load_history, load_run, parse_records
+from sparse_nb.runs.files import parse_records
+from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.study.studies import narrow, plan
 from sparse_nb.sweep import sweep

@@ -7,6 +7,7 @@ import lzma
 import random
 import shutil
 import tarfile
+import tempfile
 import time
 
 import pandas as pd
@@ -15,9 +16,11 @@ import pytest
 from sparse_nb.networks.training import Recipe
 from sparse_nb.runs import archive
 from sparse_nb.runs.archive import ARCHIVE, pack_runs
-from sparse_nb.runs.exchange import Taken, export, merge, read_export
-from sparse_nb.runs.store import Store, sha256
-from sparse_nb.runs.verify import leftovers, run_folders, verify
+from sparse_nb.runs.exchange import Taken, export, merge, published_rows
+from sparse_nb.runs.files import run_folders, sha256
+from sparse_nb.runs.index import RECORD_COLUMNS
+from sparse_nb.runs.store import Store
+from sparse_nb.runs.verify import leftovers, verify
 from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, dense_parent
 from sparse_nb.study.versions import name_of
 from sparse_nb.sweep import sweep
@@ -66,6 +69,25 @@ def table(store):
     return store.table().drop(columns="stamp")
 
 
+def published_table(folder):
+    """The table of what is published in `folder`, by way of a new store."""
+    with tempfile.TemporaryDirectory() as fresh:
+        store = Store(fresh)
+        assert merge(store, folder).problems == ()
+        return table(store)
+
+
+def assert_published(folder, store):
+    """What is published in `folder`, archive and CSV files, says what the table of `store` says."""
+    pd.testing.assert_frame_equal(published_table(folder), table(store), check_exact=True)
+    rows, columns = list(published_rows(folder, "records")), list(RECORD_COLUMNS)
+    pd.testing.assert_frame_equal(pd.DataFrame(rows)[columns], store.table()[columns], check_exact=True)
+    runs, described = store.runs().drop(columns="stamp"), list(published_rows(folder, "runs"))
+    assert [list(row) for row in map(dict.values, described)] == [
+        [None if pd.isna(value) else value for value in row] for row in runs.itertuples(index=False)
+    ]
+
+
 def forge(folder, name, content):
     """Give a file of a run other content, and a manifest that proves it."""
     (folder / name).write_bytes(content)
@@ -90,7 +112,7 @@ def test_a_machine_that_forgets_takes_over_what_is_published(what, trained, publ
         name: content for name, content in whole.items() if not name.endswith(".safetensors")
     }
     pd.testing.assert_frame_equal(table(empty), table(trained), check_exact=True)
-    pd.testing.assert_frame_equal(read_export(published), table(trained), check_exact=True)
+    assert_published(published, trained)
     assert (
         verify(empty).problems == () and verify(empty).without_checkpoint == 5 and leftovers(empty, older_than=-1) == []
     )
@@ -192,7 +214,7 @@ def test_an_archive_with_anything_else_in_it_is_refused_as_a_whole(name, more, t
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "breaks off"),
+        (b"", "ends too early"),
         (b"this is no archive", "format"),
         (lzma.compress(b""), "empty"),
         (lzma.compress(bytes(10240)), "no run"),
@@ -252,13 +274,13 @@ def test_an_export_never_makes_what_is_published_less(trained, published, empty,
     assert bytes_in(published) == before
     merge(empty, published)
     export(empty, [ONE], published)
-    assert len(read_export(published)) == len(trained.table()) + 4  # and what was measured meanwhile
+    assert len(published_table(published)) == len(trained.table()) + 4  # and what was measured meanwhile
     with pytest.raises(ValueError, match="has 1 record file that the store"):
         export(trained, None, published)
 
     damaged = bytes_in(published)[ARCHIVE][:-1]
     (published / ARCHIVE).write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{published / ARCHIVE} is no whole archive"):
+    with pytest.raises(ValueError, match=f"{published / ARCHIVE} is no intact archive"):
         export(empty, None, published)
     assert (published / ARCHIVE).read_bytes() == damaged
 
@@ -294,7 +316,7 @@ def test_runs_of_earlier_code_go_when_the_store_lacks_them_and_that_is_said(trai
     forge(old, "experiment.json", json.dumps(about).encode())
     (published / ARCHIVE).write_bytes(pack_runs(run_folders(other.root)))
     export(trained, None, published, on_outdated=told.append)
-    assert told == [{old.name}] and len(read_export(published)) == len(trained.table())
+    assert told == [{old.name}] and len(published_table(published)) == len(trained.table())
     export(trained, None, published, on_outdated=told.append)
     assert len(told) == 1
 

@@ -1,4 +1,4 @@
-"""Damage anywhere is found and named, killed merges leave whole stores, and cleaning up takes nothing that is somebody's."""
+"""Damage is found and named, killed merges leave intact stores, and cleaning up deletes nothing that is in use."""
 
 import dataclasses
 import fcntl
@@ -9,17 +9,18 @@ import pickle
 import random
 import shutil
 import signal
-import sqlite3
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from sparse_nb.networks.training import Recipe
-from sparse_nb.runs import exchange, verify
-from sparse_nb.runs.exchange import Taken, export, merge, read_export
-from sparse_nb.runs.store import Store, index_path, load_run, sha256
-from sparse_nb.runs.verify import leftovers, remove, verify, verify_run
+from sparse_nb.runs import exchange
+from sparse_nb.runs.exchange import Taken, export, merge, published_rows
+from sparse_nb.runs.files import RUN_FILES, sha256
+from sparse_nb.runs.index import RECORD_COLUMNS
+from sparse_nb.runs.store import Store, load_run
+from sparse_nb.runs.verify import Leftover, leftovers, remove, verify, verify_run
 from sparse_nb.study.experiments import ClassRecall, Clean, Experiment, WeightNoise, evaluation_hash
 from sparse_nb.study.versions import canonical, digest
 from sparse_nb.sweep import sweep
@@ -70,7 +71,7 @@ def everything(root):
 
 
 def damages(store):
-    """500 truncations and 500 flipped bits, as (path, damaged content, whole content), spread over all files of all runs, the same ones every time."""
+    """500 truncations and 500 flipped bits, as (path, damaged content, whole content), over all files of all runs."""
     chance, files = random.Random(0), sorted(path for path in store.root.rglob("*") if path.is_file())
     for number in range(1000):
         path = files[number // 2 % len(files)]
@@ -119,72 +120,6 @@ def test_a_missing_file_is_damage_but_for_the_checkpoint(store):
     assert verify(store) == (3, 1, 9, verify(store).records, ())
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "UPDATE runs SET density = 0.5 WHERE width = 64",
-        "UPDATE records SET value = value + 1e-9 WHERE kind = 1",
-        "UPDATE kinds SET strength = 0.25 WHERE strength > 0",
-        "DELETE FROM records WHERE kind IN (SELECT kind FROM kinds WHERE draw = 1 AND strength > 0)",
-    ],
-)
-def test_a_number_changed_in_the_index_is_found(change, store):
-    path = index_path(store.root)
-    assert verify(store).problems == () and not path.exists()
-    assert len(store.table()) == verify(store).records and verify(store).problems == ()
-    index = sqlite3.connect(path)
-    with index:
-        assert index.execute(change).rowcount
-    index.close()
-    for content in (None, b"this is no database, and too short to be one " * 200):
-        if content:
-            path.write_bytes(content)
-        (sentence,) = verify(store).problems
-        assert str(path) in sentence and "delete" in sentence
-    path.unlink()
-    assert len(store.table()) == verify(store).records and verify(store).problems == ()
-
-
-def test_the_index_is_looked_for_where_it_lies(store, tmp_path, monkeypatch):
-    elsewhere = tmp_path / "cache" / "index.sqlite"
-    for module in ("store", "upkeep"):
-        monkeypatch.setattr(f"sparse_nb.{module}.index_path", lambda root: elsewhere)
-    store.table()
-    assert elsewhere.exists() and not list(store.root.glob("index*")) and verify(store).problems == ()
-    with sqlite3.connect(elsewhere) as index:
-        index.execute("UPDATE runs SET density = 0.5")
-    index.close()
-    (sentence,) = verify(store).problems
-    assert str(elsewhere) in sentence
-
-
-def test_damaged_runs_do_not_hide_a_changed_index(store):
-    store.table()
-    with sqlite3.connect(index_path(store.root)) as index:
-        index.execute("UPDATE records SET value = value + 1e-9")
-    index.close()
-    for network in NETWORKS:
-        (store.folder(network) / "model.safetensors").write_bytes(b"")
-    problems = verify(store).problems
-    assert len(problems) == 4 and str(index_path(store.root)) in problems[-1] and "from 3 of" in problems[-1]
-
-
-def test_an_index_of_another_release_is_no_damage(store):
-    store.table()
-    with sqlite3.connect(index_path(store.root)) as index:
-        index.execute("UPDATE runs SET density = 0.5")
-        index.execute("PRAGMA user_version = 1")
-    index.close()
-    assert verify(store).problems == () and set(store.table().density) != {0.5}
-
-
-def test_an_index_that_is_behind_is_no_damage(store):
-    store.table()
-    store.records_path(ONE, Clean()).unlink()
-    sweep.run([dataclasses.replace(ONE, seed=1)], [Clean()], store=store, device="cpu", show=False)
-    assert verify(store).problems == ()
-
-
 class Trap:
     """Leaves a file behind when it is unpickled."""
 
@@ -200,7 +135,7 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
     pickle.loads(trap)
     assert sprung.exists()  # it would work
     sprung.unlink()
-    for network, name in zip(NETWORKS, ("model.safetensors", "history.jsonl", "experiment.json")):
+    for network, name in zip(NETWORKS, ("model.safetensors", "history.jsonl", "experiment.json"), strict=True):
         folder = store.folder(network)
         (folder / name).write_bytes(trap)
         proofs = json.loads((folder / "manifest.json").read_bytes())
@@ -216,7 +151,7 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
     problems = verify(store).problems
     for path in [
         *store.root.glob("*/evaluations/*.jsonl"),
-        *(store.folder(n) / f for n, f in zip(NETWORKS, verify.RUN_FILES[::-1]) if f != "history.jsonl"),
+        *(store.folder(n) / f for n, f in zip(NETWORKS, RUN_FILES[::-1], strict=True) if f != "history.jsonl"),
     ]:
         assert any(str(path) in problem for problem in problems), path
     taken = merge(empty, store.root)
@@ -317,7 +252,7 @@ def test_an_unfinished_folder_in_the_way_is_named_and_left(store, empty):
 
 
 def merge_and_die(target, other, steps):
-    """Merge, in a process that kills itself before its step number `steps`: making, renaming or waiting for something on the disk."""
+    """Merge, in a process that kills itself before its step number `steps`: making, renaming, waiting for the disk."""
     count = iter(range(steps))
 
     def deadly(step):
@@ -357,16 +292,17 @@ def test_a_killed_merge_leaves_a_whole_store_and_the_next_one_completes_it(train
 
 
 def test_what_is_spoilt_while_it_is_copied_is_not_taken(store, empty, monkeypatch):
-    original = exchange.write_whole
+    original, spoilt = exchange.write_whole, []
 
     def write_whole(path, content):
-        original(path, content[:-1] if path.name == spoilt else content)
+        original(path, content[:-1] if path.name in spoilt else content)
 
     monkeypatch.setattr(exchange, "write_whole", write_whole)
-    for spoilt in (*verify.RUN_FILES, "manifest.json", store.records_path(ONE, Clean()).name):
+    for name in (*RUN_FILES, "manifest.json", store.records_path(ONE, Clean()).name):
+        spoilt[:] = [name]
         taken = merge(empty, store.root)
         assert taken[:3] == (0, 0, 0) and len(taken.problems) == 3 and contents(empty.root) == {}
-    spoilt = None
+    spoilt.clear()
     assert merge(empty, store.root).problems == () and contents(empty.root) == contents(store.root)
 
 
@@ -382,16 +318,16 @@ def test_two_merges_at_once_leave_a_whole_store(trained, tmp_path):
 
 
 def test_a_run_that_appears_during_the_merge_is_one_that_is_here(store, empty, monkeypatch):
-    original, rival = exchange.proven_copy, []
+    original, rival = exchange._verified_copy, []
 
-    def proven_copy(folder, names, root):
+    def _verified_copy(folder, names, root):
         if not rival:
             rival.append(
                 shutil.copytree(folder, root / folder.name, ignore=shutil.ignore_patterns("model.safetensors"))
             )
         return original(folder, names, root)
 
-    monkeypatch.setattr(exchange, "proven_copy", proven_copy)
+    monkeypatch.setattr(exchange, "_verified_copy", _verified_copy)
     taken = merge(empty, store.root)
     assert (taken.runs, taken.already_here, taken.problems) == (2, 1, ()) and contents(empty.root) == contents(
         store.root
@@ -478,7 +414,7 @@ def test_links_are_never_followed(store, tmp_path):
     assert (contents(outside), sorted(outside.rglob("*"))) == before and not list(store.root.glob(".writing-*"))
     (store.root / "inside").symlink_to(outside)
     with pytest.raises(ValueError, match="is not inside the store"):
-        remove(store, [verify.Leftover(store.root / "inside" / ".writing-mine", "", 1)])
+        remove(store, [Leftover(store.root / "inside" / ".writing-mine", "", 1)])
     assert (outside / ".writing-mine").exists()
 
 
@@ -505,7 +441,11 @@ def test_exports_read_back_as_the_table(store, tmp_path):
         kind = float if pd.api.types.is_numeric_dtype(table[column]) else str
         found = [None if text == "" and column not in ("name", "source") else kind(text) for text in joined[column]]
         assert found == [None if pd.isna(value) else value for value in table[column]], column
-    pd.testing.assert_frame_equal(read_export(tmp_path / "published"), table.drop(columns="stamp"), check_exact=True)
+    rows = pd.DataFrame(list(published_rows(tmp_path / "published", "records")))[list(RECORD_COLUMNS)]
+    pd.testing.assert_frame_equal(rows, table[list(RECORD_COLUMNS)], check_exact=True)
+    fresh = Store(tmp_path / "fresh")
+    assert merge(fresh, tmp_path / "published").problems == ()
+    pd.testing.assert_frame_equal(fresh.table().drop(columns="stamp"), table.drop(columns="stamp"), check_exact=True)
     for row, measurement in zip(
         evaluations.sort_values("measure").itertuples(),
         sorted(MEASUREMENTS, key=lambda measurement: measurement.measure),
@@ -517,21 +457,22 @@ def test_exports_read_back_as_the_table(store, tmp_path):
 
 
 def test_an_altered_export_is_refused_or_reads_the_same(store, tmp_path):
-    before = [path for path in export(store, NETWORKS, tmp_path / "published")], read_export(tmp_path / "published")
-    for path in before[0][1:3]:
+    paths, rows = export(store, NETWORKS, tmp_path / "published"), {}
+    for table, path in (("runs", paths[1]), ("records", paths[2])):
+        rows[table] = list(published_rows(tmp_path / "published", table))
         whole, chance = path.read_bytes(), random.Random(0)
         bits = [chance.randrange(8 * len(whole)) for _ in range(150)]
         variants = [whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in bits]
         for variant in [*variants, *(whole[:length] for length in range(0, len(whole), 40))]:
             path.write_bytes(variant)
             try:
-                pd.testing.assert_frame_equal(read_export(tmp_path / "published"), before[1])
+                assert list(published_rows(tmp_path / "published", table)) == rows[table]
             except ValueError as error:
                 assert str(path) in str(error)
         path.write_bytes(whole)
     (tmp_path / "published" / "runs.csv.gz").unlink()
     with pytest.raises(FileNotFoundError, match="runs.csv.gz"):
-        read_export(tmp_path / "published")
+        list(published_rows(tmp_path / "published", "runs"))
 
 
 def test_diverged_and_pruned_networks_are_whole(empty, tmp_path):
@@ -540,6 +481,7 @@ def test_diverged_and_pruned_networks_are_whole(empty, tmp_path):
     sweep.run([wild, pruned], [Clean()], store=empty, device="cpu", show=False)
     assert verify(empty) == (3, 0, 1, 2, ()) and merge(Store(tmp_path / "copy"), empty.root)[:4] == (3, 1, 3, 0)
     export(empty, None, tmp_path / "published")
-    pd.testing.assert_frame_equal(
-        read_export(tmp_path / "published"), empty.table().drop(columns="stamp"), check_exact=True
-    )
+    fresh = Store(tmp_path / "fresh")
+    assert merge(fresh, tmp_path / "published")[:2] == (3, 1)
+    for found, expected in ((fresh.table(), empty.table()), (fresh.runs(), empty.runs())):
+        pd.testing.assert_frame_equal(found.drop(columns="stamp"), expected.drop(columns="stamp"), check_exact=True)

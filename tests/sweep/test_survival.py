@@ -25,7 +25,9 @@ import pytest
 
 from sparse_nb.networks.training import Recipe
 from sparse_nb.runs.attempts import load_failures
-from sparse_nb.runs.store import RECORD_KEY, Store, sha256
+from sparse_nb.runs.files import sha256
+from sparse_nb.runs.index import RECORD_KEY
+from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import (
     Attack,
     ClassRecall,
