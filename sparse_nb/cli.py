@@ -24,8 +24,8 @@ from .claims.verdicts import claims_table, judge_store
 from .explorer import page
 from .explorer.serve import serve
 from .results import provenance
-from .results.plots import finished
 from .results.rendering import check_drawing, draw_figures, notebook_of
+from .results.tables import finished
 from .runs import exchange, verify
 from .runs.attempts import load_failures
 from .runs.store import Store
@@ -491,7 +491,7 @@ def claims_command(command):
 def trace_command(command):
     """Carry out a `Trace` command."""
     made = provenance.read(command.figure)
-    print(*provenance.head_lines(made), *(provenance.run_line(run, command.runs) for run in made.runs), sep="\n")
+    print(*provenance.trace_lines(made, command.runs), sep="\n")
 
 # %% ../nbs/cli.ipynb #86e50149
 def explore_command(command):

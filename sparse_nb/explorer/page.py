@@ -20,20 +20,20 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from ..data import IMAGE_SHAPES
-from ..results.axes import AXIS_TITLES, place_points
-from ..results.captions import WORDS, radius_text
-from ..results.measure_plots import corruption_means
-from sparse_nb.results.plots import (
+from sparse_nb.results.axes import (
+    AXIS_TITLES,
     BACKGROUND,
     DARK_BACKGROUND,
-    collect,
+    WORDS,
     density_colour,
-    footer_lines,
-    summarise_curves,
-    template,
+    place_points,
+    radius_text,
 )
+from ..results.captions import footer_lines
+from ..results.catalogue import curve_members
+from ..results.plots import template
 from ..results.provenance import of_points
-from ..results.tables import curve_members
+from ..results.tables import collect, corruption_means, summarise_curves
 from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
 from ..runs.store import run_status, write_whole
 from ..study.experiments import experiment_hash
@@ -64,7 +64,7 @@ def finished_points(store, preset, *, root=None):
 
 
 def curves_of(points, schedule):
-    """Which networks of `points` are on which curves of a `schedule`, by `tables.curve_members`: the columns experiment, growth and rule."""
+    """Which networks of `points` are on which curves of a `schedule`, by `catalogue.curve_members`: the columns experiment, growth and rule."""
     described = [
         {
             **dataclasses.asdict(e),
@@ -85,7 +85,7 @@ def curves_of(points, schedule):
 
 # %% ../../nbs/9_explorer/06_page.ipynb #5be81d21
 def page_table(store, finished):
-    """The records of `finished_points`: rows of `plots.collect` with the columns schedule and measure; an empty table if there are none."""
+    """The records of `finished_points`: rows of `tables.collect` with the columns schedule and measure; an empty table if there are none."""
     tables = []
     for (schedule, measure), points in finished.items():
         records = collect(store, points).drop(columns=["growth", "rule"]).drop_duplicates()
@@ -104,7 +104,7 @@ QUANTITIES = {
 
 
 def page_curves(rows, measure):
-    """`plots.summarise_curves` of the rows of a `page_table` with one schedule and `measure`, with the quantities that the page shows."""
+    """`tables.summarise_curves` of the rows of a `page_table` with one schedule and `measure`, with the quantities that the page shows."""
     if measure == "corruption":
         grey = rows.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1)
         each = rows[(rows.quantity == "accuracy") & (rows.name != "")]

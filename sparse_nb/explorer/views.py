@@ -13,12 +13,13 @@ from sparse_nb.results.axes import (
     CORRUPTION_GROUPS,
     DISTINCT_COLOURS,
     NEUTRAL_COLOUR,
+    WORDS,
     accuracy_range,
     group_colour,
     ordered_colours,
     place_points,
+    radius_text,
 )
-from ..results.captions import WORDS, radius_text
 
 # %% ../../nbs/9_explorer/01_views.ipynb #e7f6c011
 def strength_text(measure, strength):

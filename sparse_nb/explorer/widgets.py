@@ -22,9 +22,9 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from .views import VIEWS, kinds_of, percent_labels, strength_text, strengths_of, views_of, words
-from ..results.axes import few
-from ..results.captions import WORDS
-from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
+from ..results.axes import WORDS, few
+from ..results.catalogue import CHOICES, add_failures, choose, failures_on, load_curve, read_catalogue
+from ..results.tables import points_of
 from ..runs.attempts import load_failures
 from ..runs.store import Store, load_run
 
