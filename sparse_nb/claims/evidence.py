@@ -8,6 +8,7 @@ __all__ = ['MARGIN', 'Evidence', 'above', 'all_of', 'any_of', 'rises', 'falls', 
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #d4735e3a
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,8 @@ from scipy import stats
 # %% ../../nbs/8_claims/01_evidence.ipynb #2c624232
 @dataclass(frozen=True)
 class Evidence:
-    """What numbers say of a sentence. p_for: the p-value of its being false, so small if they support it; p_against: of its being true.
+    """What numbers say of a sentence. p_for: the p-value of its being false, so small if they support it; p_against: of
+    its being true.
 
     Both in [0, 1], or NaN where there was no test. Raises ValueError for others.
     """
@@ -29,7 +31,7 @@ class Evidence:
             if not (math.isnan(getattr(self, name)) or 0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0…1")
 
-    def verdict(self, alpha=0.05):
+    def verdict(self, alpha: float = 0.05) -> str:
         """ "supported", "refuted" or "undecided", each of the first two wrong in at most a share `alpha` of cases."""
         if self.p_for <= alpha < self.p_against or (self.p_for <= alpha and math.isnan(self.p_against)):
             return "supported"
@@ -39,10 +41,11 @@ class Evidence:
 MARGIN = 0.01  # of accuracy: what is called a match
 
 
-def above(differences, margin=0.0):
+def above(differences: Sequence[float], margin: float = 0.0) -> Evidence:
     """`Evidence` for "the mean difference is above `margin`": Student's t-test in both directions.
 
-    differences: one number per seed, finite. With fewer than two, or where they do not vary, up to rounding, there is no test: NaN. Raises ValueError for others.
+    differences: one number per seed, finite. With fewer than two, or where they do not vary, up to rounding, there is
+    no test: NaN. Raises ValueError for others.
     """
     values = np.asarray(differences, dtype=float)
     if values.ndim != 1 or not np.isfinite(values).all():
@@ -62,54 +65,64 @@ def _smallest(p_values):
     return min(1.0, len(p_values) * min(there)) if there else math.nan
 
 
-def all_of(parts):
+def all_of(parts: Iterable[Evidence]) -> Evidence:
     """`Evidence` for "every one of these is true". parts: `Evidence`s, at least one. Berger 1982, Bonferroni."""
     if not (parts := list(parts)):
         raise ValueError("there are no parts; at least one is needed")
     return Evidence(_largest([part.p_for for part in parts]), _smallest([part.p_against for part in parts]))
 
 
-def any_of(parts):
+def any_of(parts: Iterable[Evidence]) -> Evidence:
     """`Evidence` for "at least one of these is true". parts: `Evidence`s, at least one."""
     if not (parts := list(parts)):
         raise ValueError("there are no parts; at least one is needed")
     return Evidence(_smallest([part.p_for for part in parts]), _largest([part.p_against for part in parts]))
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #535fa30d
-def rises(panel):
-    """`Evidence` for "some sparse network is better than the dense base". panel: (seeds, places), the base first; at least two places."""
+def rises(panel: np.ndarray) -> Evidence:
+    """`Evidence` for "some sparse network is better than the dense base". panel: (seeds, places), the base
+    first; at least two places.
+    """
     panel = np.asarray(panel)
     return any_of(above(panel[:, place] - panel[:, 0]) for place in range(1, panel.shape[1]))
 
 
-def falls(panel):
-    """`Evidence` for "the sparsest network is worse than some denser one". panel: (seeds, places), the sparsest last; at least two places."""
+def falls(panel: np.ndarray) -> Evidence:
+    """`Evidence` for "the sparsest network is worse than some denser one". panel: (seeds, places), the
+    sparsest last; at least two places.
+    """
     panel = np.asarray(panel)
     return any_of(above(panel[:, place] - panel[:, -1]) for place in range(panel.shape[1] - 1))
 
 
-def matches(panel, margin=MARGIN):
-    """`Evidence` for each sparse place of a panel in turn: "its networks are worse than the base by less than `margin`"."""
+def matches(panel: np.ndarray, margin: float = MARGIN) -> list[Evidence]:
+    """`Evidence` for each sparse place of a panel in turn: "its networks are worse than the base by less than
+    `margin`".
+    """
     panel = np.asarray(panel)
     return [above(panel[:, place] - panel[:, 0], -margin) for place in range(1, panel.shape[1])]
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #5f9c4ab0
-def best_places(panel, *, resamples=5000, seed=0):
-    """The place with the highest mean over seeds in each of `resamples` resamples of the seeds: int64 (resamples,). panel: (seeds, places). Efron 1979."""
+def best_places(panel: np.ndarray, *, resamples: int = 5000, seed: int = 0) -> np.ndarray:
+    """The place with the highest mean over seeds in each of `resamples` resamples of the seeds: int64
+    (resamples,). panel: (seeds, places). Efron 1979.
+    """
     panel = np.asarray(panel)
     rows = np.random.default_rng(seed).integers(len(panel), size=(resamples, len(panel)))
     return panel[rows].mean(axis=1).argmax(axis=1)
 
 
-def best_interval(panel):
+def best_interval(panel: np.ndarray) -> tuple[int, int, int]:
     """(best, first, last): the place with the highest mean, and the central 95 % of `best_places`."""
     found = np.sort(best_places(panel))
     tail = int(len(found) * 0.05 / 2)
     return int(np.asarray(panel).mean(axis=0).argmax()), int(found[tail]), int(found[len(found) - 1 - tail])
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #e29c9c18
-def best_among(panel, chosen):
-    """`Evidence` for "the best place is one of `chosen`". panel: (seeds, places); chosen: indices of places. Raises ValueError for other indices."""
+def best_among(panel: np.ndarray, chosen: Iterable[int]) -> Evidence:
+    """`Evidence` for "the best place is one of `chosen`". panel: (seeds, places); chosen: indices of places.
+    Raises ValueError for other indices.
+    """
     panel, chosen = np.asarray(panel), set(chosen)
     if not chosen <= set(range(panel.shape[1])):
         raise ValueError(f"chosen is {sorted(chosen)}; the places are 0 to {panel.shape[1] - 1}")
@@ -125,8 +138,10 @@ def best_among(panel, chosen):
     return Evidence(beats(inside, outside), beats(outside, inside))
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #9f14025a
-def earlier(panel, other):
-    """`Evidence` for "the best place of `panel` comes before that of `other`". Both (seeds, places), over the same places. Raises ValueError for different numbers of places."""
+def earlier(panel: np.ndarray, other: np.ndarray) -> Evidence:
+    """`Evidence` for "the best place of `panel` comes before that of `other`". Both (seeds, places), over the
+    same places. Raises ValueError for different numbers of places.
+    """
     places = np.shape(panel)[1]
     if places != np.shape(other)[1]:
         raise ValueError(f"the panels have {places} and {np.shape(other)[1]} places; they must be the same places")
@@ -139,8 +154,9 @@ def earlier(panel, other):
     return Evidence(before.p_for, not_before.p_for)
 
 # %% ../../nbs/8_claims/01_evidence.ipynb #aea92132
-def detectable(seeds, *, comparisons=1, alpha=0.05, power=0.8):
-    """The smallest mean difference that a one-sided paired t-test finds with probability `power`, in standard deviations of the differences; inf for one seed.
+def detectable(seeds: int, *, comparisons: int = 1, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest mean difference that a one-sided paired t-test finds with probability `power`, in standard
+    deviations of the differences; inf for one seed.
 
     comparisons: among how many the test is one, by Bonferroni.
     """
@@ -156,7 +172,7 @@ def detectable(seeds, *, comparisons=1, alpha=0.05, power=0.8):
     return high
 
 
-def what_seeds_show(seeds, comparisons=1):
+def what_seeds_show(seeds: int, comparisons: int = 1) -> str:
     """Sentences on what tests over so many seeds can and cannot show, alone and as one of so many `comparisons`."""
     if seeds < 2:
         return "One seed shows nothing: there is no spread to compare a difference with."
@@ -166,6 +182,8 @@ def what_seeds_show(seeds, comparisons=1):
         else ""
     )
     return (
-        f"With {seeds} seeds a single test finds a difference in four cases out of five if it is {detectable(seeds):.1f} times as large as its spread from seed to seed{among}; smaller "
-        f"ones are missed more often. The tests take differences to be roughly normal, which {seeds} numbers cannot confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."
+        f"With {seeds} seeds a single test finds a difference in four cases out of five if it is "
+        f"{detectable(seeds):.1f} times as large as its spread from seed to seed{among}; smaller "
+        f"ones are missed more often. The tests take differences to be roughly normal, which {seeds} numbers cannot "
+        f"confirm: a one-sided test by signs could not go below p = {1 / 2**seeds:.2g}."
     )

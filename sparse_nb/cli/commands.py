@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ..claims.verdicts import claims_table, judge_store
 from . import options
 from ..results import provenance
-from ..results.plots import finished
 from ..results.rendering import check_drawing, draw_figures, notebook_of
+from ..results.tables import finished
 from ..runs import exchange, verify
 from ..runs.attempts import load_failures
 from ..runs.store import Store
@@ -295,7 +295,7 @@ def claims_command(command: options.Claims) -> None:
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
     made = provenance.read(command.figure)
-    print(*provenance.head_lines(made), *(provenance.run_line(run, command.runs) for run in made.runs), sep="\n")
+    print(*provenance.trace_lines(made, command.runs), sep="\n")
 
 # %% ../../nbs/cli/02_commands.ipynb #1743af3c
 def explore_command(command: options.Explore) -> None:

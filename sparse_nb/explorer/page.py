@@ -20,12 +20,12 @@ from plotly.offline import get_plotlyjs
 
 from ..data import IMAGE_SHAPES
 from .texts import text_as_html
-from ..results.axes import AXIS_TITLES, place_points
-from ..results.captions import WORDS, radius_text
-from ..results.measure_plots import corruption_means
-from ..results.plots import collect, density_colour, footer_lines, summarise_curves, template
+from ..results.axes import AXIS_TITLES, WORDS, density_colour, place_points, radius_text
+from ..results.captions import footer_lines
+from ..results.catalogue import curve_members
+from ..results.plots import template
 from ..results.provenance import of_points
-from ..results.tables import curve_members
+from ..results.tables import collect, corruption_means, summarise_curves
 from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
 from ..runs.files import write_whole
 from ..runs.store import Store, run_status
@@ -35,7 +35,7 @@ from ..study.versions import canonical
 
 # %% ../../nbs/9_explorer/06_page.ipynb #1317c057
 def _curves_of(points, schedule):
-    """Which networks of `points` are on which curves of a `schedule`, by `tables.curve_members`.
+    """Which networks of `points` are on which curves of a `schedule`, by `catalogue.curve_members`.
 
     Returns the columns experiment, growth and rule.
     """
@@ -83,7 +83,7 @@ def measured_points(
 
 # %% ../../nbs/9_explorer/06_page.ipynb #1b45645f
 def page_table(store: Store, points: Mapping[tuple[str, str], Sequence[Point]]) -> pd.DataFrame:
-    """The records of `measured_points`: rows of `plots.collect` with the columns schedule and measure.
+    """The records of `measured_points`: rows of `tables.collect` with the columns schedule and measure.
 
     An empty table if there are no points.
     """
@@ -105,7 +105,7 @@ _QUANTITIES = {
 
 
 def _page_curves(rows, measure):
-    """`plots.summarise_curves` of the rows of a `page_table` with one schedule and `measure`: what the page shows."""
+    """`tables.summarise_curves` of the rows of a `page_table` with one schedule and `measure`: what the page shows."""
     if measure == "corruption":
         grey = rows.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1)
         each = rows[(rows.quantity == "accuracy") & (rows.name != "")]

@@ -15,12 +15,12 @@ from sparse_nb.results.axes import (
     CORRUPTION_GROUPS,
     DISTINCT_COLOURS,
     NEUTRAL_COLOUR,
+    WORDS,
     accuracy_range,
     group_colour,
     ordered_colours,
     place_points,
 )
-from ..results.captions import WORDS
 
 # %% ../../nbs/9_explorer/01_views.ipynb #d318b683
 def _line(points, label, colour, *, axes="", **more):

@@ -25,7 +25,8 @@ from sparse_nb.explorer.texts import (
     title_html,
 )
 from .views import VIEWS, kinds_of, percent_labels, strengths_of, views_of
-from ..results.tables import CHOICES, add_failures, choose, failures_on, load_curve, points_of, read_catalogue
+from ..results.catalogue import CHOICES, add_failures, choose, failures_on, load_curve, read_catalogue
+from ..results.tables import points_of
 from ..runs.attempts import load_failures
 from ..runs.index import Records
 

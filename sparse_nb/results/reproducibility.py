@@ -11,16 +11,19 @@ import pandas as pd
 import torch
 
 from ..networks.training import RECIPES
-from .captions import WORDS
+from .axes import WORDS
+from .captions import in_range
 from ..runs.exchange import EXPORTED, published_rows
 from ..study.experiments import dense_parent
-from ..study.studies import FIGURES, PRESETS, in_range, measurements, plan, recipe_on, shown_families
+from ..study.studies import FIGURES, PRESETS, measurements, plan, recipe_on, shown_families
 from ..sweep.costs import rates_of, seconds_for, training_work
 from ..sweep.jobs import Job
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #ef2d127d
 def published_runs(folder):
-    """The runs that `exchange.export` wrote to `folder` or to folders in it, a row each, as `Store.runs` has them. Raises FileNotFoundError or ValueError naming the file."""
+    """The runs that `exchange.export` wrote to `folder` or to folders in it, a row each, as `Store.runs` has
+    them. Raises FileNotFoundError or ValueError naming the file.
+    """
     return pd.DataFrame(published_rows(folder, "runs"), columns=list(EXPORTED["runs"]))
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #2c624232
@@ -31,11 +34,16 @@ def recipe_text(family, recipe):
         f" (the paper: {paper.epochs})" if recipe.epochs != paper.epochs else ""
     )
     stop = "" if recipe.stop_loss is None else f", stopped below a training loss of {recipe.stop_loss:g}"
-    return f"SGD, momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} {recipe.decay}, batches of {recipe.batch_size}, {epochs}{stop}"
+    return (
+        f"SGD, momentum {recipe.momentum:g}, learning rate {recipe.learning_rate:g} {recipe.decay}, "
+        f"batches of {recipe.batch_size}, {epochs}{stop}"
+    )
 
 
 def trained_text(runs):
-    """How many networks `runs` have, of which widths, and how they ended; those that were pruned after training are no trainings of their own."""
+    """How many networks `runs` have, of which widths, and how they ended; those that were pruned after
+    training are no trainings of their own.
+    """
     trained = runs[runs.schedule == "static"]
     ended, words = (
         trained.status.value_counts(),
@@ -48,7 +56,9 @@ def trained_text(runs):
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #4a44dc15
 def reproducibility_table(runs, preset):
-    """Questions and answers on published `runs` (of `published_runs`) of a `Preset`: a DataFrame of text. Raises ValueError for no runs, or several code versions."""
+    """Questions and answers on published `runs` (of `published_runs`) of a `Preset`: a DataFrame of text.
+    Raises ValueError for no runs, or several code versions.
+    """
     if runs.empty or runs.code.nunique() > 1:
         raise ValueError(f"there are {len(runs)} runs of {runs.code.nunique()} code versions; the table is about one")
     families = [family for family in preset.families if family in set(runs.family)]
@@ -72,25 +82,32 @@ def reproducibility_table(runs, preset):
             "Training images": "; ".join(
                 f"{WORDS[family]}: {preset.families[family].train_images or 'all'}" for family in families
             ),
-            "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with every run",
-            "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; test images and the draws of noise and corruptions are the same for all",
+            "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with "
+            "every run",
+            "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; "
+            "test images and the draws of noise and corruptions are the same for all",
             "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
-            "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over all planned panels; a panel is judged when it is whole; some, refuted ones among them, were looked at with two to four seeds before",
-            "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on {', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
+            "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over "
+            "all planned panels; a panel is judged when it is whole; some, refuted ones among them, were looked at "
+            "with two to four seeds before",
+            "Computing": f"{trained.seconds.sum() / 3600:.1f} hours of training on "
+            f"{', '.join(sorted(set(trained.device)))}, {training_operations(trained):.1e} operations",
             "Code": f"version {runs.code.iloc[0]} of what shapes weights; every figure names its own and its runs",
             "Licence": "Apache-2.0; MNIST CC BY-SA 3.0; CIFAR as its authors publish it",
         }.items(),
         columns=["question", "answer"],
     )
 
-
+# %% ../../nbs/7_results/10_reproducibility.ipynb #c96b0d99
 def training_operations(runs):
     """Floating-point operations that the trainings of `runs` took."""
     return sum(training_work(run, run.epochs) for run in runs.itertuples())
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #3fdba35f
 def figure_cost(figure, preset, rates):
-    """(networks, hours of one core at most) of `figure` under a `Preset`, dense networks that are pruned included. rates: of `jobs.rates_of`, of runs on the CPU."""
+    """(networks, hours of one core at most) of `figure` under a `Preset`, dense networks that are pruned
+    included. rates: of `jobs.rates_of`, of runs on the CPU.
+    """
     wanted = measurements(plan(figure, preset) if shown_families(figure, preset) else ())
     parents = {parent: () for parent in map(dense_parent, wanted) if parent}
     jobs = [Job(experiment, True, evaluations) for experiment, evaluations in (parents | wanted).items()]
@@ -98,7 +115,8 @@ def figure_cost(figure, preset, rates):
 
 
 def cost_table(runs, presets=tuple(PRESETS)):
-    """A row for each figure: for each preset its networks and the hours of one core that it takes at most, by the rates of published `runs`; those of other families
+    """A row for each figure: for each preset its networks and the hours of one core that it takes at most, by the rates
+    of published `runs`; those of other families
     where a family has none. A DataFrame of text."""
     rates, rows = rates_of(runs[runs.device == "cpu"]), []
     for figure, spec in FIGURES.items():

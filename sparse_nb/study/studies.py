@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'MLP_CONTROL', 'CONV_CONTROL',
            'BOTH_RULES', 'PRESETS', 'FIGURES', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size',
-           'curve_narrowings', 'spoken', 'epoch_narrowings', 'attack_narrowings', 'measure_narrowings', 'in_range',
-           'narrowings', 'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid',
-           'measurement_of', 'budgets', 'recipe_on', 'scheduled', 'curve', 'plan', 'measurements']
+           'Figure', 'shown_families', 'shown_rules', 'networks', 'Point', 'control_grid', 'measurement_of', 'budgets',
+           'recipe_on', 'scheduled', 'curve', 'plan', 'measurements']
 
 # %% ../../nbs/4_study/03_studies.ipynb #d4735e3a
 import dataclasses
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from .. import data
 from ..networks import allocation, models
 from ..networks.training import RECIPES, Recipe
-from ..results.captions import WORDS
 from ..robustness import attacks
 from ..robustness.corruptions import corruptions
 from sparse_nb.study.experiments import (
@@ -207,107 +205,6 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
 def sample_size(count, dataset, split):
     """`count` if it is a proper part of the dataset's split, else None, which stands for all of it."""
     return count if count is not None and count < data.SIZES[dataset][split] else None
-
-# %% ../../nbs/4_study/03_studies.ipynb #f5ca38f7
-def curve_narrowings(ours, full, growth):
-    """Where the `growth` curve of a `FamilySetting` is smaller than the paper's, as a list of words."""
-    parts = []
-    if growth == "width" and ours.base != full.base:
-        parts.append(f"base width {ours.base}, not {full.base}")
-    if growth == "width" and set(ours.widths) != set(full.widths):
-        parts.append(f"widths {', '.join(map(str, ours.widths))}")
-    if growth == "width" and ours.pruned_widths and max(ours.pruned_widths) < max(ours.widths):
-        parts.append(f"pruned after training up to width {max(ours.pruned_widths):,}")
-    if growth == "depth" and ours.depth_width != full.depth_width:
-        parts.append(f"width {ours.depth_width}, not {full.depth_width}, by depth")
-    if growth == "depth" and set(ours.depths) != set(full.depths):
-        parts.append(
-            "depths " + ", ".join(f"{depth}×{repeat}" if repeat > 1 else f"{depth}" for depth, repeat in ours.depths)
-        )
-    if growth == "control" and ours.control and set(ours.control) != set(full.control):
-        parts.append(f"budgets of widths {', '.join(map(str, ours.control))}")
-    return parts
-
-
-def spoken(names):
-    """Names as people write them, with commas between."""
-    return ", ".join(WORDS[name] for name in names)
-
-
-def epoch_narrowings(ours, full, datasets):
-    """Where a `FamilySetting` trains for fewer epochs than the paper's on `datasets`, as a list of at most one text."""
-    usual, own = ours.recipe.epochs, {name: epochs for name, epochs in ours.dataset_epochs if name in datasets}
-    if set(own) == set(datasets) and len(set(own.values())) == 1:
-        usual, own = own[datasets[0]], {}
-    if usual >= full.recipe.epochs and not own:
-        return []
-    names = {epochs: spoken(name for name in own if own[name] == epochs) for epochs in own.values()}
-    others = f" ({'; '.join(f'{where}: {epochs}' for epochs, where in names.items())})" if own else ""
-    return [f"at most {usual} of {full.recipe.epochs} epochs{others}"]
-
-# %% ../../nbs/4_study/03_studies.ipynb #785f3ec7
-def attack_narrowings(preset, paper):
-    """Where the attacks of a `Preset` are smaller than those of another, as a list of words."""
-    ours, full, words = preset.attack, paper.attack, []
-    if ours.steps < full.steps:
-        words.append(f"Attacks of {ours.steps} of {full.steps} steps")
-    if ours.test_images and ours.test_images < full.test_images:
-        words.append(f"{ours.test_images:,} of {full.test_images:,} attacked images")
-    return words
-
-
-def measure_narrowings(preset, paper, measures):
-    """Where `measures` of a `Preset` are smaller than those of another, as a list of words."""
-    words = []
-    for measure, draws in (("weight_noise", "noise draws"), ("corruption", "draws of each corruption")):
-        ours, full = getattr(preset, measure).draws, getattr(paper, measure).draws
-        if measure in measures and ours < full:
-            words.append(f"{ours} of {full} {draws}")
-    return words + (attack_narrowings(preset, paper) if "attack" in measures else [])
-
-# %% ../../nbs/4_study/03_studies.ipynb #c2356069
-def in_range(values):
-    """As in "1", "1 to 5"."""
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def narrowings(preset, growths, measures, families=models.FAMILIES, seeds=None):
-    """Sentences that say where `preset` is smaller than the paper in a figure with these growths, measures and
-    families; empty for the paper itself.
-
-    seeds: (fewest, most) behind the figure's curves, if not those of the preset.
-    """
-    paper, sentences, seeds = PRESETS["paper"], [], seeds or (preset.seeds, preset.seeds)
-    if set(preset.datasets) != set(paper.datasets):
-        sentences.append(f"Datasets: {spoken(preset.datasets)}")
-    if not set(paper.rules) <= set(preset.rules):
-        sentences.append(f"Rules: {spoken(preset.rules)}")
-    if min(seeds) < paper.seeds:
-        sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
-    sentences += measure_narrowings(preset, paper, measures)
-    absent = [
-        family
-        for family, setting in preset.families.items()
-        if "control" in growths and not setting.control and paper.families[family].control
-    ]
-    if absent:
-        sentences.append(f"Budget against density without {spoken(absent)}")
-    for family in (family for family in preset.families if family in families):
-        ours, full = preset.families[family], paper.families[family]
-        parts = [part for growth in growths for part in curve_narrowings(ours, full, growth)]
-        parts += epoch_narrowings(ours, full, preset.datasets)
-        if ours.recipe.batch_size != full.recipe.batch_size:
-            parts.append(f"batches of {ours.recipe.batch_size}")
-        if any(sample_size(ours.train_images, dataset, "train") for dataset in preset.datasets):
-            parts.append(f"{ours.train_images:,} training images")
-        if set(measures) & set(MANY_PASSES) and any(
-            sample_size(ours.test_images, dataset, "test") for dataset in preset.datasets
-        ):
-            parts.append(f"{ours.test_images:,} test images")
-        if parts:
-            sentences.append(f"{WORDS[family]}: " + "; ".join(parts))
-    return sentences
 
 # %% ../../nbs/4_study/03_studies.ipynb #670671cd
 @dataclass(frozen=True)

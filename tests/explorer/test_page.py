@@ -15,7 +15,7 @@ from scipy import stats
 
 from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
-from sparse_nb.results import plots
+from sparse_nb.results import axes, tables
 from sparse_nb.study.studies import FIGURES, narrow, plan
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
@@ -61,7 +61,7 @@ def table(tmp_path_factory):
             )
     for (schedule, measure), points in plans.items():
         for point in points:
-            place = {**plots.place_of(point), "schedule": schedule, "measure": measure, "effective_density": 1.0}
+            place = {**tables.place_of(point), "schedule": schedule, "measure": measure, "effective_density": 1.0}
             mnist = place["dataset"] == "mnist" and place["family"] == "mlp"
             if mnist and (place["width"] == 2048 or (place["width"] == 1024 and place["seed"] == 1)):
                 rows.append({**place, "status": "diverged"})
@@ -214,7 +214,7 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
         found["diverged"]["text"] == ["1 of 3 diverged", "3 of 3 diverged"]
         and found["points"]["y"][widths.index(2048)] is None
     )
-    assert found["points"]["marker"]["color"] == [plots.density_colour(128 / width) for width in widths]
+    assert found["points"]["marker"]["color"] == [axes.density_colour(128 / width) for width in widths]
     place = table[
         (table.dataset == "mnist")
         & (table.family == "mlp")
@@ -390,13 +390,11 @@ def test_dark(path, open_page):
         "[getComputedStyle(document.body).backgroundColor, document.getElementById('chart')._fullLayout.paper_bgcolor]"
     )
     dark = drawn(page)["points"]["marker"]["color"]
-    assert [plots.luminance(colour) for colour in page.evaluate(grounds)] == [
-        plots.luminance(plots.DARK_BACKGROUND)
-    ] * 2
+    assert [axes.luminance(colour) for colour in page.evaluate(grounds)] == [axes.luminance(axes.DARK_BACKGROUND)] * 2
     ink = page.evaluate("getComputedStyle(document.body).color")
-    assert plots.contrast(ink, plots.DARK_BACKGROUND) > 7
+    assert axes.contrast(ink, axes.DARK_BACKGROUND) > 7
     page.emulate_media(color_scheme="light")
-    assert plots.luminance(page.evaluate(grounds)[0]) == 1
+    assert axes.luminance(page.evaluate(grounds)[0]) == 1
     page.wait_for_function("document.getElementById('chart')._fullLayout.paper_bgcolor === 'white'")
     assert drawn(page)["points"]["marker"]["color"] == dark  # one colour for one density, day and night
 

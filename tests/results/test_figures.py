@@ -32,7 +32,7 @@ from sparse_nb.cli.main import main
 from sparse_nb.networks.models import counted_weights
 from sparse_nb.networks.sparse_layers import pattern
 from sparse_nb.networks.training import Recipe
-from sparse_nb.results import provenance
+from sparse_nb.results import plots, provenance, rendering, tables
 from sparse_nb.runs.files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
@@ -217,9 +217,9 @@ def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_pat
         )
 
     main(["trace", str(drawn / f"out/smoke/fig01.{ending}"), "--runs", str(tmp_path / "nowhere")])
-    assert {line for line in capfd.readouterr().out.splitlines() if "is not in" in line} == {
-        f"{run} is not in {tmp_path / 'nowhere'}" for run in listed
-    }
+    said = capfd.readouterr().out.splitlines()
+    assert said[:-1] == [line for line in lines if not RUN.fullmatch(line.split()[0])]
+    assert said[-1].startswith(f"4 of its 4 runs are not in {tmp_path / 'nowhere'}; `sparse-nb merge ")
     assert contents(tmp_path) == {}
 
 
@@ -245,15 +245,24 @@ def test_trace_says_in_one_sentence_what_cannot_be_traced(name, content, words, 
 
 
 @pytest.mark.parametrize("notebook", sorted(ROOT.glob("figures/*.ipynb")), ids=lambda path: path.stem)
-def test_every_figure_is_published_with_its_provenance_in_sight(notebook):
+def test_every_figure_reads_its_parameters_first_and_ends_with_its_claims(notebook):
+    figure = notebook.stem.split("_")[0]
     cells = nbformat.read(notebook, as_version=4).cells
-    text = "\n".join(cell.source for cell in cells)
-    assert len(cells) <= 12
-    assert "made = provenance.of_points(chosen, points, store)" in text and re.search(
-        r"footer ?= ?\[.*made\.line\]", text
-    )
-    published = re.findall(r"provenance\.publish\(.*\)", text)
-    assert published and all(call.endswith(", made)") for call in published)
+    parameters, setup, *others = [cell for cell in cells if cell.cell_type == "code"]
+    assert len(cells) <= 12 and parameters.metadata.tags == ["parameters"]
+    names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
+    wanted = [
+        n for n in rendering.PARAMETERS if figure != "claims" or n not in ("device", "finished", "engine", "workers")
+    ]
+    assert names == wanted
+    assert f'rendering = Rendering.from_parameters("{figure}", globals())' in setup.source
+    text = "\n".join(cell.source for cell in others)
+    if figure == "claims":
+        assert "made.line]" in text.replace(",\n", "") and "rendering.publish(figure, verdicts.with_runs(" in text
+    else:
+        assert "rendering.footer(" in text and "rendering.publish(figure, " in text
+        said = f'print(figure_claims("{figure}", rendering.preset, rendering.store, root=rendering.parameters["data"]))'
+        assert others[-1].source == said
 
 
 def test_a_store_of_mixed_code_is_not_drawn(drawn, tmp_path):
@@ -279,6 +288,21 @@ def test_html_asks_no_other_host(drawn):
     Links().feed(page)
     assert asked == []
     assert "Plotly.newPlot" in page and len(page) > 1_000_000  # plotly's JavaScript is inside
+
+
+def test_hover_of_one_seed_has_no_interval(drawn):
+    """Two seeds have one; of one seed the picture says that there is none."""
+    page = (drawn / "out/smoke/fig01.html").read_text(encoding="utf-8")
+    assert "no interval from one seed" not in page and re.search(r"\d+\.\d % \(-?\d+\.\d to \d+\.\d\)", page)
+    store, points = (
+        Store(drawn / "runs"),
+        plan("fig01", narrow("smoke", families="mlp", epochs=2, widths="32 128", seeds=1)),
+    )
+    curves = tables.summarise_curves(tables.collect(store, points))
+    lines = plots.strength_lines(curves, "accuracy")
+    figure = plots.draw_panels(curves, lines, title="", legend="", value="", footer=[])
+    texts = [text for trace in figure.data if trace.customdata is not None for text in trace.customdata]
+    assert len(texts) == 2 * 6 and all(re.match(r"\d+\.\d % \(no interval from one seed\)<br>", text) for text in texts)
 
 
 def plain_accuracy(checkpoint, images):
@@ -442,6 +466,65 @@ def test_plain_papermill_draws_the_same_numbers(drawn, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{e}" for e in ENDINGS if e != "ipynb"]
 
 
+def papermill(cwd, out, **parameters):
+    """What `papermill` says that is run in the folder `cwd`, with the parameters as text, and its exit status."""
+    flags = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    asked = [BIN / "papermill", ROOT / "figures" / NOTEBOOK, out, *flags]
+    done = subprocess.run(asked, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return done.stderr, done.returncode
+
+
+def test_finished_false_on_papermills_command_line_is_false(drawn, tmp_path):
+    small = {"families": "mlp", "epochs": 2, "widths": "32 128", "runs": drawn / "runs", "out": tmp_path / "out"}
+    said, status = papermill(ROOT, tmp_path / "ran.ipynb", finished="false", seeds=2, **small)
+    assert status == 0, said
+    ran = (tmp_path / "ran.ipynb").read_text()
+    assert "4 networks: 0 made now, 4 already there" in ran and "4 of 4 points" in ran
+    assert "What the paper says of figure 1, on preset smoke" in ran and "undecided" in ran
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"finished": "perhaps"}, "finished is 'perhaps'; accepted: true or false"),
+        ({"seeds": "two"}, "seeds is 'two'; accepted: a whole number, or None"),
+        ({"presset": "laptop"}, "presset is no parameter; accepted: preset, datasets"),
+        ({"engine": "slurm"}, "engine is 'slurm'; accepted: local, dask"),
+        ({"workers": 0}, "workers is 0"),
+        ({"device": "tpu"}, "device is 'tpu'; accepted: auto, cpu, cuda"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_mistaken_parameter_of_papermill_is_refused_before_anything(wrong, words, tmp_path):
+    where = {"runs": tmp_path / "runs", "out": tmp_path / "out"}
+    said, status = papermill(ROOT, tmp_path / "ran.ipynb", families="mlp", **where, **wrong)
+    assert status == 1 and words in said
+    assert [path.name for path in tmp_path.iterdir()] == ["ran.ipynb"]
+
+
+def test_papermill_in_a_folder_without_figures_writes_nothing_into_the_parent(tmp_path):
+    (tmp_path / "thesis/chapter").mkdir(parents=True)
+    said, status = papermill(tmp_path / "thesis/chapter", tmp_path / "ran.ipynb", families="mlp", epochs=1)
+    assert status == 1 and f"there is no folder figures in {tmp_path / 'thesis/chapter'}" in said
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "ran.ipynb",
+        "thesis",
+        "thesis/chapter",
+    ]
+
+
+def test_a_kernel_that_is_not_installed_is_noticed_before_training(tmp_path, capfd):
+    notebook = nbformat.read(notebooks(tmp_path / "notebooks", DRAW) / NOTEBOOK, as_version=4)
+    notebook.metadata["kernelspec"] = {"name": "my_env", "display_name": "my_env", "language": "python"}
+    nbformat.write(notebook, tmp_path / "notebooks" / NOTEBOOK)
+    where = ["--runs", tmp_path / "runs", "--out", tmp_path / "out", "--notebooks", tmp_path / "notebooks"]
+    with pytest.raises(SystemExit):
+        main([str(word) for word in ("figures", "fig01", *SMALL, *where)])
+    said = capfd.readouterr().err
+    assert "asks for the kernel 'my_env'; installed: " in said and "python3" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["notebooks"]
+
+
 def test_in_jupyterlab_everything_lands_in_the_projects_folder(drawn, tmp_path):
     shutil.copytree(drawn / "runs", tmp_path / "runs")
     (tmp_path / "figures").mkdir()
@@ -491,9 +574,7 @@ def test_wrong_words_are_refused_before_any_work(wrong, accepted, tmp_path, capf
 
 def test_dry_run_says_what_is_missing_and_does_nothing(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    main(
-        ["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    )
+    main(["figures", "fig01", *SMALL, "--dry-run", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[-1].startswith("4 networks to do")
     assert any(
@@ -622,7 +703,7 @@ def test_kill_9_at_any_moment_loses_at_most_the_network_in_hand(undisturbed, tmp
     arguments, moments, kept = longer_command(tmp_path), random.Random(9), 0
     for _ in range(4):
         process = start(arguments, tmp_path / "words")
-        until(lambda: min(kept + 1, 6) <= sum(bool(RUN.fullmatch(p.name)) for p in tmp_path.glob("runs/*")))
+        until(lambda kept=kept: min(kept + 1, 6) <= sum(bool(RUN.fullmatch(p.name)) for p in tmp_path.glob("runs/*")))
         time.sleep(moments.uniform(0, seconds / 6))  # somewhere in measuring that network or training the next
         process.kill()
         assert ended(process, 10) == -signal.SIGKILL
@@ -663,7 +744,9 @@ def noisy_accuracy(folder):
 
 
 def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
-    """Figures 12 and 13: the three ways begin at one network, every point is the mean of its runs, and the networks of figure 1 are not made twice."""
+    """Figures 12 and 13: the three ways begin at one network, every point is the mean of its runs, and the networks of
+    figure 1 are not made twice.
+    """
     asked = [
         BIN / "sparse-nb",
         "figures",
@@ -709,7 +792,9 @@ def test_controls_draw_the_numbers_of_the_stored_networks(tmp_path):
 
 
 def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
-    """The networks of `drawn`: two places of one curve, two seeds. Each row of the table names the runs that it compares, and the picture its provenance."""
+    """The networks of `drawn`: two places of one curve, two seeds. Each row of the table names the runs that it
+    compares, and the picture its provenance.
+    """
     where = ("--runs", drawn / "runs", "--out", tmp_path, "--notebooks", ROOT / "figures")
     main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
     said, folder = capfd.readouterr().out, tmp_path / "smoke"
@@ -726,7 +811,5 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):
     with pytest.raises(SystemExit):
-        main(
-            ["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")]
-        )
+        main(["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")])
     assert "no claim can be judged by what is in" in capfd.readouterr().err
