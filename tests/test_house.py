@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 
 from sparse_nb.claims.verdicts import as_markdown, claims_table, refuted_among_all
 from sparse_nb.results.reproducibility import published_runs, reproducibility_table
-from sparse_nb.study.studies import FIGURES, PRESETS
+from sparse_nb.study.figures import FIGURES
+from sparse_nb.study.studies import PRESETS
 
 try:
     import tomllib

@@ -20,7 +20,7 @@ from ..results.axes import OKABE_ITO, WORDS
 from ..results.plots import finish
 from ..results.stats import holm
 from ..results.tables import PANEL, collect, finished, places_of
-from ..study.studies import plan, shown_families
+from ..study.figures import plan, shown_families
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #ef2d127d
 MARKS = {

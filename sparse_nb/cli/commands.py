@@ -23,7 +23,8 @@ from ..runs import exchange, verify
 from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, dense_parent, experiment_hash
-from ..study.studies import FIGURES, Preset, measurements, narrow, plan, shown_families
+from ..study.figures import FIGURES, measurements, plan, shown_families
+from ..study.studies import Preset, narrow
 from ..sweep import sweep
 from ..sweep.costs import measured_rates, seconds_for
 from ..sweep.jobs import missing_jobs, resolve_device, words

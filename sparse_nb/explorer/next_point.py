@@ -17,7 +17,8 @@ from ..runs.attempts import read_progress, save_failure
 from ..runs.store import Store, run_status
 from ..study import versions
 from ..study.experiments import dense_parent, experiment_hash
-from ..study.studies import FIGURES, PRESETS, narrow, plan, shown_rules
+from ..study.figures import FIGURES, plan, shown_rules
+from ..study.studies import PRESETS, narrow
 from ..sweep.costs import job_work
 from ..sweep.engines import judge, local_processes
 from ..sweep.jobs import Job, Terms, missing_jobs, resolve_device, run_elsewhere, words

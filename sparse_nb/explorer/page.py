@@ -30,7 +30,8 @@ from ..robustness.attacks import ATTACKS, FIGURE_EPSILON
 from ..runs.files import write_whole
 from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
-from ..study.studies import FIGURES, Point, Preset, plan, shown_families
+from ..study.figures import FIGURES, Point, plan, shown_families
+from ..study.studies import Preset
 from ..study.versions import canonical
 
 # %% ../../nbs/9_explorer/06_page.ipynb #1317c057
@@ -63,7 +64,7 @@ def measured_points(
 ) -> dict[tuple[str, str], tuple[Point, ...]]:
     """{(schedule, measure): points} of all figures' curves under a `Preset`, each once, that are measured or diverged.
 
-    root: folder of the datasets, see `studies.plan`.
+    root: folder of the datasets, see `figures.plan`.
     """
     plans, measured = {}, {}
     for name, figure in FIGURES.items():
@@ -381,7 +382,7 @@ def store_page(
 ) -> list[Path]:
     """`write_page` of everything that a store has of a `Preset`'s figures; returns the paths written.
 
-    root: of the datasets. Raises as `write_page` and `studies.plan`.
+    root: of the datasets. Raises as `write_page` and `figures.plan`.
     """
     measured = measured_points(store, preset, root=root)
     points = [point for of_measure in measured.values() for point in of_measure]

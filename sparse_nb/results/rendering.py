@@ -25,7 +25,8 @@ from .captions import footer_lines
 from .provenance import Provenance, of_points, publish
 from .tables import collect, finished
 from ..runs.store import Store
-from ..study.studies import FIGURES, Preset, narrow, plan
+from ..study.figures import FIGURES, plan
+from ..study.studies import Preset, narrow
 from ..sweep import sweep
 from ..sweep.jobs import resolve_device
 

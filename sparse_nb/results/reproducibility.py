@@ -15,7 +15,8 @@ from .axes import WORDS
 from .captions import in_range
 from ..runs.exchange import EXPORTED, published_rows
 from ..study.experiments import dense_parent
-from ..study.studies import FIGURES, PRESETS, measurements, plan, recipe_on, shown_families
+from ..study.figures import FIGURES, measurements, plan, recipe_on, shown_families
+from ..study.studies import PRESETS
 from ..sweep.costs import rates_of, seconds_for, training_work
 from ..sweep.jobs import Job
 

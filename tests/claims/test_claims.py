@@ -9,7 +9,7 @@ import pytest
 
 from sparse_nb.claims.claims import CLAIMS
 from sparse_nb.claims.verdicts import claims_table, overall
-from sparse_nb.study.studies import FIGURES
+from sparse_nb.study.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,8 @@ from scipy import stats
 from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
 from sparse_nb.results import axes, tables
-from sparse_nb.study.studies import FIGURES, narrow, plan
+from sparse_nb.study.figures import FIGURES, plan
+from sparse_nb.study.studies import narrow
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]
 SELECTS = [*CONTROLS, "question"]

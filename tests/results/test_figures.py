@@ -36,7 +36,8 @@ from sparse_nb.results import plots, provenance, rendering, tables
 from sparse_nb.runs.files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
-from sparse_nb.study.studies import narrow, plan
+from sparse_nb.study.figures import plan
+from sparse_nb.study.studies import narrow
 from sparse_nb.sweep import sweep
 
 ROOT = Path(__file__).parents[2]

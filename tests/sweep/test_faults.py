@@ -43,7 +43,8 @@ from sparse_nb.study.experiments import (
     experiment_identity,
     train,
 )
-from sparse_nb.study.studies import FIGURES, PRESETS, narrow, plan
+from sparse_nb.study.figures import FIGURES, plan
+from sparse_nb.study.studies import PRESETS, narrow
 from sparse_nb.study.versions import canonical, digest
 from sparse_nb.sweep import sweep
 from sparse_nb.sweep.jobs import Job, run_job
