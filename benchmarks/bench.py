@@ -39,7 +39,9 @@ from sparse_nb.robustness.evaluation import logits
 
 @dataclass(frozen=True)
 class Ratio:
-    """Seconds of ours over seconds of theirs: the median over `rounds` rounds, with lower and upper quartile. No unit; 1 is equal."""
+    """Seconds of ours over seconds of theirs: the median over `rounds` rounds, with lower and upper quartile. No unit;
+    1 is equal.
+    """
 
     median: float
     low: float
@@ -56,8 +58,8 @@ def finished():
 def compare(ours, theirs, *, rounds=31, seconds=10.0, clock=finished):
     """Time two functions side by side, in the order ours, theirs, theirs, ours, and return their `Ratio`.
 
-    ours, theirs: called without arguments, twice each to warm up, then equally often: in each of the four places once, or so
-    often that the two together take 0.05 s.
+    ours, theirs: called without arguments, twice each to warm up, then equally often: in each of the four places once,
+    or so often that the two together take 0.05 s.
     rounds: at most so many, and at least 3. seconds: begin no further round after so long; three are made in any case.
     clock: returns seconds. Raises ValueError for fewer than 3 rounds, which have no quartiles to speak of.
     """
@@ -84,8 +86,8 @@ class Comparison:
     """A row of the table.
 
     name: "ours / theirs", in words. prepare: from a `torch.device` to two functions without arguments, ours and theirs.
-    at_most: the largest ratio that is as it should be, None if the row only tells a cost; a promise for a CPU, unless the row is for GPUs only.
-    remark: printed behind it. only: "cpu" or "cuda", where the row says nothing on the other.
+    at_most: the largest ratio that is as it should be, None if the row only tells a cost; a promise for a CPU, unless
+    the row is for GPUs only. remark: printed behind it. only: "cpu" or "cuda", where the row says nothing on the other.
     """
 
     name: str
@@ -104,7 +106,8 @@ class Comparison:
         return f"at most {self.at_most:g}: {kept}" + (f"; {self.remark}" if self.remark else "")
 
 def network(family, width, image_shape, device, *, budget=None, rule="water_filling"):
-    """A network of ten classes, of the smallest depth of its family's figures, and random masks that keep `budget` weights, all if None.
+    """A network of ten classes, of the smallest depth of its family's figures, and random masks that keep `budget`
+    weights, all if None.
 
     Returns (model, masks), in training mode, on `device`. Depth is 1 for "mlp", 11 for "vgg", 18 for "resnet".
     """
@@ -123,7 +126,9 @@ def random_images(count, image_shape, device):
     return ImageSet(images, torch.randint(10, (count,), generator=stream), 10, "random", "train").to(device)
 
 def our_loop_and_usual(device):
-    """One epoch of `training.fit` / one of the usual loop over a shuffling DataLoader of float images, both on the digits."""
+    """One epoch of `training.fit` / one of the usual loop over a shuffling DataLoader of float images, both on the
+    digits.
+    """
     digits, recipe = load_images("digits", "train", device=device), Recipe(epochs=1)
     model, masks = network("mlp", 128, digits.shape, device)
     other, _ = network("mlp", 128, digits.shape, device)
@@ -141,7 +146,9 @@ def our_loop_and_usual(device):
     return lambda: fit(model, digits, recipe, seed=0, masks=masks), usual
 
 def training_step(model, inputs, labels, masks=None):
-    """A function without arguments that takes one SGD step of `model` on one batch, a masked one if `masks` are given."""
+    """A function without arguments that takes one SGD step of `model` on one batch, a masked one if `masks` are
+    given.
+    """
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
     held = gradient_masks(model, masks) if masks else []
 
@@ -164,7 +171,9 @@ def masked_and_plain(family, width, image_shape, budget, device):
     return training_step(model, inputs, images.labels, masks), training_step(other, inputs, images.labels)
 
 def sparse_network_of(family, width, image_shape, budget, rule):
-    """A network of ten classes of the smallest depth of its family's figures, born sparse, initialised, in training mode, on the CPU."""
+    """A network of ten classes of the smallest depth of its family's figures, born sparse, initialised, in training
+    mode, on the CPU.
+    """
     bare = build_model(
         family, image_shape, 10, width=width, depth={"mlp": 1, "vgg": 11, "resnet": 18}[family], weightless=True
     )
@@ -185,7 +194,9 @@ def sparse_and_base(rule, device, width=2**15, base=2**7):
 
 
 def sparse_and_masked(family, width, image_shape, budget, rule, device, count=128):
-    """A training step of a sparse network on `count` random images / of the same network with masks, densely executed."""
+    """A training step of a sparse network on `count` random images / of the same network with masks, densely
+    executed.
+    """
     images = random_images(count, image_shape, device)
     inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
     model, masks = network(family, width, image_shape, device, budget=budget, rule=rule)
@@ -207,7 +218,9 @@ def sparse_resnet_and_base(rule, device, width=128, base=16, budget=RESNET16, co
     return tuple(training_step(side, inputs, images.labels) for side in sides)
 
 def our_step_and_plain(device, units=2**7):
-    """A training step of the dense base as we take it / as `torch.optim.SGD` by default takes it, on 128 random images."""
+    """A training step of the dense base as we take it / as `torch.optim.SGD` by default takes it, on 128 random
+    images.
+    """
     images = random_images(128, (1, 28, 28), device)
     inputs, (plain, _) = as_float(images.pixels), network("mlp", units, (1, 28, 28), device)
     optimiser = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
@@ -259,7 +272,9 @@ NAMES, BASES = (
 
 
 def captured_and_plain(family, width, device):
-    """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same step, kernel by kernel."""
+    """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same
+    step, kernel by kernel.
+    """
     images = random_images(128, (1, 28, 28) if family == "mlp" else (3, 32, 32), device)
     inputs = as_float(images.pixels)
     ours, plain = (
@@ -273,7 +288,8 @@ import bench
 width, rule = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 images = bench.random_images(128, (1, 28, 28), "cpu")
-step = bench.training_step(bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule), bench.as_float(images.pixels), images.labels)
+network = bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule)
+step = bench.training_step(network, bench.as_float(images.pixels), images.labels)
 for _ in range(3):
     step()
 print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
@@ -281,7 +297,9 @@ print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 
 
 def peak_memory(width, rule):
-    """Largest size in MB of a fresh process that trains a sparse MLP of `width` units at the budget of 128 for three steps; Linux only."""
+    """Largest size in MB of a fresh process that trains a sparse MLP of `width` units at the budget of 128 for three
+    steps; Linux only.
+    """
     here = Path(globals().get("__file__", "bench.py")).parent  # where `import bench` finds this file
     said = subprocess.run(
         [sys.executable, "-c", MEMORY, str(width), rule],
@@ -293,7 +311,9 @@ def peak_memory(width, rule):
     return int(said) / 1024
 
 def noise_and_passes(family, width, image_shape, count, budget, device):
-    """`weight_noise.evaluate` for one draw at all strengths on `count` random images / as many bare forward passes over them."""
+    """`weight_noise.evaluate` for one draw at all strengths on `count` random images / as many bare forward passes over
+    them.
+    """
     images = random_images(count, image_shape, device)
     model, _ = network(family, width, image_shape, device, budget=budget)
     model.eval()
@@ -317,7 +337,9 @@ def attacked_network(family, width, image_shape, count, device):
 
 
 def attack_and_passes(attack, family, width, image_shape, count, device):
-    """`attacks.evaluate` for one attack at one ε / as many bare passes over the same `count` images, at most 200: forward and backward to the images, forward only."""
+    """`attacks.evaluate` for one attack at one ε / as many bare passes over the same `count` images, at most 200:
+    forward and backward to the images, forward only.
+    """
     model, images = attacked_network(family, width, image_shape, count, device)
     inputs, forward = as_float(images.pixels), 3 if attack == "apgd" else 2  # APGD looks itself which images are right
 
@@ -334,7 +356,9 @@ def attack_and_passes(attack, family, width, image_shape, count, device):
 
 
 def attack_and_loader(device, count=400):
-    """`attacks.evaluate` with PGD at one ε, clean accuracy included / torchattacks' PGD for each batch of a DataLoader, then the same two accuracies. MLP 2048."""
+    """`attacks.evaluate` with PGD at one ε, clean accuracy included / torchattacks' PGD for each batch of a DataLoader,
+    then the same two accuracies. MLP 2048.
+    """
     model, images = attacked_network("mlp", 2048, (1, 28, 28), count, device)
     loader = DataLoader(TensorDataset(as_float(images.pixels).cpu(), images.labels.cpu()), batch_size=200)
     usual = torchattacks.PGD(model, eps=0.1, alpha=0.025, steps=10)
@@ -420,7 +444,9 @@ ONE_BY_ONE = {
 }
 
 def corrupted_and_one_by_one(name, device, count=200, severity=3):
-    """`corruptions.corrupt` on `count` random colour images / the same corruption image by image with NumPy, SciPy and Pillow on the CPU, into one array."""
+    """`corruptions.corrupt` on `count` random colour images / the same corruption image by image with NumPy, SciPy and
+    Pillow on the CPU, into one array.
+    """
     images = random_images(count, (3, 32, 32), device)
     parameters = cifar_c.CORRUPTIONS[name].parameters[severity - 1]
     pixels = images.pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
@@ -428,8 +454,10 @@ def corrupted_and_one_by_one(name, device, count=200, severity=3):
         [ONE_BY_ONE[name](image, parameters) for image in pixels]
     )
 
-# Seconds per 1,000 images at severity 3, one thread of a server CPU, image by image, conversion to bytes included: the original program (make_cifar_c.py) with the libraries of its time
-# (Python 3.6, NumPy 1.14, SciPy 1.0, scikit-image 0.13, OpenCV 3.4, Pillow 5.0, ImageMagick 6.9); the median of three runs. Its frost reads its photograph anew for each image.
+# Seconds per 1,000 images at severity 3, one thread of a server CPU, image by image, conversion to bytes included:
+# the original program (make_cifar_c.py) with the libraries of its time (Python 3.6, NumPy 1.14, SciPy 1.0,
+# scikit-image 0.13, OpenCV 3.4, Pillow 5.0, ImageMagick 6.9); the median of three runs. Its frost reads its
+# photograph again for each image.
 ORIGINAL_SECONDS = {
     "gaussian_noise": 0.0744,
     "shot_noise": 0.1747,
@@ -454,7 +482,9 @@ ORIGINAL_SECONDS = {
 
 
 def corruption_lines(count=10_000, *, severity=3, device="cpu", clock=finished):
-    """A line for each of CIFAR-10-C's corruptions: our seconds for `count` random images, draws included, and how many times longer the original program took on its machine."""
+    """A line for each of CIFAR-10-C's corruptions: our seconds for `count` random images, draws included, and how many
+    times longer the original program took on its machine.
+    """
     images, total, slower = random_images(count, (3, 32, 32), device), 0.0, []
     for name, seconds in ORIGINAL_SECONDS.items():
         corruptions.corrupt(images.take(slice(200)), name, severity)  # tables and textures are made once
@@ -463,18 +493,24 @@ def corruption_lines(count=10_000, *, severity=3, device="cpu", clock=finished):
         ours, theirs = clock() - start, seconds * count / 1000
         total += ours
         slower += [name] * (ours > theirs)
-        yield f"{name}, {count:,} images: {ours:.2f} s; original, another machine, {theirs:.2f} s: {theirs / ours:.1f} times"
+        elsewhere = f"original, another machine, {theirs:.2f} s: {theirs / ours:.1f} times"
+        yield f"{name}, {count:,} images: {ours:.2f} s; {elsewhere}"
     theirs = sum(ORIGINAL_SECONDS.values()) * count / 1000
-    yield f"all nineteen: {total:.2f} s; original, another machine, {theirs:.1f} s: {theirs / total:.1f} times; slower than it: {', '.join(slower) or 'none'}"
+    elsewhere = f"original, another machine, {theirs:.1f} s: {theirs / total:.1f} times"
+    yield f"all nineteen: {total:.2f} s; {elsewhere}; slower than it: {', '.join(slower) or 'none'}"
 
 def sampled_and_shuffled(device, size=784 * 2**15, kept=50_816):
-    """`masks.sample_positions` / the start of a random permutation, for the widest MLP's first layer. Always on the CPU, as masks are."""
+    """`masks.sample_positions` / the start of a random permutation, for the widest MLP's first layer. Always on the
+    CPU, as masks are.
+    """
     stream = generator(0, "bench positions")
     return lambda: sample_positions(size, kept, stream), lambda: torch.randperm(size, generator=stream)[:kept]
 
 
 def channels_last_and_contiguous(device, width=16, count=128):
-    """A training step of ResNet18 on `count` images with channels last in memory / with PyTorch's contiguous default."""
+    """A training step of ResNet18 on `count` images with channels last in memory / with PyTorch's contiguous
+    default.
+    """
     images = random_images(count, (3, 32, 32), device)
 
     def side(layout):
@@ -614,7 +650,8 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
     """Print the table, a line for each of `comparisons` when it is done, within about `seconds`.
 
     device: where to measure, default a GPU where there is one. Each row makes three rounds even if they take longer.
-    whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is also written there, to DEVICE-THREADS.txt.
+    whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is
+    also written there, to DEVICE-THREADS.txt.
     """
     deadline, device = (
         time.perf_counter() + seconds,
@@ -626,23 +663,20 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
         print(line, flush=True)
         lines.append(line + "\n")
 
-    say(
-        f"time of ours / theirs, median (quartiles) over rounds; {device.type}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
-    )
+    machine = f"{device.type}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
+    say(f"time of ours / theirs, median (quartiles) over rounds; {machine}")
     width = max(len(comparison.name) for comparison in comparisons)
     for done, comparison in enumerate(comparisons):
         sides = comparison.prepare(device)
         ratio = compare(*sides, seconds=(deadline - time.perf_counter()) / (len(comparisons) - done))
         numbers = f"{ratio.median:8.3g}  ({ratio.low:.3g} … {ratio.high:.3g})"
-        say(
-            f"{comparison.name:<{width}} {numbers:<28} {ratio.rounds:>3} rounds  {comparison.verdict(ratio, device.type)}"
-        )
+        verdict = comparison.verdict(ratio, device.type)
+        say(f"{comparison.name:<{width}} {numbers:<28} {ratio.rounds:>3} rounds  {verdict}")
         del sides
     for rule in ("water_filling", "proportional") if whole else ():
         wide, base = peak_memory(2**15, rule), peak_memory(2**7, rule)
-        say(
-            f"peak memory, MLP 32768 / 128, {rule}: {wide:.0f} MB / {base:.0f} MB = {wide / base:.2f}  at most 2: {'yes' if wide <= 2 * base else 'NO'}"
-        )
+        sizes, kept = f"{wide:.0f} MB / {base:.0f} MB = {wide / base:.2f}", "yes" if wide <= 2 * base else "NO"
+        say(f"peak memory, MLP 32768 / 128, {rule}: {sizes}  at most 2: {kept}")
     for line in corruption_lines(device=device) if whole else ():
         say(line)
     if keep:

@@ -1,4 +1,4 @@
-"""Sparse execution in use: in sweeps by default, with the records of dense execution, in memory too small for a dense matrix."""
+"""Sparse execution in use: in sweeps by default, with the records of dense execution, and in little memory."""
 
 import pytest
 import torch
