@@ -8,7 +8,7 @@ __all__ = ['LONGER', 'ATTACKS', 'PAPER_ATTACKS', 'WITHOUT_CHANCE', 'FIGURE_EPSIL
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #307ea714
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,7 +30,7 @@ from sparse_nb.robustness.evaluation import (
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #d1d08aaf
 @contextmanager
-def under_attack(model: nn.Module):
+def under_attack(model: nn.Module) -> Iterator[None]:
     """`model` in eval mode, its parameters without gradients, for the length of a `with` block; afterwards each module
     and parameter as it was."""
     modes = [(module, module.training) for module in model.modules()]
@@ -135,8 +135,7 @@ def check_request(
     attacks: Iterable[str], epsilons: Iterable[float], steps: int, step_size: float, restarts: int
 ) -> tuple[tuple[str, ...], tuple[float, ...], int, float, int]:
     """The five as plain numbers and tuples. Raises ValueError, naming the value and what is accepted, for what cannot
-    be
-    an attack."""
+    be an attack."""
     attacks = _distinct("attacks", attacks)
     for attack in attacks:
         if attack not in ATTACKS:
@@ -151,7 +150,7 @@ def check_request(
         raise ValueError(f"step_size is {step_size}; it must be above 0, as a share of epsilon")
     return attacks, epsilons, steps, step_size, restarts
 
-
+# %% ../../nbs/3_robustness/03_attacks.ipynb #61e6c749
 def _check_classes(attacks, classes):
     """Raise ValueError if "autoattack" is among `attacks` and there are too few `classes` for it."""
     if "autoattack" in attacks and classes < LEAST_CLASSES:
@@ -188,8 +187,8 @@ def perturb(
     images: floating point (N, C, H, W) in [0, 1]; labels: int64 (N,); both on the model's device. attack: a name of
     `ATTACKS`. epsilon: in [0, 1], 8/255 and not 8. steps, step_size (a share of epsilon): of "bim" and "pgd", steps of
     "apgd" too. seed: of what is drawn; the same seed gives the same images on the same kind of device ("pgd" and
-    "ffgsm"
-    draw on a GPU if they run there). classes: asked by "autoattack" only; None for as many as the network has outputs.
+    "ffgsm" draw on a GPU if they run there). classes: asked by "autoattack" only; None for as many as the network has
+    outputs.
     The attack works in float32; half precision rounds its result once more.
     The model and the global random state are left as they were.
     Raises ValueError for a request that is not accepted and for gradients that are not finite.
@@ -231,8 +230,7 @@ def _strongest(model, labels, attempts):
     """The outputs and images of the attempt that harms each image most, as (outputs, images).
 
     attempts: float32 images (N, C, H, W), at least one tensor of them. An attempt that fools the network goes before
-    one
-    that does not, then the higher loss; of equals, the first. Raises ValueError for outputs that are not finite.
+    one that does not, then the higher loss; of equals, the first. Raises ValueError for outputs that are not finite.
     """
     best = None
     for found in attempts:
@@ -269,7 +267,7 @@ def _attack_batches(model, images, *, attack, epsilon, seed, restarts, batch_siz
         moved.append((found - inputs).abs().flatten(1))
     return torch.cat(outputs), torch.cat(moved)
 
-
+# %% ../../nbs/3_robustness/03_attacks.ipynb #b2686db6
 def _attack_set(model, images, clean, **how):
     """What one attack does to an `ImageSet`, as {quantity: number}. clean: the network's outputs on it, (N, classes).
     how: as in `_attack_batches`."""
@@ -301,8 +299,8 @@ def evaluate(
     grey or colour. steps, step_size (a share of ε): of "bim" and "pgd", steps of "apgd" too. restarts: of attacks that
     draw random numbers, the worst kept per image; batch_size: what these draw depends on it.
     Returns four `Record`s per (attack, ε), `strength` being ε: "accuracy" (right both clean and attacked), "loss"
-    (nats),
-    "mean_perturbation" and "largest_perturbation" (of a pixel, in [0, 1]). ε = 0 gives the clean accuracy and loss.
+    (nats), "mean_perturbation" and "largest_perturbation" (of a pixel, in [0, 1]). ε = 0 gives the clean accuracy and
+    loss.
     "apgd" and "autoattack" return an image that they cannot get wrong as it was; loss and mean perturbation count it
     so.
     The model and the global random state are left as they were. Paper, section 2.
@@ -333,10 +331,9 @@ def masking_signs(accuracy: Mapping[tuple[str, float], float], classes: int) -> 
     excess in accuracy.
 
     accuracy: {(attack, epsilon): accuracy in [0, 1]}. An excess of 0 or below is as it should be; a little above can be
-    luck: iterated attacks
-    may step back by an image or two. Checks: "more steps", "iterated or one step", "larger epsilon", "chance" (where an
-    epsilon of 1/2 or more was
-    measured). Those for which an attack is missing are left out.
+    luck: iterated attacks may step back by an image or two. Checks: "more steps", "iterated or one step", "larger
+    epsilon", "chance" (where an epsilon of 1/2 or more was measured). Those for which an attack is missing are left
+    out.
     """
     attacks, epsilons = {attack for attack, _ in accuracy}, sorted({epsilon for _, epsilon in accuracy})
     iterated = sorted(attacks - {"fgsm", "ffgsm"})

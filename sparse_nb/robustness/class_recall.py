@@ -18,8 +18,7 @@ def recalls(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> to
 
     predictions, labels: int64 (N,), on one device, 0 ≤ label < classes. Returns float64 (classes,), in [0, 1].
     Raises ValueError if a class has no image, because its recall is not defined, for labels that are no class, and
-    unless
-    there is one prediction for each label. Paper, section 3 ("Sensitive classes").
+    unless there is one prediction for each label. Paper, section 3 ("Sensitive classes").
     """
     classes = _whole_number("classes", classes, 1)
     if predictions.shape != labels.shape or labels.ndim != 1:
@@ -48,8 +47,8 @@ def evaluate(model: nn.Module, images: ImageSet) -> list[Record]:
     """The recall of every class, the lowest of them, and the accuracy of `model` on an `ImageSet`.
 
     Returns `Record`s with values in [0, 1]: a "recall" for each class, `name` as in `class_labels`; a "lowest_recall",
-    `name` the class
-    that has it, the first of equals; an "accuracy". The model is left as it was. Paper, section 3 and figure 8.
+    `name` the class that has it, the first of equals; an "accuracy". The model is left as it was. Paper, section 3 and
+    figure 8.
     Raises ValueError if a class has no image, or an output is not finite.
     """
     predictions, names = logits(model, images).argmax(1), class_labels(images)

@@ -49,7 +49,7 @@ def _computes_in(model):
     tensors = [*model.parameters(), *model.buffers()]
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
-
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #f92deee8
 @torch.no_grad()
 def logits(
     model: nn.Module, images: ImageSet, *, parameters: Mapping[str, torch.Tensor] | None = None, batch_size: int = 1000
@@ -73,7 +73,7 @@ def logits(
     _check_outputs(outputs, len(images))
     return outputs
 
-
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #4f342673
 def _modes(model):
     """[(module, whether it is in training mode), …]"""
     return [(module, module.training) for module in model.modules()]
@@ -107,8 +107,8 @@ class Record:
     """One measured number.
 
     measure: "clean", "weight_noise", "corruption", "attack" or "class_recall". quantity: "accuracy" or "recall" in [0,
-    1], "loss" or "loss_increase" in nats, …
-    name: the corruption, the attack or the class, "" where there is only one kind.
+    1], "loss" or "loss_increase" in nats, … name: the corruption, the attack or the class, "" where there is only one
+    kind.
     strength: sigma, severity or epsilon; 0 is undisturbed. draw: number of the random draw, from 0.
     source: where the disturbed images come from, as "official" or "generated"; "" where there is nothing to say.
     """
@@ -172,7 +172,7 @@ def _text(name, value):
     """NumPy's texts as Python's; anything else as it is."""
     return str(value) if isinstance(value, str) else value
 
-
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #f9b117e0
 def _distinct(name, values, convert=_text):
     """`values`, in a sequence, an array or a tensor, each through `convert`, as a tuple.
 

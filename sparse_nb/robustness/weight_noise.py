@@ -58,8 +58,7 @@ def add_noise(
     parameters: Mapping[str, torch.Tensor], noise: Mapping[str, torch.Tensor], sigma: float
 ) -> dict[str, torch.Tensor]:
     """w·(1 + sigma·ξ), as new tensors of the parameters' types. sigma: relative standard deviation; 0 returns the
-    values of
-    `parameters` exactly."""
+    values of `parameters` exactly."""
     return {name: (w * (1 + sigma * noise[name])).to(w.dtype) for name, w in parameters.items()}
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #fca90139
@@ -68,8 +67,7 @@ SIGMAS = tuple(round(0.05 * step, 2) for step in range(11))
 
 def check_sigmas(sigmas: Iterable[float], draws: int) -> tuple[tuple[float, ...], int]:
     """The two as plain numbers. Raises ValueError unless `sigmas` are finite, not negative, distinct and at least one,
-    and
-    `draws` is a whole number, 1 or more."""
+    and `draws` is a whole number, 1 or more."""
     draws, sigmas = _whole_number("draws", draws, 1), _distinct("sigmas", sigmas, _number)
     for sigma in sigmas:
         if not (math.isfinite(sigma) and sigma >= 0):
@@ -89,8 +87,8 @@ def evaluate(
     """Accuracy and loss increase of `model` on an `ImageSet` under multiplicative weight noise.
 
     sigmas: relative standard deviations; 0 gives the clean accuracy and a loss increase of exactly 0. draws: noise
-    draws for
-    each sigma, the same draws at every sigma. scope: "weights" (convolutions and linear layers) or "all" parameters.
+    draws for each sigma, the same draws at every sigma. scope: "weights" (convolutions and linear layers) or "all"
+    parameters.
     Returns two `Record`s ("accuracy" in [0, 1], "loss_increase" in nats) per (sigma, draw). The model is never written
     to.
     Paper, section 2. Raises ValueError without images, and for sigmas, draws, a seed or a scope that are not accepted.

@@ -203,7 +203,7 @@ def test_names_of_sets():
 def test_the_order_is_compared_with_the_clean_test_set(unpacked, monkeypatch):
     monkeypatch.setattr(ca, "published", lambda dataset: {})
     labels = {"cifar10": torch.arange(COUNT), "mnist": torch.arange(COUNT)}
-    monkeypatch.setattr(ca, "clean_labels", lambda dataset, root: labels[dataset])
+    monkeypatch.setattr(ca, "_clean_labels", lambda dataset, root: labels[dataset])
     assert (
         len(ca.load_official("cifar10", "fog", 5, root=unpacked))
         == len(ca.load_official("mnist", "fog", None, root=unpacked))
@@ -358,8 +358,8 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
 @pytest.fixture
 def sums_taken(monkeypatch):
     """The files whose sums were taken, in a world that is three seconds ahead of the files."""
-    taken, take, now = [], ca.md5_sum, time.time_ns
-    monkeypatch.setattr(ca, "md5_sum", lambda path: taken.append(Path(path).name) or take(path))
+    taken, take, now = [], ca._md5_sum, time.time_ns
+    monkeypatch.setattr(ca, "_md5_sum", lambda path: taken.append(Path(path).name) or take(path))
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3 * 10**9)
     return taken
 
@@ -398,7 +398,7 @@ def test_a_change_within_one_tick_of_the_clock(unpacked, monkeypatch):
     """Nothing is remembered of a file that was just written: it might change again and, by a coarse clock, keep its
     times."""
     now = time.time_ns()
-    monkeypatch.setattr(ca, "file_state", lambda path: [path.stat().st_size, now, now])
+    monkeypatch.setattr(ca, "_file_state", lambda path: [path.stat().st_size, now, now])
     file = unpacked / "mnist_c" / "fog" / "test_images.npy"
     ca.load_official("mnist", "fog", None, root=unpacked)
     good = file.read_bytes()
@@ -424,7 +424,7 @@ def test_a_forged_memory_does_not_help_a_wrong_file(unpacked, sums_taken):
     """For CIFAR the published sum decides, not the noted one."""
     file = unpacked / "CIFAR-10-C" / "fog.npy"
     file.write_bytes(saved(FOG ^ 1))
-    entry = {"CIFAR-10-C/fog.npy": {"md5": md5(file.read_bytes()), "state": ca.file_state(file)}}
+    entry = {"CIFAR-10-C/fog.npy": {"md5": md5(file.read_bytes()), "state": ca._file_state(file)}}
     (unpacked / "CIFAR-10-C" / ".verified.json").write_text(json.dumps(entry))
     with pytest.raises(ValueError, match="fog.npy is altered"):
         ca.load_official("cifar10", "fog", 1, root=unpacked)
@@ -434,7 +434,7 @@ def test_a_folder_that_cannot_be_written_to_is_read(unpacked, sums_taken, monkey
     def refuse(folder, verified):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(ca, "write_verified", refuse)
+    monkeypatch.setattr(ca, "_write_verified", refuse)
     for _ in range(2):
         assert len(ca.load_official("cifar10", "fog", 1, root=unpacked)) == COUNT
     assert sums_taken == ["fog.npy", "fog.npy"]

@@ -2,9 +2,8 @@
 in their statistics with ours.
 
 The reference is no part of the project. SPARSE_NB_REFERENCE names a folder with cifar10c.npz, mnistc.npz,
-statistics.json and frost/frost1_x0.2.png to
-frost5_x0.2.png; without it these tests are skipped. The programs' draws are repeated from np.random.RandomState, whose
-streams are frozen.
+statistics.json and frost/frost1_x0.2.png to frost5_x0.2.png; without it these tests are skipped. The programs' draws
+are repeated from np.random.RandomState, whose streams are frozen.
 """
 
 import json
@@ -20,7 +19,7 @@ from scipy.stats import poisson
 
 from sparse_nb.data import load_images
 from sparse_nb.robustness.corruptions import cifar_c, mnist_c
-from sparse_nb.robustness.corruptions.cifar_c import frosted
+from sparse_nb.robustness.corruptions.cifar_c import _frosted
 from sparse_nb.robustness.corruptions.corruptions import corrupt
 
 REFERENCE = os.environ.get("SPARSE_NB_REFERENCE")
@@ -200,7 +199,9 @@ def test_cifar_values(name, severity):
     arrays, corruption = originals("cifar10c.npz"), CIFAR[name]
     images, parameters = torch.from_numpy(channels_last_to_first(arrays["clean"])), corruption.parameters[severity - 1]
     draws = replayed(CIFAR_REPLAY.get(name), 100_000 * CIFAR_ORDER.index(name) + 10_000 * severity, arrays, parameters)
-    ours = frosted(images, parameters, draws["ice"]) if name == "frost" else corruption.apply(images, parameters, draws)
+    ours = (
+        _frosted(images, parameters, draws["ice"]) if name == "frost" else corruption.apply(images, parameters, draws)
+    )
     assert_equal(ours.permute(0, 2, 3, 1).numpy(), arrays[f"{name}_{severity}"])
 
 
@@ -264,9 +265,8 @@ def assert_close(dataset, key, name, severity, monkeypatch):
     original's mean over three seeds.
 
     A new run and a mean of three differ with the deviation se·√(1 + 1/3). Two allowances come on top: a unit in the
-    last of the six digits that are stored, and for
-    shares of values 10 values more or less, since counts of rare values are not normal. Deterministic corruptions have
-    nothing but these.
+    last of the six digits that are stored, and for shares of values 10 values more or less, since counts of rare values
+    are not normal. Deterministic corruptions have nothing but these.
     """
     monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (textures(), "photographs"))
     entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())[

@@ -424,8 +424,7 @@ def test_mixed_devices_would_be_noticed():
 @pytest.mark.parametrize("dataset, name", ALL)
 def test_a_gpu_makes_the_same_images(dataset, name):
     """The order of some sums and fused products are a GPU's own. They may cost one value of a thousand a level; where a
-    threshold lies between, in
-    spatter, snow and canny edges, more than a level."""
+    threshold lies between, in spatter, snow and canny edges, more than a level."""
     images = pictures(dataset, 64)
     for severity in severities(dataset, name):
         here, there = corrupt(images, name, severity).pixels, corrupt(images.to("cuda"), name, severity).pixels

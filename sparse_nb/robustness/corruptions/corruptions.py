@@ -9,7 +9,7 @@ __all__ = ['BENCHMARKS', 'PAPER_SEVERITIES', 'SOURCES', 'benchmark', 'names', 'd
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #830482a9
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,10 +77,8 @@ def source_of(dataset: str, name: str, severity: int, *, source: str = "auto", r
     """Where the test images of `dataset` under a corruption come from.
 
     source: "official" insists on the archive, "generated" ignores it, "auto" takes it where it is. root: the folder of
-    the datasets, see
-    `data.data_root`. Returns "official", or "generated" with what decided the pixels where that matters: the JPEG
-    library, the textures of frost
-    (its six photographs are downloaded to `root` if they are missing).
+    the datasets, see `data.data_root`. Returns "official", or "generated" with what decided the pixels where that
+    matters: the JPEG library, the textures of frost (its six photographs are downloaded to `root` if they are missing).
     Raises ValueError for an unknown dataset, corruption, severity or source, FileNotFoundError for an archive that is
     insisted on and absent.
     """
@@ -88,7 +86,7 @@ def source_of(dataset: str, name: str, severity: int, *, source: str = "auto", r
     severity = check_severity(shape, name, severity)
     return _origin(dataset, shape, "test", name, severity, source, data_root(root).absolute())
 
-
+# %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #22d4e259
 def _origin(dataset, shape, split, name, severity, source, root):
     """`source_of` images of any name, shape and split, for a corruption that exists; root: a Path."""
     if source not in SOURCES:
@@ -169,7 +167,7 @@ def corrupt(
     parameters = corruption.parameters[severity - 1]
     return replace(images, pixels=apply(corruption, parameters, images.pixels, key, images.index.tolist()))
 
-
+# %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #ed6c7f95
 def _folder_of(images, root):
     """The folder of the datasets, a Path: `root`, else that of the images, else the default one."""
     return data_root(images.root if root is None else root).absolute()
@@ -221,7 +219,7 @@ class _Memory:
 
 _MEMORY = _Memory(2**30)
 
-
+# %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #5247004b
 def _content(images):
     """A SHA-256 of the pixels of an `ImageSet` and of their places in its split: equal for equal images, whatever
     object holds them."""
@@ -246,8 +244,8 @@ def evaluate(
     random corruption.
     source: see `source_of`; images of another split than "test" are generated. root: see `corrupt`.
     Returns `Record`s "accuracy" in [0, 1] and "loss" in nats: first without corruption (name "", strength 0), then per
-    (name, severity, draw),
-    each with its source. Raises ValueError and FileNotFoundError as `corrupt` does, before anything is measured.
+    (name, severity, draw), each with its source. Raises ValueError and FileNotFoundError as `corrupt` does, before
+    anything is measured.
     """
     _refuse_empty(images)
     draws, seed, root = _whole_number("draws", draws, 1), _whole_number("seed", seed), _folder_of(images, root)
@@ -268,18 +266,19 @@ def evaluate(
             records.append(Record("corruption", quantity, value, name, severity, draw, origin))
     return records
 
-
+# %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #ba9b17df
 def _corrupted_pixels(images, *request, **options):
     return corrupt(images, *request, **options).pixels
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #c6f3ac57
-def corruption_errors(accuracy, base):
+def corruption_errors(
+    accuracy: Mapping[tuple[str, int], float], base: Mapping[tuple[str, int], float]
+) -> tuple[float, float]:
     """Mean corruption error and relative mean corruption error against `base`, as two floats; 1 is as bad as the base.
 
     accuracy, base: {(name, severity): accuracy in [0, 1]} of the two networks, with the same keys; ("", 0) is the clean
-    accuracy. NaN where the base makes no
-    error, or loses nothing, under some corruption. Raises ValueError for other keys. Hendrycks & Dietterich 2019,
-    section 4.
+    accuracy. NaN where the base makes no error, or loses nothing, under some corruption. Raises ValueError for other
+    keys. Hendrycks & Dietterich 2019, section 4.
     """
     if accuracy.keys() != base.keys() or ("", 0) not in base or len(base) < 2:
         raise ValueError("accuracies are of other corruptions than the base's, or the clean one is missing")
