@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'write_whole', 'sync_folder', 'sha256', 'commit_folder', 'is_name', 'run_folders', 'record_files',
            'read_bytes', 'read_verified', 'load_json', 'read_manifest', 'read_about', 'read_history', 'check_failure',
-           'records_text', 'kind_of', 'read_records', 'parse_records']
+           'check_network', 'records_text', 'kind_of', 'read_records', 'parse_records']
 
 # %% ../../nbs/5_runs/01_files.ipynb #9def4952
 import hashlib
@@ -309,6 +309,15 @@ def check_failure(found: Any) -> None:
     if "experiment" in found:
         _check_plain("experiment", found["experiment"])
         _check_fields(found["experiment"], _EXPERIMENT, _EXPERIMENT_MORE)
+
+# %% ../../nbs/5_runs/01_files.ipynb #6f55e8a9
+def check_network(entry: Any) -> None:
+    """Raise ValueError unless `entry` has the fields of a network in a zoo; see `zoo.add`."""
+    checksum = _Kind("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value))
+    about = _Kind("an object", lambda value: isinstance(value, dict))
+    more = {"accuracy": _number(0, 1), "bytes": _whole(0), "test_images": _or_none(_whole(1)), "about": about}
+    _check_fields(entry, {"sha256": checksum, "checkpoint": checksum, **more})
+    _check_about(entry["about"])
 
 # %% ../../nbs/5_runs/01_files.ipynb #1a547401
 def records_text(run: str, identity: Mapping, records: Sequence) -> bytes:
