@@ -313,6 +313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sparse_nb/explorer/texts.py'),
                                           'sparse_nb.explorer.texts.notices_html': ( '9_explorer/texts.html#notices_html',
                                                                                      'sparse_nb/explorer/texts.py'),
+                                          'sparse_nb.explorer.texts.reasons_html': ( '9_explorer/texts.html#reasons_html',
+                                                                                     'sparse_nb/explorer/texts.py'),
                                           'sparse_nb.explorer.texts.strength_text': ( '9_explorer/texts.html#strength_text',
                                                                                       'sparse_nb/explorer/texts.py'),
                                           'sparse_nb.explorer.texts.text_as_html': ( '9_explorer/texts.html#text_as_html',

@@ -9,7 +9,7 @@ __all__ = ['VIEWS', 'strengths_of', 'plot_curve', 'percent_labels', 'plot_heat',
 # %% ../../nbs/9_explorer/01_views.ipynb #d4735e3a
 import pandas as pd
 
-from .texts import hover_html, kind_text, strength_text, text_as_html
+from .texts import hover_html, kind_text, reasons_html, strength_text, text_as_html
 from sparse_nb.results.axes import (
     AXIS_TITLES,
     CORRUPTION_GROUPS,
@@ -110,7 +110,7 @@ def _crosses(places, low, high):
     failed = places[places.failed > 0].drop_duplicates("x")
     counts = [f"{d} of {n} diverged" for d, n in zip(diverged.diverged, diverged.networks, strict=True)]
     reasons = [
-        f"<b>{n} network{'s' * (n > 1)} failed</b>, remaining weights {100 * d:.3g} %<br>{why}"  # HTML, of add_failures
+        f"<b>{n} network{'s' * (n > 1)} failed</b>, remaining weights {100 * d:.3g} %<br>{reasons_html(why)}"
         for n, d, why in zip(failed.failed, failed.density, failed.reasons, strict=True)
     ]
     heights = [high if x in set(diverged.x) else low for x in failed.x]
