@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'REGISTERS', 'BLOCK', 'LANES', 'operation', 'place', 'load', 'store', 'shuffle', 'spread', 'fma',
-           'sum_of_lanes', 'repeat', 'long_registers', 'compiled', 'zeros', 'read', 'write', 'plus', 'add_to', 'relu',
+           'sum_of_lanes', 'repeat', 'long_registers', 'compiled', 'filled', 'read', 'write', 'plus', 'add_to', 'relu',
            'where_positive', 'silent', 'total', 'dot', 'turn']
 
 # %% ../../nbs/2_networks/11_lanes.ipynb #fe3f7ca9
@@ -167,11 +167,11 @@ def _packed(b, registers):
 def _loaded(b, array, at):
     return [load(b, array, b.add(at, _I64(WIDTH * i))) for i in range(REGISTERS)]
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #23b4674b
+# %% ../../nbs/2_networks/11_lanes.ipynb #f20b8e52
 @operation(LANES)
-def zeros(b):
-    """128 zeros."""
-    return _packed(b, [_ZERO] * REGISTERS)
+def filled(b, number):
+    """One number, 128 times."""
+    return _packed(b, [spread(b, number)] * REGISTERS)
 
 
 @operation(LANES)
@@ -202,15 +202,11 @@ def add_to(b, array, at, weight, lanes):
     for i, register in enumerate(sums):
         store(b, register, array, b.add(at, _I64(WIDTH * i)))
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #a97f8be1
+# %% ../../nbs/2_networks/11_lanes.ipynb #c6694f54
 @operation(LANES)
-def relu(b, lanes, bias):
-    """max(lanes + bias, 0); NaN stays NaN."""
-    bias, values = spread(b, bias), []
-    for register in _parts(b, lanes):
-        value = b.fadd(register, bias)
-        values.append(b.select(b.fcmp_ordered("<=", value, _ZERO), _ZERO, value))
-    return _packed(b, values)
+def relu(b, lanes):
+    """max(lanes, 0); NaN stays NaN."""
+    return _packed(b, [b.select(b.fcmp_ordered("<=", value, _ZERO), _ZERO, value) for value in _parts(b, lanes)])
 
 
 @operation(LANES)
