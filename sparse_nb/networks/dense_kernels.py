@@ -27,14 +27,17 @@ from sparse_nb.networks.lanes import (
     turn,
 )
 
-# %% ../../nbs/2_networks/13_dense_kernels.ipynb #98ca93df
+# %% ../../nbs/2_networks/13_dense_kernels.ipynb #b940520a
 @operation()
 def _tile(b, left, at, right, begin, steps, sums):
-    """sums (16, 16) += Σ_k left[k, i] · right[k, j] over `steps` rows of two strips, from numbers `at` and `begin` on; each sum one chain from zero."""
+    """sums (16, 16) += Σ_k left[k, i] · right[k, j] over `steps` rows of two strips, from numbers `at` and `begin` on.
+
+    Each of the sums over k is one chain of multiply-adds that begins with zero.
+    """
     size = WIDTH if long_registers() else 4
     for rows in [range(i, i + size) for i in range(0, WIDTH, size)]:
 
-        def step(k, *held):
+        def step(k, *held, rows=rows):
             row = b.mul(k, _I64(WIDTH))
             x = load(b, right, b.add(begin, row))
             numbers = [b.load(place(b, left, b.add(b.add(at, row), _I64(i)), x.type.element)) for i in rows]
@@ -43,7 +46,7 @@ def _tile(b, left, at, right, begin, steps, sums):
         for i, chain in zip(rows, repeat(b, steps, [_ZERO] * len(rows), step), strict=True):
             store(b, b.fadd(load(b, sums, WIDTH * i), chain), sums, WIDTH * i)
 
-# %% ../../nbs/2_networks/13_dense_kernels.ipynb #f67dfd3e
+# %% ../../nbs/2_networks/13_dense_kernels.ipynb #fde48424
 @operation()
 def _copy(b, source, at, target, to):
     """16 numbers."""
@@ -52,7 +55,7 @@ def _copy(b, source, at, target, to):
 
 @compiled
 def _strips(matrix, of_rows):
-    """The matrix (K, n) in strips of 16 columns, or the transposed of a matrix (n, K) if of_rows: (⌈n / 16⌉, K, 16), zero beyond n."""
+    """The matrix (K, n), or the transposed of (n, K) if of_rows, in strips of 16 columns: (⌈n / 16⌉, K, 16)."""
     n, steps = matrix.shape if of_rows else matrix.shape[::-1]
     row, full = matrix.shape[1], steps - steps % 16
     out = np.empty(((n + 15) // 16, steps, 16), np.float32)
@@ -118,7 +121,7 @@ def _to_biases(g, to_biases):
         for j in range(len(to_biases)):
             to_biases[j] += g[i, j]
 
-# %% ../../nbs/2_networks/13_dense_kernels.ipynb #3ce35b5e
+# %% ../../nbs/2_networks/13_dense_kernels.ipynb #fef79f30
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, biases):
@@ -146,7 +149,8 @@ class _Linear(torch.autograd.Function):
 def linear(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` with the same bits on every processor and for any number of threads.
 
-    x: (…, inputs). weights: (outputs, inputs). biases: (outputs,) or None. In float32 on a CPU; anything else is left to PyTorch. Returns (…, outputs).
+    x: (…, inputs). weights: (outputs, inputs). biases: (outputs,) or None. Returns (…, outputs). In float32 on a CPU;
+    anything else is left to PyTorch.
     """
     tensors = (x, weights) if biases is None else (x, weights, biases)
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors) or x.shape[-1] != weights.shape[1]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'REGISTERS', 'BLOCK', 'LANES', 'operation', 'place', 'load', 'store', 'shuffle', 'spread', 'fma',
-           'sum_of_lanes', 'repeat', 'long_registers', 'compiled', 'filled', 'read', 'write', 'plus', 'add_to', 'relu',
-           'where_positive', 'silent', 'total', 'dot', 'turn']
+           'sum_of_lanes', 'repeat', 'long_registers', 'cached_njit', 'compiled', 'filled', 'read', 'write', 'plus',
+           'add_to', 'relu', 'where_positive', 'silent', 'total', 'dot', 'turn']
 
 # %% ../../nbs/2_networks/11_lanes.ipynb #fe3f7ca9
 import hashlib
@@ -20,7 +20,7 @@ from numba.core.errors import TypingError
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #d81ad1eb
+# %% ../../nbs/2_networks/11_lanes.ipynb #870e9908
 WIDTH = 16  # numbers in one register; on processors with shorter registers LLVM uses several
 REGISTERS = 8  # in one value of type Lanes
 BLOCK = WIDTH * REGISTERS  # numbers in it
@@ -42,7 +42,10 @@ def _accepted(kind):
 
 
 def operation(result: types.Type = types.void):
-    """A decorator: makes a function of `result` type for numba from write(builder, *values), which writes its LLVM code and returns the result's value."""
+    """A decorator: a function for numba, with a result of that type, from write(builder, *values).
+
+    `write` adds LLVM code to the builder and returns the value of the result, or None for `void`.
+    """
 
     def made(write):
         def typed(typingctx, *given):
@@ -122,20 +125,24 @@ def long_registers() -> bool:
     """Is code made for a processor with 32 registers of 16 numbers (AVX-512), rather than 16 registers of 8?"""
     return "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2]
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #4533890d
+# %% ../../nbs/2_networks/11_lanes.ipynb #5957d9ce
 _OPERATIONS = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8] if "__file__" in globals() else "notebook"
 
 
-def compiled(function):
-    """A decorator: numba's `njit` without any liberty to reorder or fuse; code is kept on the disk where there is a place for it."""
-    function.__qualname__ += f"_{_OPERATIONS}"
-    how = dict(nogil=True, error_model="numpy")
+def cached_njit(function, **how):
+    """numba's `njit`, with `how` as its options, and its code kept on the disk where there is a place for it."""
     try:
         return numba.njit(cache=True, **how)(function)
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
         return numba.njit(**how)(function)
+
+
+def compiled(function):
+    """A decorator for functions of lanes: `cached_njit` without any liberty to reorder or fuse."""
+    function.__qualname__ += f"_{_OPERATIONS}"
+    return cached_njit(function, nogil=True, error_model="numpy")
 
 # %% ../../nbs/2_networks/11_lanes.ipynb #801b4079
 class _Lanes(types.Type):
@@ -226,7 +233,7 @@ def silent(b, lanes):
     any_bit = b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.vector.reduce.or.v{WIDTH}i32"), bits)
     return b.icmp_unsigned("==", any_bit, _I32(0))
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #51083d60
+# %% ../../nbs/2_networks/11_lanes.ipynb #8c430e83
 @operation(types.float32)
 def total(b, lanes):
     """The sum of 128 numbers: registers in a tree of neighbours, then `sum_of_lanes`."""
@@ -238,16 +245,16 @@ def total(b, lanes):
 
 @operation(types.float32)
 def dot(b, lanes, array, at):
-    """Σ lanes · array: a chain of multiply-adds through the even registers, one through the odd ones, their sum, then `sum_of_lanes`."""
+    """Σ lanes · array: chains of multiply-adds through even and odd registers, their sum, then `sum_of_lanes`."""
     sums = [_ZERO, _ZERO]
     for i, (x, y) in enumerate(zip(_parts(b, lanes), _loaded(b, array, at), strict=True)):
         sums[i % 2] = fma(b, x, y, sums[i % 2])
     return sum_of_lanes(b, b.fadd(*sums))
 
-# %% ../../nbs/2_networks/11_lanes.ipynb #8a60f7f7
+# %% ../../nbs/2_networks/11_lanes.ipynb #8cdc30c2
 @operation()
 def turn(b, source, at, row, target, to, target_row):
-    """Transpose 16 × 16 numbers: from number `at` of source, whose rows are `row` apart, to number `to` of target, `target_row` apart."""
+    """Transpose 16 × 16 numbers, from `at` in source to `to` in target; rows are `row` and `target_row` apart."""
     rows = [load(b, source, b.add(at, b.mul(row, _I64(i)))) for i in range(WIDTH)]
     for size in (8, 4, 2, 1):
         low = [k if not k & size else WIDTH + (k ^ size) for k in range(WIDTH)]

@@ -26,10 +26,10 @@ from sparse_nb.networks.lanes import (
     write,
 )
 
-# %% ../../nbs/2_networks/14_walks.ipynb #f42ea112
+# %% ../../nbs/2_networks/14_walks.ipynb #98fd01dd
 @compiled
 def _block(x, first, repeated):
-    """Images first … first + 127 of x (N, inputs) as (inputs, 128); beyond the last one that one again if `repeated`, zeros if not."""
+    """Images first … first + 127 of x (N, inputs) as (inputs, 128); then the last one `repeated`, or zeros."""
     inputs, count = x.shape[1], min(BLOCK, len(x) - first)
     out, columns, images = np.zeros((inputs, BLOCK), np.float32), inputs - inputs % 16, count - count % 16
     for j in range(0, images, 16):
@@ -53,12 +53,13 @@ def _unblock(block, first, out):
         for j in range(images if k < columns else 0, count):
             out[first + j, k] = block[k, j]
 
-# %% ../../nbs/2_networks/14_walks.ipynb #61d5b511
+# %% ../../nbs/2_networks/14_walks.ipynb #fbd2ede2
 @compiled
 def _moving(x, walk, weights, biases, every):
-    """The weights of a `Walk` that meet inputs which differ between images of the block x (inputs, 128), or all if `every`.
+    """The weights of a `Walk` whose inputs differ between images of the block x (inputs, 128), or all if `every`.
 
-    Returns (still: which inputs do not differ; rows: where in x the input of each begins; which: its number; starts: where each unit's begin; biases with the rest).
+    Returns (still: which inputs do not differ; rows: where in x each weight's input begins; which: the weight's number;
+    starts: where each unit's weights begin, and end; the units' biases, with all that does not differ).
     """
     units, first, last, inputs, _, _, _ = walk
     still = np.zeros(len(x), np.bool_)
@@ -79,14 +80,14 @@ def _moving(x, walk, weights, biases, every):
     starts[len(units)] = p
     return still, rows, which, starts, constant
 
-# %% ../../nbs/2_networks/14_walks.ipynb #174b9222
+# %% ../../nbs/2_networks/14_walks.ipynb #619f3600
 _SILENT, _CONSTANT, _MOVES = 0, 1, 2
 _REMEMBER = 4  # inputs from which on a unit's activation is kept: changes speed, not bits
 
 
 @compiled
 def _forward(x, moving, walk, weights, weights_out, outputs):
-    """Add to outputs (outputs, 128) what the hidden units of a `Walk` make of x; returns (state of each unit, activations that are kept)."""
+    """Add to outputs (outputs, 128) what the hidden units of a `Walk` make of x; returns (states, activations kept)."""
     _, rows, which, starts, biases = moving
     _, _, _, _, hears, listeners, places = walk
     states, constant = np.empty(len(biases), np.int8), np.zeros(len(outputs), np.float32)
@@ -116,10 +117,13 @@ def _forward(x, moving, walk, weights, weights_out, outputs):
             outputs[j, k] += constant[j]
     return states, kept
 
-# %% ../../nbs/2_networks/14_walks.ipynb #25a69af8
+# %% ../../nbs/2_networks/14_walks.ipynb #12ef15b7
 @compiled
 def _backward(x, moving, seen, walk, weights, weights_out, g, gradients, of_x, of_weights):
-    """Add to `gradients`, of (the block x, weights, biases, weights_out, biases_out), given that of the outputs, g (outputs, 128): the first if of_x, the rest if of_weights."""
+    """Add to `gradients`, of (the block x, weights, biases, weights_out, biases_out), given that of the outputs, g.
+
+    g: (outputs, 128). The first is worked out only if of_x, the next three only if of_weights.
+    """
     still, rows, which, starts, biases = moving
     units, first, last, inputs, hears, listeners, places = walk
     to_x, to_weights, to_biases, to_weights_out, to_biases_out = gradients
@@ -160,7 +164,7 @@ def _backward(x, moving, seen, walk, weights, weights_out, g, gradients, of_x, o
                 if still[inputs[e]]:
                     to_weights[e] += felt * x[inputs[e], 0]
 
-# %% ../../nbs/2_networks/14_walks.ipynb #ac223867
+# %% ../../nbs/2_networks/14_walks.ipynb #505ec7da
 def _check_single(*tensors):
     if found := {f"{t.dtype} on {t.device.type}" for t in tensors} - {"torch.float32 on cpu"}:
         raise TypeError(f"walks in lanes take torch.float32 on cpu, not {', '.join(sorted(found))}")
@@ -205,10 +209,11 @@ def walked_pair(
     biases_out: torch.Tensor,
     walk,
 ) -> torch.Tensor:
-    """second(relu(first(x))) of a [walked pair of layers](05_sparse_layers.ipynb), with the same bits on every processor and for any number of threads.
+    """second(relu(first(x))) of a walked pair of layers, with the same bits on every processor.
 
-    x: (N, inputs). weights, weights_out: (kept,) of either layer; biases of all units of the first, biases_out of the executed ones of the second. All
-    float32, on a CPU. walk: from `plan_walk`. Returns (N, outputs). Raises TypeError for other types.
+    x: (N, inputs). weights, weights_out: (kept,) of either layer; biases of all units of the first, biases_out of the
+    executed ones of the second. All float32, on a CPU; raises TypeError for others. walk: a `Walk`, from `plan_walk`.
+    Returns (N, outputs). Gradients that nobody asks for are not computed.
     """
     tensors = x, weights, biases, weights_out, biases_out
     _check_single(*tensors)
@@ -236,7 +241,7 @@ def _layer_backward(x, starts, columns, weights, g, gradients, of_x, of_weights)
             if of_x:
                 add_to(to_x, columns[e] * BLOCK, weights[e], d)
 
-# %% ../../nbs/2_networks/14_walks.ipynb #4c5d8a2c
+# %% ../../nbs/2_networks/14_walks.ipynb #91c6e2d4
 class _WalkedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, biases, starts, columns):
@@ -267,9 +272,11 @@ class _WalkedLinear(torch.autograd.Function):
 def walked_linear(
     x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, starts: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """A sparse linear layer with the same bits on every processor and for any number of threads: weight e, of output i if starts[i] ≤ e < starts[i + 1], reads input columns[e].
+    """A sparse linear layer with the same bits on every processor.
 
-    x: (N, inputs). weights: (kept,). biases: (outputs,). float32. starts: (outputs + 1,), columns: (kept,), int64, as in a `Wiring`. On a CPU. Returns (N, outputs).
+    x: (N, inputs). weights: (kept,). biases: (outputs,). All float32, on a CPU; raises TypeError for others. Weight e,
+    of output i if starts[i] ≤ e < starts[i + 1], reads input columns[e]; both int64, as in a `Wiring`.
+    Returns (N, outputs).
     """
     _check_single(x, weights, biases)
     return _WalkedLinear.apply(x.contiguous(), weights.contiguous(), biases.contiguous(), starts, columns)

@@ -1,6 +1,8 @@
-"""Small computations whose bits must be the same on every x86-64 processor and for any number of threads: SHA-256 of what they come to.
+"""Small computations whose bits must be the same on every x86-64 processor and for any number of threads, as SHA-256.
 
-    python tests/golden/portable.py [digits] [mnist]     prints {case: hash}; trains on digits, and on 12,000 images of MNIST below SPARSE_NB_DATA
+    python tests/golden/portable.py [digits] [mnist]
+
+prints {case: hash}, with trainings on digits, and on 12,000 images of MNIST below SPARSE_NB_DATA, where asked for.
 
 The environment decides what kind of machine this is: see `AVX2`. `tests/networks/test_portable.py` runs it as several.
 """

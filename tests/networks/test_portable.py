@@ -1,4 +1,7 @@
-"""Portable kernels give the bits that are listed, on this machine as it is and as if it had AVX2 only, with one thread and with two; and they are kept on the disk, or not, as the disk allows."""
+"""Portable kernels give the bits that are listed, on this machine as it is and as one with AVX2 only.
+
+And their code is kept on the disk, or not, as the disk allows.
+"""
 
 import json
 import os
@@ -15,9 +18,10 @@ PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}  # threads that w
 
 
 def run(command, **environment):
-    """What Python prints, in a process whose environment is this one and more, beside the package that it is to import."""
+    """What Python prints, in a process with more in its environment, in the folder of the package to import."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **PASSIVE, **environment}
-    found = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=environment["PYTHONPATH"])
+    how = dict(env=environment, capture_output=True, text=True, cwd=environment["PYTHONPATH"])
+    found = subprocess.run([sys.executable, *command], **how)
     assert found.returncode == 0, found.stderr[-3000:]
     return found.stdout
 
@@ -47,7 +51,8 @@ USE = """
 import sys, torch, sparse_nb
 from sparse_nb.networks import cross_entropy, dense_kernels
 assert sparse_nb.__path__[0].startswith(sys.argv[1]), sparse_nb.__path__
-loss = cross_entropy.cross_entropy(dense_kernels.linear(torch.arange(6.0).view(2, 3), torch.ones(4, 3)), torch.tensor([0, 1]))
+logits = dense_kernels.linear(torch.arange(6.0).view(2, 3), torch.ones(4, 3))
+loss = cross_entropy.cross_entropy(logits, torch.tensor([0, 1]))
 hits = sum(sum(f.stats.cache_hits.values()) for f in (cross_entropy._losses, dense_kernels._forward))
 print(loss.item(), hits)
 """
