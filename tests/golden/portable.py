@@ -75,9 +75,10 @@ def outputs(model, x):
     while modules:
         first, _, second = (modules + [None, None])[:3]
         if isinstance(first, sparse_layers.SparseLinear) and isinstance(second, nn.Linear):
-            plan = first.plans.setdefault("portable", sparse_layers.plan_walk(first, second))
+            if "portable" not in first.plans:
+                first.plans["portable"] = sparse_layers.plan_walk(first, second)
             biases = sparse_layers.all_biases(first), second.weight.flatten(), sparse_layers.heard_biases(second)
-            x, modules = walked_pair(x, first.weight, *biases, plan), modules[3:]
+            x, modules = walked_pair(x, first.weight, *biases, first.plans["portable"]), modules[3:]
         elif isinstance(first, sparse_layers.SparseLinear):
             wires = first.wires()
             pattern = first.weight[wires.index], sparse_layers.heard_biases(first), wires.starts, wires.columns
