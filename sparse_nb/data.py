@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -75,7 +76,7 @@ class ImageSet:
     name: str
     split: str
     class_names: tuple[str, ...] = ()
-    index: torch.Tensor | None = None
+    index: torch.Tensor = None  # type: ignore[assignment]  # set right after the making
     root: Path | None = None
 
     def __post_init__(self):
@@ -178,7 +179,7 @@ DATASETS = ("digits", "mnist", "cifar10", "cifar100")
 SPLITS = ("train", "test")
 
 
-def _reader_of(dataset: str) -> type:
+def _reader_of(dataset: str) -> Any:
     """torchvision's class that reads "mnist", "cifar10" or "cifar100"."""
     from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
@@ -290,7 +291,7 @@ def _read_mnist(split: str, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return images[:, None], labels
 
 # %% ../nbs/1_data/02_data.ipynb #1a656259
-def _unpack_cifar(reader: type, root: Path, wanted: Mapping[str, str]) -> None:
+def _unpack_cifar(reader: Any, root: Path, wanted: Mapping[str, str]) -> None:
     """Write the files `wanted`, a dict from path to md5 sum, from the archive of `reader` (CIFAR10 or CIFAR100) to
     `root`.
 
@@ -308,7 +309,8 @@ def _unpack_cifar(reader: type, root: Path, wanted: Mapping[str, str]) -> None:
     ):
         for path, md5 in wanted.items():
             unpacked = Path(folder) / "file"
-            unpacked.write_bytes(tar.extractfile(path).read())
+            with tar.extractfile(path) as member:  # type: ignore[union-attr]  # a file, as all wanted paths are
+                unpacked.write_bytes(member.read())
             checked_bytes(unpacked, md5)
             os.replace(unpacked, root / path)
 

@@ -314,8 +314,8 @@ def explore_command(command: options.Explore) -> None:
     if names:
         given = ", ".join(f"--{name}" for name in names)
         raise ValueError(f"{given} can only be given with --static; the explorer shows whatever is in {command.runs}")
-    where = dict(port=command.port, address=command.address, public=command.public)
-    serve(command.notebooks / "explore.ipynb", runs=command.runs, **where)
+    notebook = command.notebooks / "explore.ipynb"
+    serve(notebook, runs=command.runs, port=command.port, address=command.address, public=command.public)
 
 # %% ../../nbs/cli/02_commands.ipynb #633c17aa
 _COMMANDS: dict = {

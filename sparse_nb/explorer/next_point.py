@@ -6,7 +6,6 @@
 __all__ = ['next_jobs', 'make_point']
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #f06de6a4
-import itertools
 import signal
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -72,7 +71,8 @@ def next_jobs(
     """
     chosen = chosen or _FIRST
     preset = _preset_of(chosen, set(runs), root=root)
-    for more_seeds in itertools.count():
+    more_seeds = 0
+    while True:
         wanted = _planned(preset, chosen, root=root, more_seeds=more_seeds)
         jobs = missing_jobs(wanted, wanted, store)
         points = [job for job in jobs if job.experiment in wanted]
@@ -81,6 +81,7 @@ def next_jobs(
             return [*(job for job in jobs if job.experiment == dense_parent(point.experiment) and job.train), point]
         if all(run_status(store, experiment) == "diverged" for experiment in wanted):
             return []
+        more_seeds += 1
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #13b28e3a
 _ENDED_FROM_OUTSIDE = (

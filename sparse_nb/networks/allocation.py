@@ -8,13 +8,17 @@ __all__ = ['RULES', 'allocate']
 # %% ../../nbs/2_networks/02_allocation.ipynb #d4735e3a
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from numbers import Integral
 
 # %% ../../nbs/2_networks/02_allocation.ipynb #4fc82b26
 # What a layer's weights are kept in proportion to, given their shape.
-_SCORES = {"water_filling": lambda shape: 1, "proportional": math.prod, "erk": sum}
+_SCORES: dict[str, Callable[[tuple[int, ...]], int]] = {
+    "water_filling": lambda shape: 1,
+    "proportional": math.prod,
+    "erk": sum,
+}
 RULES = tuple(_SCORES)
 
 # %% ../../nbs/2_networks/02_allocation.ipynb #b17ef6d1

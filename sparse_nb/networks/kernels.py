@@ -60,7 +60,7 @@ def matrix_structure(
         rows, columns = torch.searchsorted(outputs, rows[index]), columns[index]
     if inputs is not None:
         columns = torch.searchsorted(inputs, columns)
-    executed = tuple(n if some is None else len(some) for n, some in zip(shape, (outputs, inputs), strict=True))
+    executed = (shape[0] if outputs is None else len(outputs), shape[1] if inputs is None else len(inputs))
     order = columns.argsort(stable=True)
 
     def starts(units, count):
@@ -175,7 +175,7 @@ class Walk(NamedTuple):
     inputs: np.ndarray
     starts: np.ndarray
     outputs: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # no tuple's index() is meant
 
 
 def plan_walk(
@@ -412,7 +412,8 @@ def taps_of(positions: torch.Tensor, shape: Sequence[int]) -> Taps:
         place // width,
         place % width,
     )
-    return Taps(*(part.to(torch.int32).numpy() for part in parts), (height, width))
+    starts, sources, rows, columns = (part.to(torch.int32).numpy() for part in parts)
+    return Taps(starts, sources, rows, columns, (height, width))
 
 # %% ../../nbs/2_networks/05_kernels.ipynb #59c22dc3
 _TILE = 128  # images whose rows are walked together

@@ -238,8 +238,9 @@ def _check_request(
             raise TypeError(f"{name} is {value!r}; it must be a whole number")
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be 1 or more")
-    if DEPTHS[family] and depth not in DEPTHS[family]:
-        raise ValueError(f"depth is {depth}; {family} has depths {', '.join(map(str, DEPTHS[family]))}")
+    depths = DEPTHS[family]
+    if depths and depth not in depths:
+        raise ValueError(f"depth is {depth}; {family} has depths {', '.join(map(str, depths))}")
 
 # %% ../../nbs/2_networks/01_models.ipynb #73475cb4
 def _channel_statistics(
@@ -252,7 +253,7 @@ def _channel_statistics(
     usual = _USUAL_STATISTICS.get(channels, (None, None))
     mean, std = usual[0] if mean is None else mean, usual[1] if std is None else std
     given = all(isinstance(v, (tuple, list)) and len(v) == channels for v in (mean, std))
-    if not given or not all(s > 0 for s in std):
+    if mean is None or std is None or not given or not all(s > 0 for s in std):
         raise ValueError(
             f"mean is {mean} and std is {std}; each must be a tuple with one number per channel, "
             f"{channels} in all, std above 0"

@@ -349,10 +349,9 @@ def fit(
     epochs, batches = list(resume.epochs) if resume else [], math.ceil(len(images.labels) / recipe.batch_size)
     model.train()
     with _recorded_steps(model, images, recipe):
-        how = dict(seed=seed, on_epoch=on_epoch, keep=keep)
-        losses = _run_epochs(model, held, images, optimiser, recipe, epochs, **how)
-    status, diverged_at = _ending(epochs, recipe), None
-    if status == "diverged":
+        losses = _run_epochs(model, held, images, optimiser, recipe, epochs, seed=seed, on_epoch=on_epoch, keep=keep)
+    status, diverged_at = _ending(epochs, recipe) or "epochs", None
+    if status == "diverged" and losses is not None:
         diverged_at = (len(epochs) - 1) * batches + 1 + int((~losses.isfinite()).nonzero()[0])
     elif not all(value.isfinite().all() for value in model.state_dict().values()):
         # the loss is taken before the step: what the last step spoils is seen in the weights only

@@ -243,8 +243,8 @@ def corruption_footer(points: Sequence) -> list[str]:
         count = evaluation.test_images or SIZES[dataset]["test"]
         images.append(f"{WORDS[dataset]}, {count:,} images: {_origin_words(evaluation.origins)}")
     draws = evaluations[0][0].draws
-    images = "; ".join(dict.fromkeys(images))
-    return [f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; {images}."]
+    counted = "; ".join(dict.fromkeys(images))
+    return [f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; {counted}."]
 
 # %% ../../nbs/7_results/04_captions.ipynb #4cc2ab5e
 def masking_tolerance(points: Sequence) -> float:
@@ -261,8 +261,8 @@ def attack_footer(points: Sequence, signs: pd.DataFrame, one_radius: bool = True
     """
     evaluations = list({p.evaluation: p.experiment.dataset for p in points}.items())
     attack, sums = evaluations[0][0], signs.groupby("check", sort=False)[["networks", "departing"]].sum()
-    radii = {d: radius_text(FIGURE_EPSILON[IMAGE_SHAPES[d][0]]) for _, d in evaluations}
-    radii = ", ".join(f"{WORDS[dataset]} {radius}" for dataset, radius in radii.items())
+    of_dataset = {d: radius_text(FIGURE_EPSILON[IMAGE_SHAPES[d][0]]) for _, d in evaluations}
+    radii = ", ".join(f"{WORDS[dataset]} {radius}" for dataset, radius in of_dataset.items())
     counts = " or ".join(f"{count:,}" for count in sorted({e.test_images or SIZES[d]["test"] for e, d in evaluations}))
     departing = "; ".join(f"{check.Index} {check.departing} of {check.networks}" for check in sums.itertuples())
     return [

@@ -152,7 +152,7 @@ def draw_types(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go
         points = on_lines(of_row, every)
         for j, lines in enumerate(groups.values(), 1):
             draw_panel(figure, points, lines, bounds=accuracy_range(points["mean"]), value="accuracy (%)", row=i, col=j)
-    legends = {"": (CLEAN,)} | type_lines(set(measured.name))
+    legends: dict[str, Sequence[Line]] = {"": (CLEAN,), **type_lines(set(measured.name))}
     entries = 2 * len(legends) + measured.name.nunique()
     finish(only_outer_labels(figure, rows, columns), title, "", footer, rows, columns, entries=entries)
     return _stack_legends(figure, legends)
@@ -244,12 +244,14 @@ def draw_radii(curves: pd.DataFrame, attack: str, *, title: str, footer: Sequenc
         epsilons = sorted(panel.strength.dropna().unique())
         for density, line in of_panel.items():
             points = panel[panel.density == density].dropna(subset="strength").sort_values("strength")
-            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, **at)
+            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, row=at["row"], col=at["col"])
         ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
         figure.update_xaxes(ticks, title="ε", **at)
         figure.update_yaxes(range=[-4, 104], title="accuracy (%)", **at)
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
-    figure.for_each_trace(lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.get).index(trace.name)))
+    figure.for_each_trace(
+        lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.__getitem__).index(trace.name))
+    )
     figure = only_outer_labels(figure, len(rows), len(columns))
     return finish(figure, title, "remaining weights", footer, len(rows), len(columns))
 

@@ -185,8 +185,8 @@ def draw_panels(
     title, legend, value: of the figure, the legend and the vertical axis. footer: lines of text underneath.
     """
     rows = list(dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None)))
-    columns = dict.fromkeys(curves[["growth", "family"]].itertuples(index=False, name=None))
-    columns = sorted(columns, key=lambda c: c[0], reverse=True)
+    places = dict.fromkeys(curves[["growth", "family"]].itertuples(index=False, name=None))
+    columns = sorted(places, key=lambda place: place[0], reverse=True)
     shown = on_lines(curves, lines)
     figure = empty_panels(shown, rows, columns)
     for (i, (dataset, rule)), (j, (growth, family)) in itertools.product(enumerate(rows, 1), enumerate(columns, 1)):

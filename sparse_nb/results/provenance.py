@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from xml.parsers import expat
 
 import pandas as pd
@@ -202,7 +203,8 @@ def _from_json(text: str) -> Provenance:
         if name not in _FITS or not _FITS[name](value):
             raise ValueError(f"its field {name[:40]!r} is not what a figure says of itself")
     run_set = fields.pop("run_set")
-    made = Provenance(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    flat: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    made = Provenance(**flat)
     if made.run_set != run_set:
         raise ValueError(f"the run set is {run_set}, but that of its runs is {made.run_set}")
     return made
@@ -225,7 +227,8 @@ def _embed(path: Path, provenance: Provenance) -> None:
         return
     content = path.read_text(encoding="utf-8")
     if path.suffix == ".svg":
-        at = _SVG_ROOT.search(content).end()
+        root = _SVG_ROOT.search(content)
+        at = root.end() if root else 0
         element = f'<metadata id="provenance">{html.escape(text, quote=False)}</metadata>'
     else:
         escaped = text.replace("<", "\\u003c")  # nothing in it can end the element

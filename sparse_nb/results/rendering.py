@@ -162,7 +162,7 @@ class Rendering:
         """The planned points, trained and measured where that is missing; with `finished`, those of complete seeds."""
         if self.parameters["finished"]:
             return finished(self.planned, self.store)
-        return _trained(self.planned, self.store, self.parameters)
+        return tuple(_trained(self.planned, self.store, self.parameters))
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -258,8 +258,8 @@ def draw_figure(figure: str, notebook: Path, parameters: dict, out: Path) -> lis
 
     preset, folder = parameters["preset"], Path(out) / parameters["preset"]
     quiet = ["--log-level=CRITICAL"]  # a kernel warns that it speaks TCP, and may call its own end an error
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        temporary = Path(temporary).absolute()
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as made:
+        temporary = Path(made).absolute()
         drawn = temporary / preset
         drawn.mkdir()
         ran = drawn / f"{figure}.ipynb"

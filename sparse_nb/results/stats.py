@@ -69,18 +69,18 @@ def _intervals(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray
     return mean, mean - half, mean + half
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
     """Mean of `values` and the bounds of its t-interval: (mean, low, high). With one value the bounds are NaN.
 
     values: one number per seed, finite. confidence: in (0, 1).
     Raises ValueError for no values, non-finite ones, or another confidence.
     """
-    values = np.asarray(values, dtype=float)
+    numbers = np.asarray(values, dtype=float)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1")
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"the values are {values.tolist()}; it takes a list of at least one, and all must be finite")
-    mean, low, high = _intervals(values[None], confidence)
+    if numbers.ndim != 1 or len(numbers) == 0 or not np.isfinite(numbers).all():
+        raise ValueError(f"the values are {numbers.tolist()}; it takes a list of at least one, and all must be finite")
+    mean, low, high = _intervals(numbers[None], confidence)
     return float(mean[0]), float(low[0]), float(high[0])
 
 # %% ../../nbs/7_results/01_stats.ipynb #8527a891
@@ -109,7 +109,7 @@ def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return rows.assign(mean=mean, low=low, high=high, seeds=counts)
 
 # %% ../../nbs/7_results/01_stats.ipynb #9400f1b2
-def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+def welch(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Welch's two-sided t-test of two independent samples: (mean of b - mean of a, t, p).
 
     a, b: at least two finite numbers each, one per seed. t and p are NaN where neither sample varies, up to rounding:
@@ -118,16 +118,16 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """
     from scipy import stats
 
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    for values in (a, b):
+    x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    for values in (x, y):
         if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
             raise ValueError(
                 f"the values are {values.tolist()}; at least two are needed in each sample, and all must be finite"
             )
-    difference = float(b.mean() - a.mean())
-    if max(np.ptp(a), np.ptp(b)) <= 1e-12 * max(abs(a).max(), abs(b).max()):
+    difference = float(y.mean() - x.mean())
+    if max(np.ptp(x), np.ptp(y)) <= 1e-12 * max(abs(x).max(), abs(y).max()):
         return difference, math.nan, math.nan
-    test = stats.ttest_ind_from_stats(b.mean(), b.std(ddof=1), len(b), a.mean(), a.std(ddof=1), len(a), equal_var=False)
+    test = stats.ttest_ind_from_stats(y.mean(), y.std(ddof=1), len(y), x.mean(), x.std(ddof=1), len(x), equal_var=False)
     return difference, float(test.statistic), float(test.pvalue)
 
 # %% ../../nbs/7_results/01_stats.ipynb #b7a56873

@@ -136,19 +136,19 @@ def check_request(
 ) -> tuple[tuple[str, ...], tuple[float, ...], int, float, int]:
     """The five as plain numbers and tuples. Raises ValueError, naming the value and what is accepted, for what cannot
     be an attack."""
-    attacks = _distinct("attacks", attacks)
-    for attack in attacks:
+    names = _distinct("attacks", attacks)
+    for attack in names:
         if attack not in ATTACKS:
             raise ValueError(f"attack is {attack!r}; accepted: {', '.join(ATTACKS)}")
-    epsilons = _distinct("epsilons", epsilons, _number)
-    for epsilon in epsilons:
+    radii = _distinct("epsilons", epsilons, _number)
+    for epsilon in radii:
         if not 0 <= epsilon <= 1:
             raise ValueError(f"epsilon is {epsilon}; it must lie in [0, 1], as pixels do: 8/255, not 8")
     steps, restarts = _whole_number("steps", steps, 1), _whole_number("restarts", restarts, 1)
     step_size = _number("step_size", step_size)
     if not (step_size > 0 and math.isfinite(step_size)):
         raise ValueError(f"step_size is {step_size}; it must be above 0, as a share of epsilon")
-    return attacks, epsilons, steps, step_size, restarts
+    return names, radii, steps, step_size, restarts
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #61e6c749
 def _check_classes(attacks, classes):

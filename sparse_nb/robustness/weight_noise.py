@@ -68,11 +68,11 @@ SIGMAS = tuple(round(0.05 * step, 2) for step in range(11))
 def check_sigmas(sigmas: Iterable[float], draws: int) -> tuple[tuple[float, ...], int]:
     """The two as plain numbers. Raises ValueError unless `sigmas` are finite, not negative, distinct and at least one,
     and `draws` is a whole number, 1 or more."""
-    draws, sigmas = _whole_number("draws", draws, 1), _distinct("sigmas", sigmas, _number)
-    for sigma in sigmas:
+    draws, found = _whole_number("draws", draws, 1), _distinct("sigmas", sigmas, _number)
+    for sigma in found:
         if not (math.isfinite(sigma) and sigma >= 0):
             raise ValueError(f"sigma is {sigma}; it must be finite and not negative")
-    return sigmas, draws
+    return found, draws
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #9ddac526
 def evaluate(

@@ -77,7 +77,7 @@ class _File(NamedTuple):
     stamp: int
     measure: str
     layout: int
-    count: int
+    count: int  # type: ignore[assignment]  # no tuple's count() is meant
 
 
 class _Folder(NamedTuple):

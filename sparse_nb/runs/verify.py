@@ -52,6 +52,7 @@ def sentence_on(path: Path, remedy: str, read: Callable) -> str | None:
     except Exception as error:  # however damaged bytes make their reader fail
         words = str(error) if isinstance(error, ValueError) else repr(error)
         return words if str(path) in words else f"{path} cannot be used ({words}); {remedy}"
+    return None
 
 # %% ../../nbs/5_runs/05_verify.ipynb #079080a2
 def _strange_entries(folder):

@@ -36,7 +36,7 @@ from sparse_nb.runs.store import (
     save_run,
 )
 from ..study import versions
-from ..study.experiments import check_measurable, dense_parent, prune, train
+from ..study.experiments import Experiment, check_measurable, dense_parent, prune, train
 from .costs import job_work
 from .engines import logged
 
@@ -93,7 +93,7 @@ class Job:
     """One network: train it (if `train`; perhaps again, where a finished run lacks its checkpoint), then make the
     `evaluations` that are missing."""
 
-    experiment: object
+    experiment: Experiment
     train: bool
     evaluations: tuple
 
@@ -288,7 +288,7 @@ class Terms:
     """
 
     runs: str
-    images: Path | None
+    images: Path | str | None
     device: str
     code: str
     threads: int | None = None

@@ -462,7 +462,7 @@ def frost_textures(root: Path) -> tuple[list[torch.Tensor], str]:
     remembered for each folder.
     """
     try:
-        photographs = frost_photographs(root=root, download=True)
+        photographs = frost_photographs(root=root, download=True) or []
     except FileNotFoundError:  # no network
         return grown_ice(), "grown ice"
     return [
@@ -486,7 +486,7 @@ def frost(
     parameters: tuple[float, float],
     draws: Mapping[str, torch.Tensor],
     *,
-    root: Path | None = None,
+    root: Path | str | None = None,
 ) -> torch.Tensor:
     """`_frosted` with the piece of a texture that each image's "place" names.
 

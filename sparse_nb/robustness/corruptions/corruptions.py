@@ -25,7 +25,10 @@ from .filters import CorruptionKind, apply
 from ..evaluation import Record, _distinct, _refuse_empty, _whole_number, accuracy_and_loss, logits
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #f6f8a1bd
-BENCHMARKS = {(1, 28, 28): mnist_c.CORRUPTIONS, (3, 32, 32): cifar_c.CORRUPTIONS}
+BENCHMARKS: dict[tuple[int, ...], dict[str, CorruptionKind]] = {
+    (1, 28, 28): mnist_c.CORRUPTIONS,
+    (3, 32, 32): cifar_c.CORRUPTIONS,
+}
 
 
 def benchmark(shape: Sequence[int]) -> dict[str, CorruptionKind]:
@@ -173,7 +176,7 @@ def _folder_of(images, root):
     return data_root(images.root if root is None else root).absolute()
 
 
-def _looking_in(root: Path, corruption: CorruptionKind) -> CorruptionKind:
+def _looking_in(root: Path | str, corruption: CorruptionKind) -> CorruptionKind:
     """The same corruption; frost cuts its pieces from the textures in `root`."""
     return (
         replace(corruption, apply=partial(cifar_c.frost, root=root))
