@@ -142,7 +142,7 @@ def _walked(first: SparseLinear, second: nn.Linear, x: torch.Tensor) -> torch.Te
     biases = _all_biases(first), _executed_biases(second)
     return WalkedPair.apply(x, first.weight, biases[0], second.weight.flatten(), biases[1], plan)
 
-# %% ../../nbs/2_networks/06_sparse_layers.ipynb #78cec8a0
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #26059c85
 CONVOLUTION_WALK_BELOW = 0.1  # density up to which walking beats the dense convolution on a CPU
 
 
@@ -151,7 +151,7 @@ def _options(layer: nn.Conv2d) -> tuple:
     shape = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation
     return *shape, layer.groups, layer.bias is not None, layer.padding_mode
 
-
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #78cec8a0
 class SparseConv2d(nn.Conv2d):
     """A convolution that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a
     kernel of `shape`.

@@ -105,7 +105,7 @@ def edit(project, module, old, new):
 
 
 def in_step(project):
-    asked = "from sparse_nb import versions; versions.check_in_step()"
+    asked = "from sparse_nb.study import versions; versions.check_in_step()"
     return subprocess.run(
         [sys.executable, "-c", asked], cwd=project, env={"PYTHONPATH": str(project)}, capture_output=True, text=True
     )
