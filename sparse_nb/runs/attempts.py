@@ -187,7 +187,7 @@ def read_progress(store: "Store", experiment: "Experiment") -> tuple[float, str]
     except (OSError, ValueError, TypeError, OverflowError):
         return 0.0, ""
 
-# %% ../../nbs/5_runs/04_attempts.ipynb #98a5f565
+# %% ../../nbs/5_runs/04_attempts.ipynb #75ec025c
 _LOG_LINES = 40
 
 
@@ -213,7 +213,7 @@ def save_failure(store: "Store", experiment: "Experiment", words: str, reason: s
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)  # it may have failed before it began
     write_whole(attempt_folder(store, experiment) / "failure.json", json.dumps(failure, indent=1).encode())
 
-
+# %% ../../nbs/5_runs/04_attempts.ipynb #8df18415
 def load_failures(store: "Records") -> list[dict]:
     """Every failure that is remembered, as dicts with run, network, reason, tries, when, log, experiment (its settings)
     and density, oldest first. Those that an earlier release has written lack the last two.

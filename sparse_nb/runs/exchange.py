@@ -59,7 +59,7 @@ def _verified_copy(folder, names, root):
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
-# %% ../../nbs/5_runs/07_exchange.ipynb #2774cd66
+# %% ../../nbs/5_runs/07_exchange.ipynb #a7089d81
 class Taken(NamedTuple):
     """What was merged of one run, or of many together: numbers of runs, record files and checkpoints (those of new runs
     too), of runs that were here already, and sentences on what was not merged, and why."""
@@ -70,7 +70,7 @@ class Taken(NamedTuple):
     already_here: int = 0
     problems: tuple[str, ...] = ()
 
-
+# %% ../../nbs/5_runs/07_exchange.ipynb #89c6a66f
 def _add_to_run(store: Store, folder: Path, check: RunCheck) -> Taken:
     """Merge what the run in `folder` has more than the one that is here. check: of `verify_run`."""
     ours, remedy = store.root / folder.name, "delete it and merge again"
@@ -141,8 +141,8 @@ def _merge_folders(store, folders, on_file=None):
             on_file(folder)
     return _together(done)
 
-# %% ../../nbs/5_runs/07_exchange.ipynb #b847f101
-def published_folders(folder):
+# %% ../../nbs/5_runs/07_exchange.ipynb #cf280b3c
+def published_folders(folder: Path) -> list[Path]:
     """The folders with an archive: `folder`, and those in it, by name."""
     return [path.parent for path in (*folder.glob(ARCHIVE), *sorted(folder.glob(f"*/{ARCHIVE}")))]
 
@@ -153,7 +153,7 @@ def _merge_archive(store, archive, on_file=None):
         taken = _merge_folders(store, run_folders(folder), on_file)
     return taken._replace(problems=tuple(problem.replace(str(folder), str(archive)) for problem in taken.problems))
 
-
+# %% ../../nbs/5_runs/07_exchange.ipynb #abebebf6
 def merge(store: Store, other: Path | str, on_file: Callable[[Path], object] | None = None) -> Taken:
     """Import the finished runs and records that `other` has and `store` lacks. `other` is only read.
 
@@ -223,7 +223,7 @@ def _evaluation_row(path):
         "code": header["code"],
     }
 
-# %% ../../nbs/5_runs/07_exchange.ipynb #f265a08c
+# %% ../../nbs/5_runs/07_exchange.ipynb #2283d6b2
 def _lost_by(store, run):
     """How many (runs, record files) of the published `run` are not in the store.
 
@@ -237,7 +237,7 @@ def _lost_by(store, run):
         raise ValueError(f"{run} has other weights than {ours}; {remedy}")
     return 0, sum(not (ours / "evaluations" / path.name).exists() for path in record_files(run))
 
-
+# %% ../../nbs/5_runs/07_exchange.ipynb #cddd599b
 def _already_published(store, folder):
     """The runs in the archive in `folder`: {those that the store has too}, {those of earlier code or other data}.
 
@@ -308,7 +308,7 @@ def export(
         write_whole(path, content)
     return tuple(files)
 
-# %% ../../nbs/5_runs/07_exchange.ipynb #c62ee621
+# %% ../../nbs/5_runs/07_exchange.ipynb #e47121e0
 def _typed(row, columns):
     """A row of a CSV file, a dict of texts, with the types of `columns`. Raises ValueError for numbers not finite."""
     empty = {"name": "", "source": ""}  # these two are never unknown, only empty
@@ -334,7 +334,7 @@ def _read_csv_rows(path, columns):
     except (gzip.BadGzipFile, zlib.error, csv.Error, EOFError, ValueError) as error:
         raise ValueError(f"{path} was altered ({error!r}); export it again") from error
 
-
+# %% ../../nbs/5_runs/07_exchange.ipynb #e82411e4
 def published_rows(folder: Path | str, table: str) -> Iterator[dict]:
     """The rows of a `table` of `EXPORTED` that `export` wrote to `folder`, or to folders in it.
 

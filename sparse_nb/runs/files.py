@@ -354,7 +354,7 @@ def _check_records(records):
     if len({kind_of(record) for record in records}) < len(records):
         raise ValueError("several values for one thing")
 
-# %% ../../nbs/5_runs/01_files.ipynb #bac1b4f2
+# %% ../../nbs/5_runs/01_files.ipynb #cb169701
 def _split_records(path):
     """(header, the content after it, as bytes) of a record file. Raises ValueError, OSError, KeyError or TypeError."""
     header, _, body = read_bytes(path).partition(b"\n")
@@ -365,7 +365,7 @@ def _split_records(path):
         raise ValueError("its content does not match its header or its name")
     return header, body
 
-
+# %% ../../nbs/5_runs/01_files.ipynb #80b91940
 def read_records(path: Path) -> tuple[dict, list[dict]]:
     """(header, records) of a record file: the evaluation's settings, measure and version, and a dict for each record.
 

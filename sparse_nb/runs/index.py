@@ -108,7 +108,7 @@ def _layout_of(kinds):
 def _checksum(number, seen, summary):
     return sha256(f"{number} {seen} {summary}".encode())
 
-# %% ../../nbs/5_runs/02_index.ipynb #64156068
+# %% ../../nbs/5_runs/02_index.ipynb #20b62302
 @contextmanager
 def _writing(index):
     """A transaction that writes to `index`, an `sqlite3.Connection`: kept at the end, or undone after an error."""
@@ -116,7 +116,7 @@ def _writing(index):
     with index:
         yield index
 
-
+# %% ../../nbs/5_runs/02_index.ipynb #ba099160
 def _create_tables(index):
     """Make the index's tables where they are missing; those of another release are dropped."""
     deadline = time.monotonic() + 60
@@ -143,7 +143,7 @@ def _is_passing(error):
     """Whether an error of SQLite says nothing against the index: another process is at it, or the disk is full."""
     return any(words in str(error) for words in ("locked", "busy", "disk is full"))
 
-# %% ../../nbs/5_runs/02_index.ipynb #ab807860
+# %% ../../nbs/5_runs/02_index.ipynb #12ddec1e
 class _Damaged(sqlite3.DatabaseError):
     """The index does not say what was entered into it."""
 
@@ -162,7 +162,7 @@ def _read_folders(index, where="", values=()):
         found[_name_of(number)] = _Folder(seen, row, files, numbers)
     return found
 
-
+# %% ../../nbs/5_runs/02_index.ipynb #aa6c0c8f
 def _read_numbers(index, name, folder):
     """{evaluation: its values} of a run folder. Raises sqlite3.DatabaseError if they are not as they were entered."""
     found = index.execute("SELECT numbers FROM folders WHERE folder = ?", (_number_of(name),)).fetchone()
@@ -241,7 +241,7 @@ def _changes(root, known):
             changes.append(_Change(name, *now, folder))
     return changes
 
-# %% ../../nbs/5_runs/02_index.ipynb #91df2def
+# %% ../../nbs/5_runs/02_index.ipynb #28ff20c3
 class _Entry(NamedTuple):
     """A record file, read: what the index keeps of it, the text of its layout, its values as bytes."""
 
@@ -259,7 +259,7 @@ def _read_entry(path, stamp):
     values = np.array([value for _, value in rows], "<f8")
     return _Entry(_File(stamp, header["measure"], layout, len(values)), text, values.tobytes())
 
-
+# %% ../../nbs/5_runs/02_index.ipynb #c32dfb83
 def _enter(index, change, row, new):
     """Enter a changed folder, in a transaction. row: of `run_row`, None if it is gone; new: {evaluation: _Entry}."""
     number, known = _number_of(change.name), change.known
@@ -287,7 +287,7 @@ def _write_row(index, change, row, files):
     values = number, change.seen, summary, checksum, numbers
     index.execute("INSERT OR REPLACE INTO folders VALUES (?, ?, ?, ?, ?)", values)
 
-# %% ../../nbs/5_runs/02_index.ipynb #933b2a20
+# %% ../../nbs/5_runs/02_index.ipynb #98c544bd
 def _enter_changes(index, root, changes):
     """Enter `changes` into the index, a hundred folders at a time. Raises ValueError naming a file that was altered."""
     for start in range(0, len(changes), 100):
@@ -306,7 +306,7 @@ def _enter_changes(index, root, changes):
             for change, row, new in ready:
                 _enter(index, change, row, new)
 
-
+# %% ../../nbs/5_runs/02_index.ipynb #9b1c6b8f
 def _bring_up_to_date(index, root):
     """Make the index agree with the run folders under `root`; returns what it holds then, {name of a run: _Folder}.
 
@@ -385,7 +385,34 @@ def _copy_in_memory(path):
         index.close()
         return _copy_in_memory(None)
 
-# %% ../../nbs/5_runs/02_index.ipynb #bba820ea
+# %% ../../nbs/5_runs/02_index.ipynb #50afc0b7
+class _InMemory:
+    """An index in memory, made when it is asked for the first time."""
+
+    index = None
+
+    def ask(self, path, root, question):
+        """What `question(index, folders)` finds in it, beginning with what the index at `path` holds."""
+        for again in (True, False):
+            self.index = self.index or _copy_in_memory(path if again else None)
+            try:
+                return question(self.index, _bring_up_to_date(self.index, root))
+            except _DAMAGE:
+                if not again:
+                    raise
+                self.index = None
+            finally:
+                if self.index:
+                    self.index.rollback()
+
+# %% ../../nbs/5_runs/02_index.ipynb #912f6403
+def _check_columns(filters, columns):
+    """Raise ValueError, naming the `columns`, for a filter on another."""
+    for column in filters:
+        if column not in columns:
+            raise ValueError(f"there is no column {column!r}; accepted: {', '.join(columns)}")
+
+
 def _wanted(filters):
     """`filters` as {column: set of the values of which one must match}. Raises ValueError for NaN."""
     found = {}
@@ -459,7 +486,7 @@ def _lay_out(folders, files, kinds, values, of_file, of_kind):
     table = pd.concat([part.reset_index(drop=True) for part in parts], axis=1)
     return table[[*RECORD_COLUMNS, *list(RUN_COLUMNS)[1:]]]
 
-# %% ../../nbs/5_runs/02_index.ipynb #2439fc63
+# %% ../../nbs/5_runs/02_index.ipynb #51e0832e
 class Records:
     """The tables of the runs under `root`. A folder that is not there has no runs, and is not made.
 
@@ -468,7 +495,7 @@ class Records:
 
     def __init__(self, root: Path | str = "runs", *, write: bool = True):
         self.root, self.write = Path(root), write
-        self._lock, self._memory = threading.RLock(), None
+        self._lock, self._memory = threading.RLock(), _InMemory()
 
     def table(self, **filters: Any) -> pd.DataFrame:
         """Every record with the columns of its run; `filters` as in `table(dataset="mnist", seed=[0, 1])`."""
@@ -485,11 +512,8 @@ class Records:
 
     def measurements(self) -> pd.DataFrame:
         """Every record file, one row each: experiment, evaluation, measure, and records, their number."""
-        folders = self._ask(lambda index, folders: folders)
-        files = [
-            (name, e, file) for name, folder in sorted(folders.items()) for e, file in sorted(folder.files.items())
-        ]
-        rows = [(name, evaluation, file.measure, file.count) for name, evaluation, file in files]
+        folders = sorted(self._ask(lambda index, folders: folders).items())
+        rows = [(name, e, f.measure, f.count) for name, folder in folders for e, f in sorted(folder.files.items())]
         return _frame(rows, ("experiment", "evaluation", "measure", "records"))
 
     def _ask(self, question):
@@ -499,24 +523,4 @@ class Records:
             with suppress(OSError):  # there is no place for it on the disk
                 return _ask_on_disk(path, self.root, question)
         with self._lock:
-            return self._ask_in_memory(path, question)
-
-    def _ask_in_memory(self, path, question):
-        for again in (True, False):
-            self._memory = self._memory or _copy_in_memory(path if again else None)
-            try:
-                return question(self._memory, _bring_up_to_date(self._memory, self.root))
-            except _DAMAGE:
-                if not again:
-                    raise
-                self._memory = None
-            finally:
-                if self._memory:
-                    self._memory.rollback()
-
-
-def _check_columns(filters, columns):
-    """Raise ValueError, naming the `columns`, for a filter on another."""
-    for column in filters:
-        if column not in columns:
-            raise ValueError(f"there is no column {column!r}; accepted: {', '.join(columns)}")
+            return self._memory.ask(path, self.root, question)

@@ -69,7 +69,20 @@ def unpack(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     model.load_state_dict(tensors)
     return model
 
-# %% ../../nbs/5_runs/03_store.ipynb #3098f569
+# %% ../../nbs/5_runs/03_store.ipynb #ebc92824
+def _check_folder(root, write):
+    """Make the folder `root` if it is to be written and is not there. Raises OSError naming it if it cannot be used."""
+    if not write and not root.is_dir():
+        there = "is no folder" if root.exists() else "is not there"
+        raise FileNotFoundError(f"the runs folder {root.absolute()} {there}; a sweep makes one")
+    if write:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise OSError(f"the runs folder {root.absolute()} cannot be written: {error}") from error
+
+# %% ../../nbs/5_runs/03_store.ipynb #4ae14da1
 class Store(Records):
     """Runs and records on disk under `root`, with the tables of `Records`.
 
@@ -79,15 +92,7 @@ class Store(Records):
 
     def __init__(self, root: Path | str = "runs", *, write: bool = True):
         super().__init__(root, write=write)
-        if not write and not self.root.is_dir():
-            there = "is no folder" if self.root.exists() else "is not there"
-            raise FileNotFoundError(f"the runs folder {self.root.absolute()} {there}; a sweep makes one")
-        if write:
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=self.root).close()
-            except OSError as error:
-                raise OSError(f"the runs folder {self.root.absolute()} cannot be written: {error}") from error
+        _check_folder(self.root, write)
 
     def folder(self, experiment: Experiment) -> Path:
         """The folder of a run, whether it exists or not."""

@@ -107,7 +107,7 @@ def verify_run(folder: Path | str) -> RunCheck:
     checkpoint = os.path.lexists(folder / "model.safetensors")
     return RunCheck(checkpoint, records, _run_damage(folder), tuple(refused), _strange_entries(folder))
 
-# %% ../../nbs/5_runs/05_verify.ipynb #ffb7014e
+# %% ../../nbs/5_runs/05_verify.ipynb #5d6fc94c
 class Verification(NamedTuple):
     """What was found in a store: numbers of runs, of those without a checkpoint, of intact record files and of their
     records; a sentence for each problem."""
@@ -127,7 +127,7 @@ def _strangers(root, folders):
     found = [path for path in found if not path.name.startswith(own) and os.path.lexists(path)]
     return [f"{path} is no run; move it out of the store" for path in found]
 
-
+# %% ../../nbs/5_runs/05_verify.ipynb #8e10c568
 def verify(store: Store, on_file: Callable[[Path], object] | None = None) -> Verification:
     """Check every file of every run. Nothing is changed, and whatever is found, this does not fail.
 
@@ -240,7 +240,7 @@ def leftovers(store: Store, outdated: bool = False, older_than: float = 600) -> 
     inside, written = {entry.path for entry in found}, _unfinished_writing(store.root, older_than)
     return found + [entry for entry in written if not inside & {entry.path, *entry.path.parents}]
 
-# %% ../../nbs/5_runs/05_verify.ipynb #293854ca
+# %% ../../nbs/5_runs/05_verify.ipynb #ac8c3bb4
 def _remove_one(root, path):
     """Delete a file, link or folder in the store at `root`, folders by way of a `.writing-` name, if not in use."""
     if not path.is_dir() or path.is_symlink():
@@ -257,7 +257,7 @@ def _remove_one(root, path):
                 path.rename(going / path.name)
             shutil.rmtree(going)
 
-
+# %% ../../nbs/5_runs/05_verify.ipynb #866f75bb
 def remove(store: Store, found: Sequence[Leftover]) -> int:
     """Delete what `leftovers` found and return the bytes that are free now. What a process uses again stays.
 

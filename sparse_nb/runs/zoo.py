@@ -63,7 +63,7 @@ def _read_zoo(folder):
         raise ValueError(f"{path} describes no zoo ({error})") from error
     return found
 
-# %% ../../nbs/5_runs/08_zoo.ipynb #bdb1a10f
+# %% ../../nbs/5_runs/08_zoo.ipynb #df552cff
 def _recorded_accuracy(run):
     """(accuracy, test_images) of undisturbed images, from the records of the run in the folder `run`.
 
@@ -81,7 +81,7 @@ def _recorded_accuracy(run):
     every, images, accuracy = max(found)
     return accuracy, None if every else images
 
-
+# %% ../../nbs/5_runs/08_zoo.ipynb #cef76be2
 def add(store: Store, experiment: Experiment, name: str, folder: Path | str = "results/zoo") -> Path:
     """Put the network of a finished run into the zoo in `folder`, as `name`, such as "cifar10/vgg/w16/seed0"; one of
     that name is replaced. Returns the path of its file.
