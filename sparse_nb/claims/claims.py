@@ -57,8 +57,8 @@ class Claim:
     figures: whose tables `judge` takes.
 
     judge: {figure: table of `tables.collect`} -> list of `Finding`s. compares: (curve, curves that are there) -> those
-    whose networks it compares in the panel
-    of `curve`, none if it says nothing of that; a curve is (dataset, rule, family, growth).
+    whose networks it compares in the panel of `curve`, none if it says nothing of that; a curve is (dataset, rule,
+    family, growth).
     """
 
     number: str

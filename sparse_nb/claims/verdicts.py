@@ -68,8 +68,8 @@ def judge(
     tables: dict[str, pd.DataFrame], planned: dict[str, pd.DataFrame], claims: Sequence[Claim] = tuple(CLAIMS.values())
 ) -> pd.DataFrame:
     """A row for each claim and planned panel. p_for and p_against are those of the panel alone, NaN until it is
-    complete; raised_for
-    and raised_against are raised over all planned panels of the claim, and the verdict is by them.
+    complete; raised_for and raised_against are raised over all planned panels of the claim, and the verdict is by
+    them.
 
     tables: {figure: table of `tables.collect`}; planned: {figure: table of `tables.places_of`}, of all that the tables
     are to hold.
@@ -249,8 +249,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 # %% ../../nbs/8_claims/04_verdicts.ipynb #c2356069
 def with_runs(judged: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """`judged` with the column `runs`: hashes of the measured networks on the curves that each row compares, in the
-    tables of the
-    figures that its claim needs.
+    tables of the figures that its claim needs.
     """
     compared, rows = {number: claim.panels(tables) for number, claim in CLAIMS.items()}, []
     for row in judged.itertuples():

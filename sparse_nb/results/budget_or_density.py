@@ -117,10 +117,8 @@ def arm_differences(arms: pd.DataFrame) -> pd.DataFrame:
     """What each way costs: one row for each dataset, rule, family and step ≥ 1 that is on more than one arm.
 
     arms: of `control_arms`. Columns: the place, step, seeds; for each of `ARMS` the change of the accuracy under noise
-    from the base,
-    in points, and half of its 95 % t-interval (NAME_half); the same for sparser_minus_fewer: above 0, the same factor
-    costs less as
-    density than as weights.
+    from the base, in points, and half of its 95 % t-interval (NAME_half); the same for sparser_minus_fewer: above 0,
+    the same factor costs less as density than as weights.
     """
     rows, noisy, place = [], arms[arms.quantity == "noisy_accuracy"], ["dataset", "rule", "family"]
     for panel, of_panel in noisy.groupby(place, sort=False):
@@ -185,8 +183,7 @@ def draw_rules(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go
     """Figure 13: accuracy with and without noise against effective density, a colour and a marker for each rule.
 
     curves: `tables.summarise_curves` of `tables.noise_means`; a point without any path from input to output has no
-    place on the axis.
-    footer: lines of text underneath.
+    place on the axis. footer: lines of text underneath.
     """
     curves = curves[curves.effective_density > 0].assign(x=lambda points: 100 * points.effective_density)
     rows = [(dataset, curves.rule.iloc[0]) for dataset in dict.fromkeys(curves.dataset)]
@@ -225,8 +222,7 @@ def rule_distances(curves: pd.DataFrame) -> pd.DataFrame:
     family. curves: as for `draw_rules`.
 
     Columns: dataset, family; at_density and at_effective_density, `rule_distance`s of the accuracy under noise, in
-    points; clean_ the same without noise;
-    uncertainty: mean half of the 95 % t-intervals under noise, in points.
+    points; clean_ the same without noise; uncertainty: mean half of the 95 % t-intervals under noise, in points.
     """
     rows = []
     for (dataset, family), of_panel in curves.groupby(["dataset", "family"], sort=False):

@@ -204,8 +204,8 @@ NOT_YET = "<br>not finished yet"
 
 def seed_words(curves: pd.DataFrame, rows: Sequence, columns: Sequence) -> dict:
     """{((dataset, rule), (growth, family)): what the panel's title says of its seeds}: how many where panels differ in
-    it, or
-    that there are no points yet. curves: rows of `tables.summarise_curves`; rows, columns: of the figure's grid.
+    it, or that there are no points yet. curves: rows of `tables.summarise_curves`; rows, columns: of the figure's
+    grid.
     """
     seeds = curves.groupby(PANEL).networks.agg(["min", "max"])
     counts = {
@@ -256,8 +256,7 @@ def masking_tolerance(points: Sequence) -> float:
 
 def attack_footer(points: Sequence, signs: pd.DataFrame, one_radius: bool = True) -> list[str]:
     """Two lines for the footer: how the plan's `points` were attacked, with their ε if the figure has `one_radius`; in
-    how many
-    networks each check departs. signs: of `measure_plots.masking_table`.
+    how many networks each check departs. signs: of `measure_plots.masking_table`.
     """
     evaluations = list({p.evaluation: p.experiment.dataset for p in points}.items())
     attack, sums = evaluations[0][0], signs.groupby("check", sort=False)[["networks", "departing"]].sum()

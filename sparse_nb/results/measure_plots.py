@@ -56,10 +56,8 @@ def changed_classes(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     the dense base on.
 
     table: rows of `tables.collect` with class recall. Columns: the place, classes, changed (adjusted p at most
-    `alpha`), fell_most
-    (the class), its change and the overall change, in points. Curves without a base, or with fewer than two measured
-    seeds at a
-    point, are left out.
+    `alpha`), fell_most (the class), its change and the overall change, in points. Curves without a base, or with fewer
+    than two measured seeds at a point, are left out.
     """
     rows = []
     for panel, points in table.dropna(subset="value").groupby(PANEL, sort=False):
@@ -175,11 +173,9 @@ def _errors_of(points: pd.DataFrame) -> dict[tuple, list]:
 def corruption_error_table(table: pd.DataFrame) -> pd.DataFrame:
     """Mean corruption errors against the dense base, in percent: one row for each sparse point.
 
-    table: rows of `tables.collect` with corruptions. Columns: the place, seeds, mce and relative_mce with the halves of
-    their 95 %
-    t-intervals (mce_half, relative_mce_half). Seeds without a measured base are left out; empty where a base loses
-    nothing under
-    some corruption, so that nothing can be relative to it.
+    table: rows of `tables.collect` with corruptions. Columns: the place, seeds, mce and relative_mce with the halves
+    of their 95 % t-intervals (mce_half, relative_mce_half). Seeds without a measured base are left out; empty where a
+    base loses nothing under some corruption, so that nothing can be relative to it.
     """
     accuracy, rows = table[table.quantity == "accuracy"].dropna(subset="value"), []
     for panel, points in accuracy.groupby(PANEL, sort=False):

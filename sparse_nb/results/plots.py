@@ -141,8 +141,7 @@ def panel_grid(titles: Sequence[str], rows: int, columns: int) -> go.Figure:
 
 def empty_panels(curves: pd.DataFrame, rows: Sequence, columns: Sequence) -> go.Figure:
     """A plotly `Figure` with a panel for each (dataset, rule) × (growth, family), under titles that fit; the title of
-    an
-    empty panel is in its middle. curves: the rows of `tables.summarise_curves` that will be drawn.
+    an empty panel is in its middle. curves: the rows of `tables.summarise_curves` that will be drawn.
     """
     seeds, places = seed_words(curves, rows, columns), itertools.product(rows, columns)
     titles = [panel_title(place, rows, columns) + seeds.get(place, "") for place in places]
@@ -200,8 +199,7 @@ def draw_panels(
 # %% ../../nbs/7_results/05_plots.ipynb #9f14025a
 def only_outer_labels(figure: go.Figure, rows: int, columns: int) -> go.Figure:
     """Leave titles of axes only to the lowest panel of each column and the first of each row, of those that are drawn,
-    and
-    numbers to the latter; returns `figure`. An unfinished sweep has empty panels.
+    and numbers to the latter; returns `figure`. An unfinished sweep has empty panels.
     """
     across, down = range(1, columns + 1), range(1, rows + 1)
     under = [[axis for row in down for axis in figure.select_xaxes(row=row, col=col)] for col in across]

@@ -76,9 +76,8 @@ class Provenance:
     """Where a figure comes from; what is not known is empty.
 
     runs, evaluations: hashes. preset: its name; narrower: sentences on where it is smaller than the paper. seeds: of
-    the networks, int.
-    code: {"training" or a measure: version}. data: {dataset: SHA-256}. version: of this package. date: when it was
-    collected, UTC, as 2026-01-31T23:59:59Z.
+    the networks, int. code: {"training" or a measure: version}. data: {dataset: SHA-256}. version: of this package.
+    date: when it was collected, UTC, as 2026-01-31T23:59:59Z.
     """
 
     runs: tuple[str, ...]
@@ -359,9 +358,8 @@ def _made_of(path: Path) -> Provenance | None:
 def read(path: str | Path) -> Provenance:
     """The `Provenance` in the SVG, PNG or HTML file of a figure; of a CSV only its runs.
 
-    Raises ValueError naming the file if there is none in it, or it is not a figure's file; FileNotFoundError or another
-    OSError if
-    there is no such file, or it may not be read.
+    Raises ValueError naming the file if there is none in it, or it is not a figure's file; FileNotFoundError or
+    another OSError if there is no such file, or it may not be read.
     """
     path = Path(path)
     _check_file(path)
@@ -396,9 +394,8 @@ def publish(figure: go.Figure, curves: pd.DataFrame, folder: Path, name: str, pr
     returns their paths.
 
     curves: of `tables.summarise_curves`. provenance: of `of_points`; it is written into the files. The HTML holds
-    plotly's JavaScript and needs no network.
-    Raises ValueError if the points come from runs that `provenance` does not name, OSError naming the folder if it
-    cannot be written.
+    plotly's JavaScript and needs no network. Raises ValueError if the points come from runs that `provenance` does not
+    name, OSError naming the folder if it cannot be written.
     """
     _check_named(curves, provenance)
     folder = Path(folder)
@@ -469,8 +466,7 @@ def run_line(run: str, root: Path) -> str:
 # %% ../../nbs/7_results/08_provenance.ipynb #89177dc6
 def trace_lines(provenance: Provenance, root: Path) -> list[str]:
     """All that `trace` says of a figure: what its runs have in common, a line for each that is in the runs folder
-    `root`, and one
-    for all that are not, which says where they may come from.
+    `root`, and one for all that are not, which says where they may come from.
     """
     there = [run for run in provenance.runs if (Path(root) / run / "manifest.json").exists()]
     lines, missing = (

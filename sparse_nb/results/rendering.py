@@ -132,8 +132,7 @@ class Rendering:
     """One figure being drawn, or the picture of the claims.
 
     figure: a name of `FIGURES`, or "claims", which plans nothing. preset: as narrowed by the parameters. planned: all
-    points of the
-    figure's plan. parameters: of `read_parameters`, with absolute paths.
+    points of the figure's plan. parameters: of `read_parameters`, with absolute paths.
     """
 
     figure: str
@@ -251,8 +250,8 @@ def draw_figure(figure: str, notebook: Path, parameters: dict, out: Path) -> lis
     """Run the notebook of one figure and publish what it drew; returns the paths of the files.
 
     figure: its name; notebook: path; parameters: {name: flat value} with "preset" among them; out: the folder that has
-    one for each
-    preset. Raises RuntimeError, with the notebook's own words, if it did not run to its end; then nothing is published.
+    one for each preset. Raises RuntimeError, with the notebook's own words, if it did not run to its end; then nothing
+    is published.
     """
     import papermill  # takes seconds, which a refusal need not wait for
 

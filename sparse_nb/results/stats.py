@@ -88,9 +88,9 @@ def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """One row per group: mean and 95 % t-interval of `value` over seeds, other repetitions averaged within a seed
     first.
 
-    table: DataFrame with the columns `by`, "seed" and "value", which is finite. Groups keep the order of their first
-    rows.
-    Returns the columns `by`, mean, low, high, seeds. Raises ValueError for values that are not finite.
+    table: DataFrame with the columns `by`, "seed" and "value", which is finite.
+    Returns the columns `by`, mean, low, high, seeds, sorted by `by`, the values of each column as they first appear.
+    Raises ValueError for values that are not finite.
     """
     by = list(by)
     if table.empty:
@@ -105,16 +105,16 @@ def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         of_count = np.flatnonzero(counts == seeds)
         found[:, of_count] = _intervals(values[first[of_count][:, None] + np.arange(seeds)])
     mean, low, high = found
-    rows = per_seed[by].drop_duplicates(ignore_index=True)
-    return rows.assign(mean=mean, low=low, high=high, seeds=counts)
+    rows = per_seed[by].drop_duplicates(ignore_index=True).assign(mean=mean, low=low, high=high, seeds=counts)
+    order = np.lexsort([pd.factorize(rows[name], use_na_sentinel=False)[0] for name in reversed(by)])
+    return rows.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/7_results/01_stats.ipynb #9400f1b2
 def welch(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Welch's two-sided t-test of two independent samples: (mean of b - mean of a, t, p).
 
     a, b: at least two finite numbers each, one per seed. t and p are NaN where neither sample varies, up to rounding:
-    without a spread
-    there is no test. Raises ValueError for fewer than two values or non-finite ones. Welch 1947.
+    without a spread there is no test. Raises ValueError for fewer than two values or non-finite ones. Welch 1947.
     """
     from scipy import stats
 
@@ -136,8 +136,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     most α.
 
     p_values: (m,), each in [0, 1], or NaN for a test that could not be made, which counts in m and stays NaN. Returns
-    float64 (m,).
-    Raises ValueError for other values. Holm 1979.
+    float64 (m,). Raises ValueError for other values. Holm 1979.
     """
     p = np.asarray(p_values, dtype=float)
     if p.ndim != 1 or ((p < 0) | (p > 1)).any():
@@ -153,9 +152,8 @@ def class_table(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Recalls as a DataFrame, a row per seed and a column per class, and the accuracies, a Series over the same seeds.
 
     table: DataFrame of the records of one group of networks, columns "seed", "quantity", "name" and "value"; the
-    quantities "recall" and
-    "accuracy" are used. Raises ValueError for fewer than two seeds, or a recall or accuracy that is missing or there
-    twice.
+    quantities "recall" and "accuracy" are used. Raises ValueError for fewer than two seeds, or a recall or accuracy
+    that is missing or there twice.
     """
     recalls, accuracy = table[table.quantity == "recall"], table[table.quantity == "accuracy"]
     for rows in (recalls, accuracy):
@@ -183,12 +181,10 @@ def class_changes(base: pd.DataFrame, sparse: pd.DataFrame, *, accuracy_of: str 
     """Each class's change of recall from `base` to `sparse` networks, against the overall change: Welch's test over
     seeds, Holm over classes.
 
-    base, sparse: tables as in `class_table`, two seeds or more each, of the same classes. accuracy_of: what a recall is
-    compared to, the accuracy of
-    its own "network", or the mean of its "group", as in the code of Hooker et al. 2020. Returns a row per class: class,
-    change,
-    overall_change, relative_change (their difference), t, p (of the relative change, two-sided), holm_p. Raises
-    ValueError as `class_table`, or for different classes.
+    base, sparse: tables as in `class_table`, two seeds or more each, of the same classes. accuracy_of: what a recall
+    is compared to, the accuracy of its own "network", or the mean of its "group", as in the code of Hooker et al.
+    2020. Returns a row per class: class, change, overall_change, relative_change (their difference), t, p (of the
+    relative change, two-sided), holm_p. Raises ValueError as `class_table`, or for different classes.
     """
     if accuracy_of not in ("network", "group"):
         raise ValueError(f"accuracy_of is {accuracy_of!r}; accepted: network, group")

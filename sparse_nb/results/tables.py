@@ -60,8 +60,7 @@ def collect(store, points: Sequence) -> pd.DataFrame:
     """Records of exactly the plan's `points`, one row each, with their place, `status` and `effective_density`.
 
     Columns: those of `places_of`, status, effective_density, measure, `STRENGTH`, draw, value. Diverged networks have
-    one row with an
-    empty `value`. Raises ValueError if there are no points, or a run or measurement is missing.
+    one row with an empty `value`. Raises ValueError if there are no points, or a run or measurement is missing.
     """
     if not points:
         raise ValueError(f"there is no point to draw: none was planned, or no curve is complete in {store.root}")
@@ -126,8 +125,7 @@ def summarise_curves(table: pd.DataFrame) -> pd.DataFrame:
     """The points of all curves: one row for each `POINT` and `STRENGTH`. table: from `collect`.
 
     Columns: `POINT`, effective_density (mean), networks, converged, diverged (how many), ended (in words), runs (their
-    hashes),
-    `STRENGTH`, mean, low, high (95 % t-interval over seeds), seeds (in the mean).
+    hashes), `STRENGTH`, mean, low, high (95 % t-interval over seeds), seeds (in the mean).
     """
     return _points(table.drop_duplicates([*POINT, "experiment"]), table.dropna(subset="value"), POINT, STRENGTH)
 
@@ -141,9 +139,8 @@ def corruption_means(table: pd.DataFrame) -> pd.DataFrame:
     """Means within each network of rows of `collect` with corruptions, in the same columns.
 
     Quantities: "accuracy" without a name (clean), "mean_accuracy" over names, "type_accuracy" over severities. The
-    strength of
-    "mean_accuracy" is the severity for colour images and 0 for grey ones, whose severities differ by name; rows of
-    diverged networks stay.
+    strength of "mean_accuracy" is the severity for colour images and 0 for grey ones, whose severities differ by name;
+    rows of diverged networks stay.
     """
     from sparse_nb.data import IMAGE_SHAPES
 
@@ -163,8 +160,7 @@ def corruption_means(table: pd.DataFrame) -> pd.DataFrame:
 
 def noise_means(table: pd.DataFrame) -> pd.DataFrame:
     """Means within each network of rows of `collect` with weight noise, in the same columns: "accuracy" without noise
-    and
-    "noisy_accuracy" over all σ > 0. Rows of diverged networks stay.
+    and "noisy_accuracy" over all σ > 0. Rows of diverged networks stay.
     """
     measured = table[table.quantity == "accuracy"]
     kinds = measured.assign(quantity=measured.strength.gt(0).map({False: "accuracy", True: "noisy_accuracy"}))
@@ -202,11 +198,9 @@ def _score_records(table: pd.DataFrame, what: str, attack: str | None) -> pd.Dat
 def scores(table: pd.DataFrame, what: str, attack: str | None = None) -> pd.Series:
     """A score of each network, as a Series over `NETWORK`: means over repetitions, then strengths, then names.
 
-    table: of `collect`, for a figure that measured it. what: clean, noise, attack, corruption, loss or "lowest recall".
-    attack: only
-    this one. Networks that diverged, which have no records, score as `score_of_diverged`. Raises ValueError for other
-    networks without
-    records of this kind, and for another `what`.
+    table: of `collect`, for a figure that measured it. what: clean, noise, attack, corruption, loss or "lowest
+    recall". attack: only this one. Networks that diverged, which have no records, score as `score_of_diverged`. Raises
+    ValueError for other networks without records of this kind, and for another `what`.
     """
     records = _score_records(table, what, attack)
     by_name = records.groupby([*NETWORK, "name", "strength"], sort=False, dropna=False).value.mean()
@@ -278,10 +272,9 @@ def points_of(members: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     records: of `tidy`.
 
     Columns: `PLACE`, name, strength, mean, low, high (95 % t-interval over seeds, NaN for one), seeds, networks,
-    converged, diverged,
-    ended, effective_density (mean), runs (a list of hashes), and for `catalogue.add_failures` failed and reasons.
-    Sorted by density,
-    falling, depth, repeat and strength. A place of which no network could be measured has one row without a name.
+    converged, diverged, ended, effective_density (mean), runs (a list of hashes), and for `catalogue.add_failures`
+    failed and reasons. Sorted by density, falling, depth, repeat and strength. A place of which no network could be
+    measured has one row without a name.
     """
     networks = members.drop_duplicates("experiment").sort_values(PLACE, kind="stable")
     records = records.merge(networks[["experiment", "seed", *PLACE]], on="experiment")
