@@ -140,19 +140,19 @@ def networks_html(root: str | Path, members: pd.DataFrame, records: pd.DataFrame
     at_place = (members[["density", "depth", "repeat"]] == list(place)).all(axis=1)
     runs = list(members[at_place].drop_duplicates("experiment").sort_values("seed").itertuples())
     values = records.groupby("experiment").value.mean()
-    rows = [["run", "seed", "ended by", "epochs", "value"]]
+    rows = [_row_html(["run", "seed", "ended by", "epochs", "value"], "th")]
     for run in runs:
         value = f"{100 * values[run.experiment]:.1f} %" if run.experiment in values else "–"
-        rows.append([run.experiment, run.seed, run.status, run.epochs, value])
+        rows.append(_row_html([run.experiment, run.seed, run.status, run.epochs, value]))
     code = "\n".join([_IMPORTS, *(loading_code(root, run) for run in runs)])
     style = "white-space:pre-wrap;font:12px monospace;background:#f6f6f6;padding:8px;line-height:1.35"
-    return f"<table>{''.join(map(_row_html, rows))}</table><pre style='{style}'>{text_as_html(code)}</pre>"
+    return f"<table>{''.join(rows)}</table><pre style='{style}'>{text_as_html(code)}</pre>"
 
 
-def _row_html(cells):
-    """A row of a table."""
+def _row_html(cells, element="td"):
+    """A row of a table. element: "td", or "th" for the head."""
     style = "text-align:left;padding-right:2em"
-    columns = (f"<td style='{style}'>{text_as_html(cell)}</td>" for cell in cells)
+    columns = (f"<{element} style='{style}'>{text_as_html(cell)}</{element}>" for cell in cells)
     return f"<tr>{''.join(columns)}</tr>"
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #293a5d35

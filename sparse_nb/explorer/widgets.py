@@ -290,6 +290,22 @@ def _follow_click(selection, trace, where):
         row = points[points.runs.map(lambda found: found == runs)].iloc[0]
         controls["point"].value = tuple(row[["density", "depth", "repeat"]])
 
+# %% ../../nbs/9_explorer/04_widgets.ipynb #32aa87b7
+def _rows(explorer):
+    """The rows of the page of an `_Explorer`, from top to bottom."""
+    controls = explorer.selection.controls
+    choices = [controls[name] for name in (*CHOICES, "name")]
+    return [
+        widgets.HBox(choices, layout=widgets.Layout(flex_flow="row wrap")),
+        controls["view"],
+        controls["strength"],
+        explorer.notice,
+        explorer.canvas.holder,
+        widgets.HBox([controls["point"], explorer.again]),
+        explorer.training.row,
+        explorer.details,
+    ]
+
 # %% ../../nbs/9_explorer/04_widgets.ipynb #3f623c97
 class _Explorer:
     """The page: a `_Selection`, its `_Canvas`, and what is said beside them. `page` is what is displayed."""
@@ -298,26 +314,11 @@ class _Explorer:
         self.store, self.notice, self.details = store, widgets.HTML(), widgets.HTML()
         self.selection, self.canvas = _Selection(store, self.show), _Canvas(self.clicked)
         self.training = _Training(store, self.wanted, self.selection.load)
-        again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again")
-        again.layout.width = "120px"
-        again.on_click(lambda _: self.selection.load())
+        self.again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again")
+        self.again.layout.width = "120px"
+        self.again.on_click(lambda _: self.selection.load())
         self.selection.load()
-        self.page = widgets.VBox(self.rows(again))
-
-    def rows(self, again):
-        """The rows of the page. again: the button that reads the runs folder again."""
-        controls = self.selection.controls
-        choices = [controls[name] for name in (*CHOICES, "name")]
-        return [
-            widgets.HBox(choices, layout=widgets.Layout(flex_flow="row wrap")),
-            controls["view"],
-            controls["strength"],
-            self.notice,
-            self.canvas.holder,
-            widgets.HBox([controls["point"], again]),
-            self.training.row,
-            self.details,
-        ]
+        self.page = widgets.VBox(_rows(self))
 
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
