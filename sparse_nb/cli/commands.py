@@ -9,7 +9,9 @@ __all__ = ['narrowed', 'notebook_parameters', 'sweep_command', 'figures_command'
 
 # %% ../../nbs/cli/02_commands.ipynb #1be1f535
 import sys
+import tempfile
 from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -92,16 +94,24 @@ def _print_jobs(jobs, store, device):
     print(f"{_counted(len(jobs), 'network')} to do, about {_duration(total)} at most {where}")
 
 # %% ../../nbs/cli/02_commands.ipynb #693f738b
+@contextmanager
+def _read_only(runs):
+    """The `Store` in the folder `runs`, which is only read; an empty one where there is none yet."""
+    with nullcontext(runs) if runs.is_dir() else tempfile.TemporaryDirectory() as folder:
+        yield Store(folder, write=False)
+
+
 def _sweep(command, figures):
     """Carry out a sweep for `figures`; True if all that they need is there afterwards."""
-    device, wanted, store = resolve_device(command.device), _wanted(command, figures), Store(command.runs)
+    device, wanted = resolve_device(command.device), _wanted(command, figures)
     sweep.check_engine(command.engine, command.workers, command.scheduler, command.minutes, command.limit)
     if command.dry_run:
-        _print_jobs(missing_jobs(wanted, wanted, store), store, device)
+        with _read_only(command.runs) as store:
+            _print_jobs(missing_jobs(wanted, wanted, store), store, device)
         return False
     same = ("engine", "workers", "threads", "scheduler", "device", "minutes", "limit")
     how = {name: getattr(command, name) for name in same}
-    summary = sweep.run(wanted, wanted, store=store, root=command.data, **how)
+    summary = sweep.run(wanted, wanted, store=Store(command.runs), root=command.data, **how)
     print(summary, flush=True)
     if summary.failed:
         more = f" and {len(summary.failed) - 1} more" if len(summary.failed) > 1 else ""
@@ -117,7 +127,7 @@ def sweep_command(command: options.Sweep) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #da9c2f72
 def _finished_figures(command, figures):
     """Those of `figures` of which there is something to plot, saying how much of each. Raises RuntimeError if none."""
-    store, there = Store(command.runs), []
+    store, there = Store(command.runs, write=False), []
     for figure in figures:
         points = plan(figure, narrowed(command), root=command.data)
         found = finished(points, store)
@@ -151,7 +161,8 @@ def figures_command(command: options.Figures) -> None:
     elif not _sweep(command, figures):
         return
     if not command.dry_run:
-        Store(command.runs).table()  # reads new record files, so that a damaged one is found before a notebook needs it
+        # reads new record files, so that a damaged one is found before a notebook needs it
+        Store(command.runs, write=not command.finished).table()
         _render(command, figures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
@@ -167,7 +178,7 @@ def _progress(wanted, store, rates, device, failed):
 
 def status_command(command: options.Status) -> None:
     """Print how far the runs of each figure are."""
-    store, device = Store(command.runs), resolve_device(command.device)
+    store, device = Store(command.runs, write=False), resolve_device(command.device)
     rates, failed = measured_rates(store, device), {failure["run"] for failure in load_failures(store)}
     wanted = {figure: _wanted(command, (figure,)) for figure in _figures_of(command)}
     if len(wanted) > 1:
@@ -183,18 +194,9 @@ def status_command(command: options.Status) -> None:
         print(f"{name:8}{f'{there} of {nets}':>14}{bad or '–':>8}{f'{measured} of {evaluations}':>16}   {left}")
 
 # %% ../../nbs/cli/02_commands.ipynb #fae51227
-def _existing_store(command):
-    """The `Store` of a command that only reads. Raises FileNotFoundError for a mistyped folder, which is not an empty
-    one."""
-    if not command.runs.is_dir():
-        told = "--runs says where it is, and a sweep makes it"
-        raise FileNotFoundError(f"there is no runs folder {command.runs.absolute()}; {told}")
-    return Store(command.runs)
-
-
 def failures_command(command: options.Failures) -> None:
     """Print which networks failed and why."""
-    store = _existing_store(command)
+    store = Store(command.runs, write=False)
     failures = load_failures(store)
     for failure in failures:
         tries = f"({failure['when']}, tries: {failure['tries']})"
@@ -213,7 +215,7 @@ def _run_bar(folder):
 
 def verify_command(command: options.Verify) -> None:
     """Check every file of a store. Raises RuntimeError if anything is damaged."""
-    store = _existing_store(command)
+    store = Store(command.runs, write=False)
     with _run_bar(store.root) as bar:
         found = verify.verify(store, on_file=lambda folder: bar.update())
     print(*found.problems, sep="\n", end="\n" * bool(found.problems))
@@ -226,7 +228,8 @@ def verify_command(command: options.Verify) -> None:
 
 def clean_command(command: options.CleanUp) -> None:
     """Remove what killed processes left, once the user agrees."""
-    store = _existing_store(command)
+    Store(command.runs, write=False)  # a mistyped folder is not made
+    store = Store(command.runs)
     found = verify.leftovers(store, outdated=command.outdated)
     for entry in found:
         print(f"{entry.path}: {entry.why} ({entry.bytes:,} bytes)")
@@ -243,15 +246,15 @@ def merge_command(command: options.Merge) -> None:
         taken = exchange.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
     with_them = f"{_counted(taken.record_files, 'record file')} and {_counted(taken.checkpoints, 'checkpoint')}"
-    print(f"{_counted(taken.runs, 'run')} imported, {taken.already_here} already here; {with_them} with them")
+    print(f"{_counted(taken.runs, 'run')} merged, {taken.already_here} already here; {with_them} with them")
     if taken.problems:
-        refused = f"{_counted(len(taken.problems), 'file')} of {command.other} not imported"
+        refused = f"{_counted(len(taken.problems), 'file')} of {command.other} not merged"
         raise RuntimeError(f"{refused}, for the reasons above; all others are")
 
 
 def export_command(command: options.Export) -> None:
     """Publish finished runs. Raises RuntimeError if none of what is asked for is there."""
-    store, wanted = Store(command.runs), _wanted(command, _figures_of(command))
+    store, wanted = Store(command.runs, write=False), _wanted(command, _figures_of(command))
     there = [experiment for experiment in wanted if store.has_run(experiment)]
     parents = [parent for parent in {dense_parent(e) for e in wanted} - {None} if store.has_run(parent)]
     folder = command.out / command.preset
@@ -279,7 +282,7 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 # %% ../../nbs/cli/02_commands.ipynb #e3bf701d
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
-    store, preset = Store(command.runs), narrowed(command)
+    store, preset = Store(command.runs, write=False), narrowed(command)
     notebook_of("claims", command.notebooks)
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
@@ -305,7 +308,10 @@ def explore_command(command: options.Explore) -> None:
     if command.static:
         from sparse_nb.explorer import page
 
-        print(*page.store_page(Store(command.runs), narrowed(command), command.static, root=command.data), sep="\n")
+        print(
+            *page.store_page(Store(command.runs, write=False), narrowed(command), command.static, root=command.data),
+            sep="\n",
+        )
         return
     from sparse_nb.explorer.serve import serve
 
