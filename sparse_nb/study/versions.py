@@ -278,11 +278,12 @@ def renewed_lock(lock, unwatched=None):
     """
     made = {}
     for key, code in code_now().items():
-        before = lock.get(key, {"code": {}})
-        changed = [part for part in code if part in GPU_ONLY and before["code"].get(part, code[part]) != code[part]]
+        before = lock.get(key, {"code": code})
+        changed = [part for part in code if part in GPU_ONLY and before["code"].get(part) != code[part]]
         if changed and not unwatched:
             raise ValueError(f"{', '.join(changed)} changed and cannot be run here; --unwatched REASON renews it")
-        reasons = {**before.get("unwatched", {}), **dict.fromkeys(changed, unwatched)}
+        reasons = {part: why for part, why in before.get("unwatched", {}).items() if part in code}
+        reasons |= dict.fromkeys(changed, unwatched)
         made[key] = {"version": versions_now()[key], "code": code} | ({"unwatched": reasons} if reasons else {})
     return made
 
