@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pack', 'unpack', 'Store', 'check_writable', 'described_experiment', 'save_run', 'load_run', 'run_status',
-           'load_history', 'other_weights', 'restore_checkpoint', 'save_records']
+           'load_history', 'what_differs', 'other_weights', 'restore_checkpoint', 'save_records']
 
 # %% ../../nbs/5_runs/03_store.ipynb #10286ede
 import dataclasses
@@ -213,27 +213,52 @@ def load_history(store: Store, experiment: Experiment) -> History:
     return History(epochs, result["status"], result["diverged_at"])
 
 # %% ../../nbs/5_runs/03_store.ipynb #1a278ef0
-def other_weights(folder: Path, found: str) -> ValueError:
+_DECIDE_BITS = {
+    "device": "device",
+    "device_name": "processor",
+    "cpu": "processor's instructions",
+    "threads": "threads",
+    "torch": "PyTorch",
+    "numba": "numba",
+}
+_ARCHITECTURES = ("", "x86_64", "AMD64", "aarch64", "arm64")  # what older runs call their processor
+
+
+def what_differs(folder: Path, here: Mapping) -> str:
+    """How the `environment` of the run in `folder` differs from that of this process, in words: what was recorded with
+    the run and is another here, and what was not recorded."""
+    made = {k: v for k, v in read_about(folder)["environment"].items() if v not in _ARCHITECTURES or k != "device_name"}
+    other = [
+        f"{words}: {made[key]} there, {here[key]} here"
+        for key, words in _DECIDE_BITS.items()
+        if key in made and made[key] != here.get(key)
+    ]
+    unknown = [words for key, words in _DECIDE_BITS.items() if key not in made]
+    said = "; ".join(other) or "nothing that was recorded differs"
+    return said + (f"; not recorded with it: {', '.join(unknown)}" if unknown else "")
+
+
+def other_weights(folder: Path, found: str, here: Mapping) -> ValueError:
     """The error for a network that was made again, for the run in `folder`, and came out differently. found: how that
-    was seen, in words."""
-    made = ", ".join(f"{key} {value}" for key, value in read_about(folder)["environment"].items())
+    was seen, in words. here: the environment in which it was made again."""
     return ValueError(
         f"{folder} was merged without its checkpoint, and making the network again gives other weights here ({found}), "
-        f"to which its records do not belong; measure it on a machine like its own ({made}), merge a runs folder that "
-        f"has the checkpoint, or delete the folder {folder} to train and measure again"
+        f"to which its records do not belong ({what_differs(folder, here)}); measure it where it was made, merge a runs "
+        f"folder that has the checkpoint, or delete the folder {folder} to train and measure again"
     )
 
 
-def restore_checkpoint(store: Store, experiment: Experiment, model: nn.Module) -> None:
+def restore_checkpoint(store: Store, experiment: Experiment, model: nn.Module, here: Mapping) -> None:
     """Keep a network that was made again as the checkpoint of its finished run, which lacks it.
 
-    Raises ValueError if it is not the same to the last bit.
+    here: the environment in which it was made again. Raises ValueError if it is not the same to the last bit.
     """
     check_writable(store)
     folder, content = store.folder(experiment), safetensors.torch.save(pack(model))
     expected = read_manifest(folder)["model.safetensors"]
     if sha256(content) != expected:
-        raise other_weights(folder, f"their sha256 is {sha256(content)[:16]}…, its manifest says {expected[:16]}…")
+        found = f"their sha256 is {sha256(content)[:16]}…, its manifest says {expected[:16]}…"
+        raise other_weights(folder, found, here)
     write_whole(folder / "model.safetensors", content)
 
 # %% ../../nbs/5_runs/03_store.ipynb #945ea223

@@ -25,6 +25,7 @@ import torch
 
 from .. import data
 from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
+from ..runs.files import read_about
 from sparse_nb.runs.store import (
     Store,
     load_history,
@@ -180,14 +181,21 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
     def on_epoch(epoch):
         for then in before[epoch.epoch - 1 : epoch.epoch]:
             if (epoch.loss, epoch.accuracy) != (then.loss, then.accuracy):
-                raise other_weights(
-                    store.folder(experiment), f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}"
-                )
+                found = f"a loss of {epoch.loss!r} in epoch {epoch.epoch}, then {then.loss!r}"
+                raise other_weights(store.folder(experiment), found, where)
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
     return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, where), keep=keep)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #b17ef6d1
+def _check_same_kind(store, experiment, device):
+    """Raise ValueError if a finished run was made on another kind of device or processor, so that making it again here
+    cannot give its bits."""
+    made, here = read_about(store.folder(experiment))["environment"], environment(device)
+    if any(made.get(key, here[key]) != here[key] for key in ("device", "cpu")):
+        raise other_weights(store.folder(experiment), "as is known before it begins", here)
+
+
 def make_network(experiment, store, load, device, **how):
     """Train a network, or prune its dense parent, and keep it, or its checkpoint if the run is finished.
 
@@ -195,6 +203,8 @@ def make_network(experiment, store, load, device, **how):
     Raises ValueError if the run is finished and has other weights.
     """
     parent, finished = dense_parent(experiment), store.has_run(experiment)
+    if finished:
+        _check_same_kind(store, experiment, device)
     if parent is None:
         model, history = train_on(experiment, store, load(experiment.dataset, "train"), device, **how)
     elif run_status(store, parent) == "diverged":
@@ -202,7 +212,7 @@ def make_network(experiment, store, load, device, **how):
     else:
         model, history = prune(experiment, load_run(store, parent, device)), load_history(store, parent)
     if finished:
-        restore_checkpoint(store, experiment, model)
+        restore_checkpoint(store, experiment, model, environment(device))
     made = finished or save_run(store, experiment, model, history, environment(device) | versions.source_provenance())
     trained = (len(history.epochs), sum(epoch.seconds for epoch in history.epochs)) if parent is None else None
     return Outcome("done", made, trained=trained)
@@ -232,6 +242,13 @@ def words(experiment):
     return f"{e.dataset} {e.family} width {e.width} depth {e.depth}{repeat} {kind} seed {e.seed}"
 
 
+def _threads_of(store, experiment, device):
+    """The threads that a finished run was made with on a CPU, if its network must be made again; else None."""
+    if device.type != "cpu" or not store.has_run(experiment) or store.has_checkpoint(experiment):
+        return None
+    return read_about(store.folder(experiment))["environment"].get("threads")
+
+
 def run_job(
     job, store, load, device, *, report=lambda share, said: None, deadline=None, keep_every=KEEP_EVERY, log=None
 ):
@@ -254,7 +271,7 @@ def run_job(
         if not alone:
             return Outcome("elsewhere")
         try:
-            with logged(log), sound_kernels(e, device):
+            with logged(log), sound_kernels(e, device), with_threads(_threads_of(store, e, device)):
                 outcome = Outcome("done")
                 if job.train and not store.has_checkpoint(e):
                     how = dict(deadline=deadline, keep_every=keep_every)
