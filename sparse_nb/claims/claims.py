@@ -499,8 +499,8 @@ def _control_panels(values, budgets):
     """{(dataset, rule, family): (fewer weights, sparser)}: two panels of seeds × factors, 1 first, of a Series of
     `scores` of the control and the budget of each network.
 
-    Fewer weights: dense networks of ever smaller budgets. Sparser: the largest budget in ever wider networks. Factors
-    that both arms have, to the nearest halving.
+    Fewer weights: dense networks of smaller and smaller budgets. Sparser: the largest budget in wider and wider
+    networks. Factors that both arms have, to the nearest halving.
     """
     frame, arms = values.reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
     for curve, of_curve in frame.groupby(["dataset", "rule", "family"], sort=False):

@@ -47,7 +47,7 @@ def claim_tables(plans: dict[str, tuple], store) -> tuple[dict[str, pd.DataFrame
     ]
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #2c624232
-_NOTHING = Evidence(math.nan, math.nan)  # of a panel that is not whole, or in which there is nothing to compare
+_NOTHING = Evidence(math.nan, math.nan)  # of a panel that is not complete, or in which there is nothing to compare
 _COLUMNS = ["claim", *PANEL, "seeds", "p_for", "p_against", "raised_for", "raised_against", "verdict", "numbers"]
 
 
@@ -109,7 +109,7 @@ def together(panels: pd.DataFrame, alpha: float = 0.05) -> str:
     """The verdict of a claim in all of some panels, rows of `judge`: an intersection–union test for it, Holm's
     procedure against it.
 
-    "unfinished" if all panels that are whole support it, so that the others decide; "not planned" if there are no
+    "unfinished" if all complete panels support it, so that the others decide; "not planned" if there are no
     panels.
     """
     if panels.empty:
@@ -144,7 +144,7 @@ def _row_labels(judged: pd.DataFrame) -> pd.Series:
 
 
 def _cells(judged: pd.DataFrame) -> tuple[list[tuple], list[str], list[str], list[str]]:
-    """(cells, rows, columns, sentences) of the picture of `judged`; a cell is (row, column, verdict, words),
+    """(cells, rows, columns, sentences) of the plot of `judged`; a cell is (row, column, verdict, words),
     sentences are of the rows.
     """
     column = [f"{WORDS[p.family]}<br>{WORDS[p.dataset]}<br>{WORDS[p.rule]}" for p in judged.itertuples()]
@@ -159,7 +159,7 @@ def _cells(judged: pd.DataFrame) -> tuple[list[tuple], list[str], list[str], lis
 
 
 def _lay_out(figure: go.Figure, rows: Sequence[str], columns: Sequence[str]) -> go.Figure:
-    """Sizes and axes of the picture, around the footer that it has; returns `figure`."""
+    """Sizes and axes of the plot, around the footer that it has; returns `figure`."""
     underneath = 15 * len(figure.layout.annotations[-1].text.split("<br>"))
     figure.update_layout(
         width=590 + 78 * len(columns),

@@ -349,7 +349,7 @@ def _made_of(path: Path) -> Provenance | None:
     if path.suffix == ".csv":
         runs = _runs_of_csv(path)
         if runs is not None and not all(map(_HASH.fullmatch, runs)):
-            raise ValueError("it names runs that are none")
+            raise ValueError("its runs are not names of runs")
         return None if runs is None else Provenance(runs)
     text = _READERS[path.suffix](path)
     return None if text is None else _from_json(text)

@@ -129,7 +129,7 @@ def _trained(planned: Sequence, store: Store, parameters: dict) -> Sequence:
 # %% ../../nbs/7_results/09_rendering.ipynb #c1b992b1
 @dataclass(frozen=True)
 class Rendering:
-    """One figure being drawn, or the picture of the claims.
+    """One figure being drawn, or the plot of the claims.
 
     figure: a name of `FIGURES`, or "claims", which plans nothing. preset: as narrowed by the parameters. planned: all
     points of the figure's plan. parameters: of `read_parameters`, with absolute paths.
@@ -183,7 +183,7 @@ class Rendering:
         return [*footer_lines(self.preset, self.points, self.planned), *lines, self.provenance.line]
 
     def publish(self, figure: go.Figure, curves: pd.DataFrame, name: str = "", made: Provenance | None = None):
-        """`provenance.publish` the figure and its points; returns the picture, for the notebook to show.
+        """`provenance.publish` the figure and its points; returns the image, for the notebook to show.
 
         name: of the files, the figure's own if empty. made: provenance, if it is not that of the points.
         """
