@@ -173,7 +173,7 @@ def _check_single(*tensors):
 class _WalkedPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, biases, weights_out, biases_out, walk):
-        ctx.plan = walk.units, walk.first, walk.last, walk.inputs, walk.hears, walk.listeners, walk.places
+        ctx.plan = tuple(walk)
         ctx.save_for_backward(x, weights, biases, weights_out)
         ctx.blocks, result = [], x.new_empty(len(x), len(biases_out))
         for first in range(0, len(x), BLOCK):

@@ -75,14 +75,11 @@ def outputs(model, x):
     while modules:
         first, _, second = (modules + [None, None])[:3]
         if isinstance(first, sparse_layers.SparseLinear) and isinstance(second, nn.Linear):
-            if "portable" not in first.plans:
-                first.plans["portable"] = sparse_layers.plan_walk(first, second)
-            biases = sparse_layers.all_biases(first), second.weight.flatten(), sparse_layers.heard_biases(second)
-            x, modules = walked_pair(x, first.weight, *biases, first.plans["portable"]), modules[3:]
+            x, modules = walked_pair(x, *sparse_layers.walk_inputs(first, second)), modules[3:]
         elif isinstance(first, sparse_layers.SparseLinear):
-            wires = first.wires()
-            pattern = first.weight[wires.index], sparse_layers.heard_biases(first), wires.starts, wires.columns
-            x, modules = walked_linear(x, *pattern), modules[1:]
+            structure, biases = first.structure(), sparse_layers.executed_biases(first)
+            x = walked_linear(x, first.weight[structure.index], biases, structure.starts, structure.columns)
+            modules = modules[1:]
         elif isinstance(first, nn.Linear):
             x, modules = linear(x, first.weight, first.bias), modules[1:]
         else:
