@@ -227,7 +227,9 @@ _ARCHITECTURES = ("", "x86_64", "AMD64", "aarch64", "arm64")  # what older runs 
 def what_differs(folder: Path, here: Mapping) -> str:
     """How the `environment` of the run in `folder` differs from that of this process, in words: what was recorded with
     the run and is another here, and what was not recorded."""
-    made = {k: v for k, v in read_about(folder)["environment"].items() if v not in _ARCHITECTURES or k != "device_name"}
+    made = dict(read_about(folder)["environment"])
+    if made.get("device_name") in _ARCHITECTURES:
+        del made["device_name"]
     other = [
         f"{words}: {made[key]} there, {here[key]} here"
         for key, words in _DECIDE_BITS.items()
