@@ -245,8 +245,8 @@ def other_weights(folder: Path, found: str, here: Mapping) -> ValueError:
     was seen, in words. here: the environment in which it was made again."""
     return ValueError(
         f"{folder} was merged without its checkpoint, and making the network again gives other weights here ({found}), "
-        f"to which its records do not belong ({what_differs(folder, here)}); measure it where it was made, merge a runs "
-        f"folder that has the checkpoint, or delete the folder {folder} to train and measure again"
+        f"to which its records do not belong ({what_differs(folder, here)}); measure it where it was made, merge a "
+        f"runs folder that has the checkpoint, or delete the folder {folder} to train and measure again"
     )
 
 
