@@ -21,7 +21,7 @@ from .experiments import Attack, ClassRecall, Corruption, WeightNoise, accept, c
 MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the test set through a network many times
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FamilySetting:
     """What a preset does with one family.
 
@@ -48,7 +48,7 @@ class FamilySetting:
     pruned_widths: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """A grid of experiments and evaluations. seeds: number of networks behind each point; families: {family:
     FamilySetting}.
@@ -86,57 +86,102 @@ def shorter(family, **changes):
 
 PRESETS = {
     "smoke": Preset(
-        "smoke",
-        ("digits",),
-        ("water_filling",),
-        2,
-        {
+        name="smoke",
+        datasets=("digits",),
+        rules=("water_filling",),
+        seeds=2,
+        families={
             "mlp": FamilySetting(
-                32, (32, 128, 512, 2048), 128, MLP_DEPTHS, shorter("mlp", epochs=12, batch_size=32), control=(32, 16, 8)
+                base=32,
+                widths=(32, 128, 512, 2048),
+                depth_width=128,
+                depths=MLP_DEPTHS,
+                recipe=shorter("mlp", epochs=12, batch_size=32),
+                control=(32, 16, 8),
             ),
             "vgg": FamilySetting(
-                4, (4, 6, 12), 4, ((11, 1), (16, 1), (16, 2)), shorter("vgg", epochs=6, batch_size=32), 448
+                base=4,
+                widths=(4, 6, 12),
+                depth_width=4,
+                depths=((11, 1), (16, 1), (16, 2)),
+                recipe=shorter("vgg", epochs=6, batch_size=32),
+                train_images=448,
             ),
             "resnet": FamilySetting(
-                4, (4, 6, 12), 4, ((18, 1), (34, 1), (50, 1)), shorter("resnet", epochs=5, batch_size=32), 448
+                base=4,
+                widths=(4, 6, 12),
+                depth_width=4,
+                depths=((18, 1), (34, 1), (50, 1)),
+                recipe=shorter("resnet", epochs=5, batch_size=32),
+                train_images=448,
             ),
         },
-        WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3),
+        weight_noise=WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.4, 0.5), draws=3),
         corruption=Corruption(draws=2, test_images=1000),
         attack=Attack(steps=4, step_size=0.625, test_images=32),
         attack_epsilons={1: (0.0, 0.1, 0.5), 3: (0.0, 8 / 255, 0.5)},
     ),
     "laptop": Preset(
-        "laptop",
-        ("mnist", "cifar10", "cifar100"),
-        BOTH_RULES,
-        5,
-        {
+        name="laptop",
+        datasets=("mnist", "cifar10", "cifar100"),
+        rules=BOTH_RULES,
+        seeds=5,
+        families={
             "mlp": FamilySetting(
-                128,
-                tuple(2**n for n in range(7, 16)),
-                512,
-                MLP_DEPTHS,
-                shorter("mlp", epochs=50),
+                base=128,
+                widths=tuple(2**n for n in range(7, 16)),
+                depth_width=512,
+                depths=MLP_DEPTHS,
+                recipe=shorter("mlp", epochs=50),
                 control=MLP_CONTROL,
                 dataset_epochs=(("cifar10", 15), ("cifar100", 15)),
                 pruned_widths=tuple(2**n for n in range(7, 12)),
             ),
-            "vgg": FamilySetting(8, (8, 11, 16, 23, 32), 8, VGG_DEPTHS, shorter("vgg", epochs=10), 5000, 250),
-            "resnet": FamilySetting(8, (8, 11, 16, 23), 8, RESNET_DEPTHS[:3], shorter("resnet", epochs=10), 5000, 250),
+            "vgg": FamilySetting(
+                base=8,
+                widths=(8, 11, 16, 23, 32),
+                depth_width=8,
+                depths=VGG_DEPTHS,
+                recipe=shorter("vgg", epochs=10),
+                train_images=5000,
+                test_images=250,
+            ),
+            "resnet": FamilySetting(
+                base=8,
+                widths=(8, 11, 16, 23),
+                depth_width=8,
+                depths=RESNET_DEPTHS[:3],
+                recipe=shorter("resnet", epochs=10),
+                train_images=5000,
+                test_images=250,
+            ),
         },
     ),
     "paper": Preset(
-        "paper",
-        ("mnist", "cifar10", "cifar100"),
-        BOTH_RULES,
-        5,
-        {
+        name="paper",
+        datasets=("mnist", "cifar10", "cifar100"),
+        rules=BOTH_RULES,
+        seeds=5,
+        families={
             "mlp": FamilySetting(
-                128, tuple(2**n for n in range(7, 16)), 512, MLP_DEPTHS, RECIPES["mlp"], control=MLP_CONTROL
+                base=128,
+                widths=tuple(2**n for n in range(7, 16)),
+                depth_width=512,
+                depths=MLP_DEPTHS,
+                recipe=RECIPES["mlp"],
+                control=MLP_CONTROL,
             ),
-            "vgg": FamilySetting(16, HALVING_WIDTHS, 64, VGG_DEPTHS, RECIPES["vgg"], control=CONV_CONTROL),
-            "resnet": FamilySetting(16, HALVING_WIDTHS, 64, RESNET_DEPTHS, RECIPES["resnet"], control=CONV_CONTROL),
+            **{
+                family: FamilySetting(
+                    base=16,
+                    widths=HALVING_WIDTHS,
+                    depth_width=64,
+                    depths=depths,
+                    recipe=RECIPES[family],
+                    control=CONV_CONTROL,
+                )
+                for family, depths in (("vgg", VGG_DEPTHS), ("resnet", RESNET_DEPTHS))
+            },
         },
     ),
 }
