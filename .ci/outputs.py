@@ -1,12 +1,12 @@
 """Are the outputs stored in the chapters those of this code?
 
 Executes chapters as nbdev_test does, without cells marked slow, gpu or data, and compares what they print with what is
-stored: words exactly, numbers to
-one part in a thousand, pictures by their presence. Outputs of cells tagged `volatile` (times, memory) may differ. With
---write the outputs are stored instead.
+stored: words exactly, numbers to one part in a thousand, pictures by their presence. Outputs of cells tagged `volatile`
+(times, memory) may differ. With --write the outputs are stored instead.
 
-    python .ci/outputs.py [--write] [NOTEBOOK …]      without names: the chapters changed since the last tag, or all
-    with CI_FULL=1 or without a tag
+    python .ci/outputs.py [--write] [NOTEBOOK …]
+
+Without names: the chapters changed since the last tag, or in the last commit where there is no tag; all with CI_FULL=1.
 """
 
 import argparse
@@ -42,14 +42,14 @@ def chapters():
 
 
 def changed():
-    """The chapters that changed since the last tag; all of them where there is no tag, or if CI_FULL is set."""
-    said = subprocess.run(["git", "describe", "--tags", "--abbrev=0"], cwd=ROOT, capture_output=True, text=True)
-    if os.environ.get("CI_FULL") or said.returncode:
+    """The chapters changed since the last tag, or in the last commit where there is none; all if CI_FULL is set."""
+    if os.environ.get("CI_FULL"):
         return chapters()
-    names = subprocess.run(
-        ["git", "diff", "--name-only", said.stdout.strip()], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    return [path for path in chapters() if str(path.relative_to(ROOT)) in names]
+    said = subprocess.run(["git", "describe", "--tags", "--abbrev=0"], cwd=ROOT, capture_output=True, text=True)
+    since = "HEAD~1" if said.returncode else said.stdout.strip()
+    listed = subprocess.run(["git", "diff", "--name-only", since], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split()
+    return chapters() if listed.returncode else [path for path in chapters() if str(path.relative_to(ROOT)) in names]
 
 
 def executed(path):
