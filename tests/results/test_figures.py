@@ -440,7 +440,7 @@ def test_what_is_finished_of_a_larger_plan_is_drawn_and_nothing_is_trained(drawn
     done = subprocess.run([BIN / "sparse-nb", *asked], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [
-        "fig01: 4 of 6 points are finished in whole curves",
+        "fig01: 4 of 6 points are finished in complete curves",
         "fig06: 0 of 12 points are finished",
     ]
     assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
