@@ -425,7 +425,7 @@ def test_no_more_kernels_than_the_limit(store, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_with_its_command(store, number):
     port, words = free_port(), ["explore", "--runs", str(store.root), "--notebooks", str(PAGE.parent)]
-    start = "import sys; from sparse_nb.cli import main; main(sys.argv[1:])"
+    start = "import sys; from sparse_nb.cli.main import main; main(sys.argv[1:])"
     command = subprocess.Popen([sys.executable, "-c", start, *words, "--port", str(port)], cwd=ROOT)
     wait_for_port(port, command)
     assert answer(f"http://127.0.0.1:{port}/")[0] == 200

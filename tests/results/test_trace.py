@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from sparse_nb import cli
+from sparse_nb.cli import main as cli
 from sparse_nb.results import provenance
 
 ENDINGS = ("svg", "png", "html", "csv")
