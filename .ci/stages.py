@@ -85,6 +85,8 @@ def in_step(log):
 def lint(log):
     commands = (
         [BIN / "ruff", "check", "--output-format", "concise"],
+        # a name that only a test cell of the notebook imports is missing in the module
+        [BIN / "ruff", "check", "--output-format", "concise", "--select", "F821", "sparse_nb"],
         [BIN / "ruff", "format", "--check"],
         [BIN / "mypy"],
     )

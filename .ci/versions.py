@@ -36,13 +36,13 @@ def main():
         found = cases.compute(name)
         key = found["version"]
         if key in raised or name not in golden:
-            golden[name] = {"version": key, "losses": found["losses"], "bits": {cases.machine(): found["bits"]}}
+            golden[name] = {"version": key, "losses": found["losses"], "bits": {cases.kind_for(name): found["bits"]}}
         elif difference := cases.compare(name, found, golden):
             wrong.setdefault(key, []).append(difference)
-        elif cases.machine() in golden[name]["bits"]:
+        elif cases.kind_for(name) in golden[name]["bits"]:
             bits += 1
         elif options.add_machine:
-            golden[name]["bits"][cases.machine()] = found["bits"]
+            golden[name]["bits"][cases.kind_for(name)] = found["bits"]
     if wrong:
         for key, differences in wrong.items():
             print(*differences, sep="\n")

@@ -53,7 +53,8 @@ def _wanted(command, figures):
     if command.data and command.data.is_file():
         raise NotADirectoryError(f"--data is {command.data}, a file; it must be a folder")
     preset = narrowed(command)
-    return measurements(point for figure in figures for point in plan(figure, preset, root=command.data))
+    points = (point for figure in figures for point in plan(figure, preset, root=command.data))
+    return measurements(points, preset, root=command.data)
 
 # %% ../../nbs/cli/02_commands.ipynb #ff9ea5b6
 def notebook_parameters(command: options.Study) -> dict:

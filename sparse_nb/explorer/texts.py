@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..results.captions import WORDS, radius_text
+from ..results.axes import WORDS, radius_text
 from ..runs.index import Records
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #3e32842e
@@ -110,7 +110,7 @@ def experiment_of(run):
 
     try:
         described = json.loads(run.description)
-        experiment = Experiment(**described | {"recipe": Recipe(**described["recipe"])})
+        experiment = Experiment(**described | {"recipe": Recipe(**described["recipe"]), "version": run.code})
         return experiment if experiment_hash(experiment) == run.experiment else None
     except (TypeError, ValueError, KeyError):  # other settings, or other values, than this version has
         return None

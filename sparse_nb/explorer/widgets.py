@@ -265,6 +265,7 @@ class _Training:
     def make(self, jobs):
         """Carry out `jobs`; returns what became of them, in words."""
         from sparse_nb.explorer.next_point import make_point
+        from sparse_nb.runs.store import Store  # with torch, as it is needed to train
 
         def report(share, said):
             self.bar.value, self.told.value = share, said
@@ -323,6 +324,7 @@ class _Explorer:
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
         from sparse_nb.explorer.next_point import next_jobs
+        from sparse_nb.runs.store import Store
 
         members = self.selection.members
         return next_jobs(Store(self.store.root), self.selection.chosen, () if members is None else members.experiment)

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .lanes import compiled
 
@@ -97,17 +98,17 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """`torch.nn.functional.cross_entropy` with the same bits on every processor; no label is ignored.
 
-    logits: float32 or float64 (N, classes) on a CPU. labels: int64 (N,), 0 ≤ label < classes.
-    reduction: "mean", "sum" or "none", of the N losses (nats).
+    logits: (N, classes). labels: int64 (N,), 0 ≤ label < classes. reduction: "mean", "sum" or "none", of the N losses
+    (nats). In float32 and float64 on a CPU; other precisions and a GPU are left to PyTorch.
     Raises TypeError, ValueError or IndexError, with what was given, for anything else.
     """
-    if logits.dtype not in (torch.float32, torch.float64) or labels.dtype != torch.int64:
-        raise TypeError(f"logits are {logits.dtype}, labels {labels.dtype}; accepted: float32 or float64, and int64")
+    if not logits.is_floating_point() or labels.dtype != torch.int64:
+        raise TypeError(f"logits are {logits.dtype}, labels {labels.dtype}; accepted: floating point, and int64")
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:
         shapes = tuple(logits.shape), tuple(labels.shape)
         raise ValueError("logits are {}, labels {}; accepted: (N, classes), (N,)".format(*shapes))
-    if logits.device.type != "cpu" or labels.device.type != "cpu":
-        raise ValueError(f"logits are on {logits.device}, labels on {labels.device}; accepted: cpu")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; accepted: {', '.join(REDUCTIONS)}")
+    if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
+        return F.cross_entropy(logits, labels, reduction=reduction)
     return _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), reduction)

@@ -360,7 +360,7 @@ def _walk_convolution(x, weights, starts, channels, rows, columns, stride, tile,
 def _walk_convolution_back(x, g, weights, starts, channels, rows, columns, stride, tile, to_weights, to_x):
     """Add to `to_weights` and `to_x` the gradients, given that of the output, g (outputs, height, width, n).
 
-    to_x has no channels if it is not wanted. The rest: see `_walk_convolution`.
+    Either is empty if it is not wanted. The rest: see `_walk_convolution`.
     """
     height, width, n = x.shape[1:]
     source, given = x.reshape(len(x), height, width * n), g.reshape(len(g), g.shape[1], g.shape[2] * n)
@@ -378,13 +378,14 @@ def _walk_convolution_back(x, g, weights, starts, channels, rows, columns, strid
                         for j in range(first, first + runs):
                             at, to = (j * stride + columns[e]) * n + k0, j * n + k0
                             here, there = given[o, i, to : to + length], source[channels[e], row, at : at + length]
-                            for k in range(length):
+                            for k in range(length if len(to_weights) else 0):
                                 product += here[k] * there[k]
                             if len(to_x):
                                 there = target[channels[e], row, at : at + length]
                                 for k in range(length):
                                     there[k] += weight * here[k]
-                        to_weights[e] += product
+                        if len(to_weights):
+                            to_weights[e] += product
 
 # %% ../../nbs/2_networks/05_kernels.ipynb #b94e863f
 @dataclass(frozen=True)
@@ -447,6 +448,8 @@ class WalkedConvolution(torch.autograd.Function):
     def backward(ctx, gradient):
         x, weights = ctx.saved_tensors
         to_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else x.new_empty(0, *x.shape[1:])
-        to_weights, g = torch.zeros_like(weights), _batch_innermost(gradient)
+        to_weights = torch.zeros_like(weights if ctx.needs_input_grad[1] else weights[:0])
+        g = _batch_innermost(gradient)
         _walk_convolution_back(x.numpy(), g.numpy(), weights.numpy(), *ctx.args, to_weights.numpy(), to_x.numpy())
-        return to_x.permute(3, 0, 1, 2) if ctx.needs_input_grad[0] else None, to_weights, None, None, None, None
+        to_x = to_x.permute(3, 0, 1, 2) if ctx.needs_input_grad[0] else None
+        return to_x, to_weights if ctx.needs_input_grad[1] else None, None, None, None, None

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .dense_kernels import PortableLinear
+
 # %% ../../nbs/2_networks/01_models.ipynb #4fc82b26
 # Training-set mean and standard deviation per channel: MNIST's for grey images, CIFAR-10's for colour.
 _USUAL_STATISTICS = {1: ((0.1307,), (0.3081,)), 3: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))}
@@ -118,10 +120,10 @@ def _mlp_layers(
     layers, units = {"flatten": nn.Flatten()}, math.prod(image_shape)
     for i in range(1, depth + 1):
         for copy in _copies(repeat):
-            layers[f"hidden{i}{copy}"] = nn.Linear(units, width)
+            layers[f"hidden{i}{copy}"] = PortableLinear(units, width)
             layers[f"relu{i}{copy}"] = nn.ReLU()
             units = width
-    layers["classifier"] = nn.Linear(units, classes)
+    layers["classifier"] = PortableLinear(units, classes)
     return layers
 
 # %% ../../nbs/2_networks/01_models.ipynb #59e19706
@@ -148,7 +150,7 @@ def _vgg_layers(
     return layers | {
         "average": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
-        "classifier": nn.Linear(channels, classes),
+        "classifier": PortableLinear(channels, classes),
     }
 
 # %% ../../nbs/2_networks/01_models.ipynb #c6f3ac57
@@ -210,7 +212,7 @@ def _resnet_layers(
     return layers | {
         "average": nn.AdaptiveAvgPool2d(1),
         "flatten": nn.Flatten(),
-        "classifier": nn.Linear(channels, classes),
+        "classifier": PortableLinear(channels, classes),
     }
 
 # %% ../../nbs/2_networks/01_models.ipynb #3d914f93

@@ -6,7 +6,6 @@
 __all__ = ['DECAYS', 'RECIPES', 'Recipe', 'Epoch', 'History', 'TrainingState', 'captured', 'fit']
 
 # %% ../../nbs/2_networks/07_training.ipynb #d4735e3a
-import dataclasses
 import math
 import time
 import warnings
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import ImageSet, as_float
+from .cross_entropy import cross_entropy
 from .masks import apply_masks, gradient_masks, mask_gradients
 from .sparse_layers import SparseLinear
 from ..randomness import generator
@@ -150,7 +150,7 @@ def _run_epoch(
         if recipe.augment:
             inputs = _crop_and_flip(inputs, stream)
         logits = model(as_float(inputs).to(dtype))
-        loss = F.cross_entropy(logits, labels)
+        loss = cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
         mask_gradients(held)
@@ -307,7 +307,9 @@ def _run_epochs(
         optimiser.param_groups[0]["lr"] = rate = _learning_rate(recipe, number)
         stream = generator(seed, "batches", number)
         losses, correct, sizes = _run_epoch(model, held, images, optimiser, recipe, stream=stream)
-        loss, accuracy = float((losses.double() * sizes).sum() / sizes.sum()), float(correct.sum() / sizes.sum())
+        images_seen = int(sizes.sum())
+        loss = math.fsum((losses.double() * sizes).tolist()) / images_seen  # exact, so in no order of its own
+        accuracy = int(correct.sum()) / images_seen
         epochs.append(Epoch(number + 1, loss, accuracy, rate, time.perf_counter() - started))
         if on_epoch:
             on_epoch(epochs[-1])

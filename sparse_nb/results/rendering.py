@@ -154,7 +154,8 @@ class Rendering:
         asked = {name: p[name] for name in ("datasets", "families", "rules", "widths", "seeds", "epochs")}
         preset = narrow(p["preset"], **asked)
         planned = plan(figure, preset, root=p["data"]) if figure in FIGURES else ()
-        return cls(figure, preset, planned, Store(p["runs"], write=not p["finished"]), p)
+        store = Store(p["runs"], write=not p.get("finished", True))  # the claims train nothing
+        return cls(figure, preset, planned, store, p)
 
     @cached_property
     def points(self) -> tuple:

@@ -8,14 +8,15 @@ __all__ = ['LONGER', 'ATTACKS', 'PAPER_ATTACKS', 'WITHOUT_CHANCE', 'FIGURE_EPSIL
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #307ea714
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..data import ImageSet, as_float
+from ..networks.cross_entropy import cross_entropy
 from ..randomness import generator
 from sparse_nb.robustness.evaluation import (
     Record,
@@ -105,23 +106,7 @@ def _attackable(model):
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #4523540f
 LONGER = 3  # times the steps of "pgd"
-ATTACKS = {  # package: torchattacks
-    "fgsm": lambda package, model, epsilon, **_: package.FGSM(model, eps=epsilon),
-    "ffgsm": lambda package, model, epsilon, **_: package.FFGSM(model, eps=epsilon, alpha=1.25 * epsilon),
-    "bim": lambda package, model, epsilon, steps, step_size, **_: package.BIM(
-        model, eps=epsilon, alpha=step_size * epsilon, steps=steps
-    ),
-    "pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(
-        model, eps=epsilon, alpha=step_size * epsilon, steps=steps
-    ),
-    "longer_pgd": lambda package, model, epsilon, steps, step_size, **_: package.PGD(
-        model, eps=epsilon, alpha=step_size * epsilon, steps=LONGER * steps
-    ),
-    "apgd": lambda package, model, epsilon, steps, seed, **_: package.APGD(model, eps=epsilon, steps=steps, seed=seed),
-    "autoattack": lambda package, model, epsilon, seed, classes, **_: package.AutoAttack(
-        model, eps=epsilon, seed=seed, n_classes=classes
-    ),
-}
+ATTACKS = ("fgsm", "ffgsm", "bim", "pgd", "longer_pgd", "apgd", "autoattack")
 PAPER_ATTACKS = ("fgsm", "ffgsm", "bim", "pgd", "apgd")
 WITHOUT_CHANCE = ("fgsm", "bim")  # every other attack draws random numbers
 
@@ -168,6 +153,63 @@ def _radii(images, epsilons):
         )
     return EPSILONS[images.shape[0]] if epsilons is None else epsilons
 
+# %% ../../nbs/3_robustness/03_attacks.ipynb #1595029a
+class _Climb:
+    """Steps that raise the loss of an `_attackable` network on `images`, float32 (N, C, H, W) in [0, 1]."""
+
+    def __init__(self, network: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+        self.network, self.images, self.labels = network, images, labels
+
+    def gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the mean cross-entropy for `x`. Raises ValueError if it is not finite."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(cross_entropy(self.network(x), self.labels), x)
+        _check_gradient(gradient)
+        return gradient
+
+    @cached_property
+    def first_gradient(self) -> torch.Tensor:
+        """At the images themselves."""
+        return self.gradient(self.images)
+
+    def step(self, x: torch.Tensor, gradient: torch.Tensor, length: float, epsilon: float) -> torch.Tensor:
+        """`x` moved by `length` in each pixel, then back into the ball of `epsilon` and the cube."""
+        nearest = torch.maximum(x + length * gradient.sign(), self.images - epsilon)
+        return torch.minimum(nearest, self.images + epsilon).clamp(0, 1)
+
+    def path(self, x, gradient, length, epsilon, stops: Collection[int]) -> dict[int, torch.Tensor]:
+        """{number of steps: where they lead}, for the numbers in `stops`; from `x`, whose gradient is known."""
+        found = {}
+        for number in range(1, max(stops) + 1):
+            x = self.step(x, gradient if number == 1 else self.gradient(x), length, epsilon)
+            if number in stops:
+                found[number] = x
+        return found
+
+# %% ../../nbs/3_robustness/03_attacks.ipynb #65e9fb8d
+def _follow(
+    climb: _Climb, attacks: Collection[str], epsilon: float, *, steps: int, step_size: float, seed: int
+) -> dict[str, torch.Tensor]:
+    """{attack: images} for those of `attacks` that follow gradients by `_Climb`."""
+    found, length, images = {}, step_size * epsilon, climb.images
+    if "fgsm" in attacks:
+        found["fgsm"] = climb.step(images, climb.first_gradient, epsilon, epsilon)
+    if "bim" in attacks:
+        found["bim"] = climb.path(images, climb.first_gradient, length, epsilon, [steps])[steps]
+    stops = {"pgd": steps, "longer_pgd": LONGER * steps}
+    stops = {attack: stop for attack, stop in stops.items() if attack in attacks}
+    if stops or "ffgsm" in attacks:
+        with _seeded(seed):
+            start = (images + torch.empty_like(images).uniform_(-epsilon, epsilon)).clamp(0, 1)
+        gradient = climb.gradient(start)
+        if "ffgsm" in attacks:
+            found["ffgsm"] = climb.step(start, gradient, 1.25 * epsilon, epsilon)
+        if stops:
+            path = climb.path(start, gradient, length, epsilon, stops.values())
+            found |= {attack: path[stop] for attack, stop in stops.items()}
+    return found
+
 # %% ../../nbs/3_robustness/03_attacks.ipynb #d621aa26
 def perturb(
     model: nn.Module,
@@ -201,29 +243,43 @@ def perturb(
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it must lie in -2^63 … 2^64 - 1, as PyTorch's do")
     settings = dict(steps=steps, step_size=step_size, seed=seed, classes=classes)
-    found = _search(_attackable(model), images.float(), labels, attack=attack, epsilon=epsilon, **settings)
-    return found.to(images.dtype)
+    found = _search(_Climb(_attackable(model), images.float(), labels), [attack], epsilon, **settings)
+    return found[attack].to(images.dtype)
 
-# %% ../../nbs/3_robustness/03_attacks.ipynb #635c1511
-def _search(network, images, labels, *, attack, epsilon, steps, step_size, seed, classes=None):
-    """`perturb` for float32 images, a checked request and an `_attackable` network."""
-    import torchattacks  # takes two seconds, and only attacks need it
+# %% ../../nbs/3_robustness/03_attacks.ipynb #ba9deb9c
+def _ask_package(network, images, labels, attack, epsilon, *, steps, seed, classes):
+    """Images of "apgd" or "autoattack", which torchattacks has."""
+    import torchattacks  # takes two seconds
 
-    with under_attack(network), _guarded(network), _seeded(seed):
-        settings = dict(steps=steps, step_size=step_size, seed=seed)
-        if attack == "autoattack":
-            with torch.no_grad():
-                outputs = network(images[:1]).shape[1]
-            if classes not in (None, outputs):
-                raise ValueError(f"classes is {classes}, but the network has {outputs} outputs")
-            _check_classes((attack,), outputs)
-            settings["classes"] = outputs
-        with torch.enable_grad():
-            found = ATTACKS[attack](torchattacks, network, epsilon, **settings)(images, labels)
-    if not bool((((found - images).abs() <= epsilon + 1e-6) & (found >= 0) & (found <= 1)).all()):
-        furthest = float((found - images).abs().max())
-        raise RuntimeError(f"{attack} left the images within {epsilon} or [0, 1]: it moved pixels by up to {furthest}")
-    return found.detach()
+    class PortableAPGD(torchattacks.APGD):
+        def dlr_loss(self, outputs, labels):
+            return cross_entropy(outputs, labels, reduction="none")
+
+    with _guarded(network), _seeded(seed), torch.enable_grad():
+        if attack == "apgd":
+            return PortableAPGD(network, eps=epsilon, steps=steps, seed=seed, loss="dlr")(images, labels).detach()
+        with torch.no_grad():
+            outputs = network(images[:1]).shape[1]
+        if classes not in (None, outputs):
+            raise ValueError(f"classes is {classes}, but the network has {outputs} outputs")
+        _check_classes((attack,), outputs)
+        return torchattacks.AutoAttack(network, eps=epsilon, seed=seed, n_classes=outputs)(images, labels).detach()
+
+
+def _search(climb, attacks, epsilon, *, steps, step_size, seed, classes=None):
+    """{attack: images} of a `_Climb` under `attacks`, for a checked request."""
+    with under_attack(climb.network):
+        found = _follow(climb, attacks, epsilon, steps=steps, step_size=step_size, seed=seed)
+        for attack in [attack for attack in attacks if attack not in found]:
+            how = dict(steps=steps, seed=seed, classes=classes)
+            found[attack] = _ask_package(climb.network, climb.images, climb.labels, attack, epsilon, **how)
+    for attack, images in found.items():
+        furthest = float((images - climb.images).abs().max())
+        if furthest > epsilon + 1e-6 or not bool(((images >= 0) & (images <= 1)).all()):
+            raise RuntimeError(
+                f"{attack} left the images within {epsilon} or [0, 1]: it moved pixels by up to {furthest}"
+            )
+    return found
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #0ce5bfc5
 def _strongest(model, labels, attempts):
@@ -239,7 +295,7 @@ def _strongest(model, labels, attempts):
         if not outputs.isfinite().all():
             raise ValueError("outputs of the network for attacked images are not finite")
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        wrong, loss = outputs.argmax(1) != labels, F.cross_entropy(outputs, labels, reduction="none")
+        wrong, loss = outputs.argmax(1) != labels, cross_entropy(outputs, labels, reduction="none")
         new = outputs, found, wrong, loss
         if best is not None:
             better = (wrong & ~best[2]) | ((wrong == best[2]) & (loss > best[3]))
@@ -247,37 +303,33 @@ def _strongest(model, labels, attempts):
         best = new
     return best[:2]
 
-# %% ../../nbs/3_robustness/03_attacks.ipynb #7bcb2bac
-def _attack_batches(model, images, *, attack, epsilon, seed, restarts, batch_size, **steps):
-    """(outputs, distances) of an `ImageSet` under one attack, (N, classes) and float32 (N, C·H·W). The rest as in
-    `evaluate`."""
-    network, outputs, moved = _attackable(model), [], []
-    for start in range(0, len(images), batch_size):
-        inputs, labels = as_float(images.pixels[start : start + batch_size]), images.labels[start : start + batch_size]
-        seeds = [
-            generator(seed, "attack", start, restart).initial_seed()
-            for restart in range(1 if attack in WITHOUT_CHANCE else restarts)
-        ]
-        attempts = (
-            _search(network, inputs, labels, attack=attack, epsilon=epsilon, seed=seed_of_attempt, **steps)
-            for seed_of_attempt in seeds
-        )
-        result, found = _strongest(model, labels, attempts)
-        outputs.append(result)
-        moved.append((found - inputs).abs().flatten(1))
-    return torch.cat(outputs), torch.cat(moved)
+# %% ../../nbs/3_robustness/03_attacks.ipynb #b61414c2
+def _attack_batch(model, climb, attacks, epsilon, *, seeds, **steps):
+    """{attack: (outputs, each image's sum of distances, its largest)} of one batch at one ε: tensors (N, classes),
+    float64 (N,), float32 (N,). seeds: one for each restart."""
+    attempts = {attack: [] for attack in attacks}
+    for restart, seed in enumerate(seeds):
+        wanted = [attack for attack in attacks if restart == 0 or attack not in WITHOUT_CHANCE]
+        for attack, found in _search(climb, wanted, epsilon, seed=seed, **steps).items() if wanted else ():
+            attempts[attack].append(found)
+    results = {}
+    for attack, found in attempts.items():
+        outputs, images = _strongest(model, climb.labels, found)
+        moved = (images - climb.images).abs().flatten(1)
+        results[attack] = outputs, moved.double().cumsum(1)[:, -1], moved.amax(1)
+    return results
 
-# %% ../../nbs/3_robustness/03_attacks.ipynb #b2686db6
-def _attack_set(model, images, clean, **how):
-    """What one attack does to an `ImageSet`, as {quantity: number}. clean: the network's outputs on it, (N, classes).
-    how: as in `_attack_batches`."""
-    outputs, moved = _attack_batches(model, images, **how)
+# %% ../../nbs/3_robustness/03_attacks.ipynb #ca1511df
+def _numbers(parts, images, clean):
+    """{quantity: number} of one attack on an `ImageSet`, from the `parts` of its batches. clean: the network's outputs
+    on it, (N, classes)."""
+    outputs, sums, furthest = (torch.cat(part) for part in zip(*parts, strict=True))
     right = (outputs.argmax(1) == images.labels) & (clean.argmax(1) == images.labels)
     return {
-        "accuracy": float(right.double().mean()),
-        "loss": float(F.cross_entropy(outputs.double(), images.labels)),
-        "mean_perturbation": float(moved.mean(dtype=torch.float64)),
-        "largest_perturbation": float(moved.max()),
+        "accuracy": int(right.sum()) / len(images),
+        "loss": float(cross_entropy(outputs.double(), images.labels)),
+        "mean_perturbation": math.fsum(sums.tolist()) / images.pixels.numel(),
+        "largest_perturbation": float(furthest.max()),
     }
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #eb91c964
@@ -311,18 +363,26 @@ def evaluate(
         attacks, _radii(images, epsilons), steps, step_size, restarts
     )
     _check_classes(attacks, images.classes)
-    how = dict(
-        seed=_whole_number("seed", seed), restarts=restarts, batch_size=_whole_number("batch_size", batch_size, 1)
-    )
-    clean = logits(model, images, batch_size=how["batch_size"])
+    seed, batch_size = _whole_number("seed", seed), _whole_number("batch_size", batch_size, 1)
+    clean = logits(model, images, batch_size=batch_size)
     accuracy, loss = accuracy_and_loss(clean, images.labels)
     untouched = dict(accuracy=accuracy, loss=loss, mean_perturbation=0.0, largest_perturbation=0.0)
     _check_classes(attacks, clean.shape[1])
-    how, records = how | dict(steps=steps, step_size=step_size), []
+    parts = {(attack, epsilon): [] for attack in attacks for epsilon in epsilons}
     with under_attack(model):
-        for attack, epsilon in ((attack, epsilon) for attack in attacks for epsilon in epsilons):
-            found = _attack_set(model, images, clean, attack=attack, epsilon=epsilon, **how) if epsilon else untouched
-            records += [Record("attack", quantity, value, attack, epsilon) for quantity, value in found.items()]
+        network = _attackable(model)
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            climb = _Climb(network, as_float(images.pixels[batch]), images.labels[batch])
+            seeds = [generator(seed, "attack", start, restart).initial_seed() for restart in range(restarts)]
+            how = dict(seeds=seeds, steps=steps, step_size=step_size)
+            for epsilon in filter(None, epsilons):
+                for attack, part in _attack_batch(model, climb, attacks, epsilon, **how).items():
+                    parts[attack, epsilon].append(part)
+    records = []
+    for (attack, epsilon), of_batches in parts.items():
+        numbers = _numbers(of_batches, images, clean) if epsilon else untouched
+        records += [Record("attack", quantity, value, attack, epsilon) for quantity, value in numbers.items()]
     return records
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #73475cb4

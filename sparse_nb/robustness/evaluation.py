@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..data import ImageSet, as_float
+from ..networks.cross_entropy import cross_entropy
 from ..randomness import generator
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #19679734
@@ -99,7 +99,7 @@ def accuracy_and_loss(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[floa
         raise ValueError("there are no labels; accuracy and loss need at least 1 image")
     if int(labels.max()) >= outputs.shape[1]:
         raise ValueError(f"labels go up to {int(labels.max())}, but the network has {outputs.shape[1]} outputs")
-    return float((outputs.argmax(1) == labels).double().mean()), float(F.cross_entropy(outputs.double(), labels))
+    return float((outputs.argmax(1) == labels).double().mean()), float(cross_entropy(outputs.double(), labels))
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #e629fa65
 @dataclass(frozen=True)

@@ -74,6 +74,14 @@ def check_sigmas(sigmas: Iterable[float], draws: int) -> tuple[tuple[float, ...]
             raise ValueError(f"sigma is {sigma}; it must be finite and not negative")
     return found, draws
 
+# %% ../../nbs/3_robustness/02_weight_noise.ipynb #4e8c2a43
+def _parts(images: ImageSet, count: int) -> list[torch.Tensor]:
+    """The numbers of the images in `count` random parts of one size. Raises ValueError if there are too few."""
+    if len(images) < count:
+        raise ValueError(f"there are {len(images)} images for {count} draws in parts; at least one for each is needed")
+    order = torch.randperm(len(images), generator=generator(0, "parts", images.name, images.split))
+    return list(order[: len(images) // count * count].view(count, -1))
+
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #9ddac526
 def evaluate(
     model: nn.Module,
@@ -83,28 +91,29 @@ def evaluate(
     draws: int = 5,
     seed: int = 0,
     scope: str = "weights",
+    parts: bool = False,
 ) -> list[Record]:
     """Accuracy and loss increase of `model` on an `ImageSet` under multiplicative weight noise.
 
     sigmas: relative standard deviations; 0 gives the clean accuracy and a loss increase of exactly 0. draws: noise
     draws for each sigma, the same draws at every sigma. scope: "weights" (convolutions and linear layers) or "all"
-    parameters.
+    parameters. parts: each draw on its own part of the images, all of one size, and not on all of them.
     Returns two `Record`s ("accuracy" in [0, 1], "loss_increase" in nats) per (sigma, draw). The model is never written
     to.
     Paper, section 2. Raises ValueError without images, and for sigmas, draws, a seed or a scope that are not accepted.
     """
     _refuse_empty(images)
     (sigmas, draws), seed = check_sigmas(sigmas, draws), _whole_number("seed", seed)
-    parameters = _perturbed_parameters(model, scope)
-    clean = accuracy_and_loss(logits(model, images), images.labels)
-    records = []
-    for draw in range(draws):
-        noise = draw_noise(parameters, seed=seed, draw=draw)
+    parameters, untouched = _perturbed_parameters(model, scope), logits(model, images)
+    records, everything = [], torch.arange(len(images))
+    for draw, mine in enumerate(_parts(images, draws) if parts else [everything] * draws):
+        noise, some, labels = draw_noise(parameters, seed=seed, draw=draw), images.take(mine), images.labels[mine]
+        clean = accuracy_and_loss(untouched[mine], labels)
         for sigma in sigmas:
             accuracy, loss = clean
             if sigma > 0:
-                outputs = logits(model, images, parameters=add_noise(parameters, noise, sigma))
-                accuracy, loss = accuracy_and_loss(outputs, images.labels)
+                outputs = logits(model, some, parameters=add_noise(parameters, noise, sigma))
+                accuracy, loss = accuracy_and_loss(outputs, labels)
             records.append(Record("weight_noise", "accuracy", accuracy, strength=sigma, draw=draw))
             records.append(Record("weight_noise", "loss_increase", loss - clean[1], strength=sigma, draw=draw))
     return records

@@ -35,6 +35,7 @@ from sparse_nb.runs.files import (
     write_whole,
 )
 from .index import Records
+from ..study import versions
 from sparse_nb.study.experiments import (
     Experiment,
     build,
@@ -133,7 +134,8 @@ def described_experiment(about: Mapping) -> Experiment:
     """The `Experiment` of a run's description (`files.read_about`). Raises ValueError if this release knows no such."""
     described = about["experiment"]
     try:
-        return Experiment(**described | {"recipe": Recipe(**described["recipe"])})
+        version = "" if about["code"] == versions.TRAINING else about["code"]
+        return Experiment(**described | {"recipe": Recipe(**described["recipe"]), "version": version})
     except (TypeError, KeyError) as error:
         raise ValueError(f"this release knows no such experiment ({error})") from error
 

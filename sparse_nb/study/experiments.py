@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'counted_shapes', 'counted_total', 'without_meaning', 'accept', 'check_experiment', 'Experiment',
-           'dense_parent', 'check_numbers', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption', 'Attack',
-           'check_measurable', 'build', 'prepare', 'train', 'prune', 'experiment_identity', 'evaluation_identity',
+           'dense_parent', 'is_portable', 'check_numbers', 'Evaluation', 'Clean', 'WeightNoise', 'ClassRecall',
+           'Corruption', 'Attack', 'Quantisation', 'Calibration', 'Curvature', 'CorrectImages', 'check_measurable',
+           'check_version', 'build', 'prepare', 'train', 'prune', 'experiment_identity', 'evaluation_identity',
            'experiment_hash', 'evaluation_hash']
 
 # %% ../../nbs/4_study/02_experiments.ipynb #ad0ca5c2
@@ -19,7 +20,16 @@ import torch
 from .. import data
 from ..networks import allocation, masks, models, sparse_layers, training
 from ..networks.training import Recipe
-from ..robustness import attacks, class_recall, evaluation, weight_noise
+from sparse_nb.robustness import (
+    attacks,
+    calibration,
+    class_recall,
+    correct_images,
+    curvature,
+    evaluation,
+    quantisation,
+    weight_noise,
+)
 from ..robustness.corruptions import cifar_c, corruptions
 from . import versions
 
@@ -110,7 +120,8 @@ class Experiment:
     seed: int, names masks, initial weights and batches. schedule: "static", a random mask from the start, or
     "magnitude", trained
     dense and pruned to the budget afterwards. pruning: what "magnitude" compares, weights of a "layer" or "global".
-    train_images: a random sample of the training set, None for all of it.
+    train_images: a random sample of the training set, None for all of it. version: of training, "" for the one that is
+    declared; networks of an earlier one can be named and read, and not made.
     Raises ValueError for anything that could not be trained, before anything is.
     """
 
@@ -128,6 +139,7 @@ class Experiment:
     batch_norm: bool = True
     repeat: int = 1
     pruning: str = "layer"
+    version: str = ""
 
     def __post_init__(self):
         check_experiment(self)
@@ -151,6 +163,12 @@ def dense_parent(experiment):
         return None
     return dataclasses.replace(experiment, budget=experiment.counted)
 
+
+def is_portable(experiment):
+    """Whether training on a CPU gives the same bits on every x86-64 processor and for any number of threads: an MLP's,
+    from version 2 on."""
+    return experiment.family == "mlp" and (experiment.version or versions.TRAINING) != versions.FIRST["training"]
+
 # %% ../../nbs/4_study/02_experiments.ipynb #6f4b6612
 def check_numbers(measurement, **least):
     """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, or below the `least` that
@@ -163,8 +181,17 @@ def check_numbers(measurement, **least):
             raise ValueError(f"{name} is {value}; it must be at least {smallest}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is common to all measurements. version: of the measure, "" for the one that is declared; records of an
+    earlier one can be named and read, and not made.
+    """
+
+    version: str = ""
+
+
 @dataclass(frozen=True)
-class Clean:
+class Clean(Evaluation):
     """Accuracy and loss without any disturbance. test_images: a random sample of the test set, None for all of it."""
 
     test_images: int | None = None
@@ -179,34 +206,38 @@ class Clean:
 
 # %% ../../nbs/4_study/02_experiments.ipynb #a5d47b6c
 @dataclass(frozen=True)
-class WeightNoise:
-    """Accuracy and loss increase under weight noise; see `weight_noise.evaluate`."""
+class WeightNoise(Evaluation):
+    """Accuracy and loss increase under weight noise; see `weight_noise.evaluate`. parts: of the test images, one for
+    each draw."""
 
     sigmas: tuple[float, ...] = weight_noise.SIGMAS
     draws: int = 5
     seed: int = 0
     scope: str = "weights"
     test_images: int | None = None
+    parts: bool = False
     measure: ClassVar[str] = "weight_noise"
 
     def __post_init__(self):
         check_numbers(self, draws=1, seed=0)
         weight_noise.check_sigmas(self.sigmas, self.draws)
         accept("scope", self.scope, weight_noise.SCOPES)
+        if self.parts and (self.test_images or self.draws) < self.draws:
+            raise ValueError(f"test_images is {self.test_images}; in parts, {self.draws} draws need at least as many")
 
     @property
     def passes(self):
-        return 1 + self.draws * sum(sigma > 0 for sigma in self.sigmas)
+        return 1 + (1 if self.parts else self.draws) * sum(sigma > 0 for sigma in self.sigmas)
 
     def run(self, model, images):
         images = evaluation.sample(images, self.test_images)
         return weight_noise.evaluate(
-            model, images, sigmas=self.sigmas, draws=self.draws, seed=self.seed, scope=self.scope
+            model, images, sigmas=self.sigmas, draws=self.draws, seed=self.seed, scope=self.scope, parts=self.parts
         )
 
 # %% ../../nbs/4_study/02_experiments.ipynb #11630d54
 @dataclass(frozen=True)
-class ClassRecall:
+class ClassRecall(Evaluation):
     """Recall of each class and of the lowest; see `class_recall.evaluate`."""
 
     test_images: int | None = None
@@ -221,7 +252,7 @@ class ClassRecall:
 
 # %% ../../nbs/4_study/02_experiments.ipynb #c2356069
 @dataclass(frozen=True)
-class Corruption:
+class Corruption(Evaluation):
     """Accuracy and loss under corruptions; see `corruptions.evaluate`. names, severities: None for those of
     `corruptions.evaluate`.
 
@@ -270,7 +301,7 @@ class Corruption:
 
 # %% ../../nbs/4_study/02_experiments.ipynb #670671cd
 @dataclass(frozen=True)
-class Attack:
+class Attack(Evaluation):
     """Accuracy, loss and perturbation under L∞ attacks; see `attacks.evaluate`. epsilons: None for those of
     `attacks.EPSILONS` for the images."""
 
@@ -291,12 +322,13 @@ class Attack:
 
     @property
     def passes(self):
-        steps = sum(
-            {"fgsm": 1, "ffgsm": 1, "longer_pgd": attacks.LONGER * self.steps}.get(attack, self.steps)
-            for attack in self.attacks
+        steps = {"fgsm": 1, "ffgsm": 1, "longer_pgd": attacks.LONGER * self.steps}
+        shared = [("fgsm", "bim"), ("ffgsm", "pgd", "longer_pgd"), ("apgd",), ("autoattack",)]
+        gradients = sum(
+            max([steps.get(a, self.steps) for a in group if a in self.attacks], default=0) for group in shared
         )
         radii = sum(epsilon > 0 for epsilon in (attacks.EPSILONS[1] if self.epsilons is None else self.epsilons))
-        return 1 + 3 * steps * radii * self.restarts
+        return 1 + (3 * gradients + len(self.attacks)) * radii * self.restarts
 
     def run(self, model, images):
         return attacks.evaluate(
@@ -309,6 +341,84 @@ class Attack:
             step_size=self.step_size,
             restarts=self.restarts,
         )
+
+# %% ../../nbs/4_study/02_experiments.ipynb #7e45e4a3
+@dataclass(frozen=True)
+class Quantisation(Evaluation):
+    """Accuracy, loss increase and relative error with rounded weights; see `quantisation.evaluate`."""
+
+    integer_bits: tuple[int, ...] = quantisation.INTEGER_BITS
+    float_bits: tuple[int, ...] = quantisation.FLOAT_BITS
+    test_images: int | None = None
+    measure: ClassVar[str] = "quantisation"
+
+    def __post_init__(self):
+        check_numbers(self)
+        quantisation.check_bits("integer_bits", self.integer_bits, 2)
+        quantisation.check_bits("float_bits", self.float_bits, 1)
+
+    @property
+    def passes(self):
+        return 1 + 2 * len(self.integer_bits) + len(self.float_bits)
+
+    def run(self, model, images):
+        images = evaluation.sample(images, self.test_images)
+        return quantisation.evaluate(model, images, integer_bits=self.integer_bits, float_bits=self.float_bits)
+
+
+@dataclass(frozen=True)
+class Calibration(Evaluation):
+    """Calibration error, Brier score and negative log-likelihood; see `calibration.evaluate`."""
+
+    test_images: int | None = None
+    measure: ClassVar[str] = "calibration"
+    passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        check_numbers(self)
+
+    def run(self, model, images):
+        return calibration.evaluate(model, evaluation.sample(images, self.test_images))
+
+# %% ../../nbs/4_study/02_experiments.ipynb #db974e0d
+@dataclass(frozen=True)
+class Curvature(Evaluation):
+    """The largest eigenvalue of the loss's Hessian, and the norm of the weights; see `curvature.evaluate`."""
+
+    iterations: int = 20
+    seed: int = 0
+    test_images: int | None = None
+    measure: ClassVar[str] = "curvature"
+
+    def __post_init__(self):
+        check_numbers(self, iterations=1, seed=0)
+
+    @property
+    def passes(self):
+        return 2 * 3 * self.iterations
+
+    def run(self, model, images):
+        images = evaluation.sample(images, self.test_images)
+        return curvature.evaluate(model, images, iterations=self.iterations, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class CorrectImages(Evaluation):
+    """Which images are classified correctly, undisturbed and under weight noise; see `correct_images.evaluate`."""
+
+    sigma: float = 0.3
+    seed: int = 0
+    test_images: int | None = None
+    measure: ClassVar[str] = "correct_images"
+    passes: ClassVar[int] = 2
+
+    def __post_init__(self):
+        check_numbers(self, seed=0)
+        weight_noise.check_sigmas((self.sigma,), 1)
+
+    def run(self, model, images):
+        images = evaluation.sample(images, self.test_images)
+        return correct_images.evaluate(model, images, sigma=self.sigma, seed=self.seed)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #5f17b5e7
 def check_measurable(experiment, measurement):
@@ -324,6 +434,17 @@ def check_measurable(experiment, measurement):
                 corruptions.check_severity(shape, name, severity)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #7a61b537
+def check_version(description):
+    """Raise ValueError if an `Experiment` or an `Evaluation` is of another version than the one that is declared, whose
+    code this is."""
+    now = versions.TRAINING if isinstance(description, Experiment) else versions.MEASURES[description.measure]
+    if description.version not in ("", now):
+        what = "networks" if isinstance(description, Experiment) else f"records of {description.measure}"
+        raise ValueError(
+            f"{what} of version {description.version} can be read where they are, and not made: this code is {now}"
+        )
+
+
 def build(experiment):
     """The network of `experiment`, all its layers without memory."""
     return models.build_model(
@@ -350,8 +471,9 @@ def prepare(experiment):
 def train(experiment, images, *, on_epoch=None, resume=None, keep=None):
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
 
-    Returns (model, `History`). on_epoch, resume, keep: see `training.fit`.
+    Returns (model, `History`). on_epoch, resume, keep: see `training.fit`. Raises ValueError for an earlier version.
     """
+    check_version(experiment)
     model, images = prepare(experiment).to(images.pixels.device), evaluation.sample(images, experiment.train_images)
     return model, training.fit(
         model, images, experiment.recipe, seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep
@@ -371,15 +493,16 @@ def prune(experiment, model):
 # %% ../../nbs/4_study/02_experiments.ipynb #c8556e21
 def experiment_identity(experiment):
     """Everything that shapes the weights, as plain data: settings, checksum of the data, version of training."""
-    return versions.identity("experiment", experiment, versions.TRAINING, data=data.checksum(experiment.dataset))
+    return versions.identity(
+        "experiment", experiment, experiment.version or versions.TRAINING, data=data.checksum(experiment.dataset)
+    )
 
 
 def evaluation_identity(evaluation):
     """Everything, beside the network and the data, that shapes the measurement, as plain data: settings and version of
     the measure."""
-    return versions.identity(
-        "evaluation", evaluation, versions.MEASURES[evaluation.measure], measure=evaluation.measure
-    )
+    version = evaluation.version or versions.MEASURES[evaluation.measure]
+    return versions.identity("evaluation", evaluation, version, measure=evaluation.measure)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #1e521a6e
 @cache

@@ -191,7 +191,7 @@ def control_grid(dataset, family, setting):
 def measurement_of(preset, measure, dataset, setting, root=None):
     """The evaluation of `measure` in a `Preset`, as it is made of networks for `dataset`, whose files are below `root`,
     with a `FamilySetting`."""
-    measurement = getattr(preset, measure)
+    measurement = dataclasses.replace(getattr(preset, measure), version=dict(preset.versions).get(measure, ""))
     if measure in MANY_PASSES:
         counts = [count for count in (measurement.test_images, setting.test_images) if count is not None]
         measurement = dataclasses.replace(
@@ -228,22 +228,22 @@ def budgets(dataset, family, setting, growth):
     ]
 
 # %% ../../nbs/4_study/04_figures.ipynb #c0de2311
-def recipe_on(setting, dataset):
-    """The `Recipe` of a `FamilySetting` for a dataset."""
-    return dataclasses.replace(setting.recipe, epochs=dict(setting.dataset_epochs).get(dataset, setting.recipe.epochs))
+def recipe_on(setting, dataset, growth="width"):
+    """The `Recipe` of a `FamilySetting` for a dataset, on a curve by `growth`."""
+    own = dict(setting.dataset_epochs) | (dict(setting.depth_epochs) if growth == "depth" else {})
+    return dataclasses.replace(setting.recipe, epochs=own.get(dataset, setting.recipe.epochs))
 
 
-def scheduled(setting, schedule):
-    """A `FamilySetting` as it holds for a schedule: for "magnitude" with its `pruned_widths`."""
-    return (
-        dataclasses.replace(setting, widths=setting.pruned_widths or setting.widths)
-        if schedule == "magnitude"
-        else setting
-    )
+def scheduled(setting, schedule, dataset=None):
+    """A `FamilySetting` as it holds for a schedule and a dataset: for "magnitude" with its `pruned_widths`."""
+    widths = dict(setting.dataset_widths).get(dataset, setting.widths)
+    if schedule == "magnitude" and setting.pruned_widths:
+        widths = setting.pruned_widths
+    return dataclasses.replace(setting, widths=widths)
 
 
-def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
-    """The points of one curve, or of the control, of a `Figure`, for one seed, as a list."""
+def curve(spec, growth, rule, dataset, family, setting, seed, measurement, version=""):
+    """The points of one curve, or of the control, of a `Figure`, for one seed, as a list. version: of training."""
     return [
         Point(
             growth,
@@ -255,11 +255,12 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement):
                 depth,
                 budget,
                 seed,
-                recipe_on(setting, dataset),
+                recipe_on(setting, dataset, growth),
                 rule,
                 spec.schedule,
                 train_images=sample_size(setting.train_images, dataset, "train"),
                 repeat=repeat,
+                version=version,
             ),
             measurement,
         )
@@ -278,6 +279,7 @@ def plan(figure, preset, *, root=None):
     """
     accept("figure", figure, FIGURES)
     spec, points, families = FIGURES[figure], [], shown_families(figure, preset)
+    version = dict(preset.versions).get("training", "")
     if not families:
         accepted = shown_families(figure, PRESETS[preset.name])
         raise ValueError(
@@ -286,17 +288,24 @@ def plan(figure, preset, *, root=None):
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family in families:
-                setting = scheduled(preset.families[family], spec.schedule)
+                setting = scheduled(preset.families[family], spec.schedule, dataset)
                 measurement = measurement_of(preset, spec.measure, dataset, setting, root)
                 for growth in spec.growths:
                     for rule in shown_rules(figure, preset):
-                        points += curve(spec, growth, rule, dataset, family, setting, seed, measurement)
+                        points += curve(spec, growth, rule, dataset, family, setting, seed, measurement, version)
     return tuple(points)
 
 
-def measurements(points):
-    """{experiment: its evaluations, each once, a tuple} of the points of one or several plans."""
+def measurements(points, preset=None, *, root=None):
+    """{experiment: its evaluations, each once, a tuple} of the points of one or several plans.
+
+    preset: where given, with what it measures beside the figures. root: as in `plan`.
+    """
     wanted = {}
     for point in points:
-        wanted.setdefault(point.experiment, {})[point.evaluation] = None
+        e = point.experiment
+        wanted.setdefault(e, {})[point.evaluation] = None
+        if preset and e.schedule == "static" and point.growth == "width":
+            setting = preset.families[e.family]
+            wanted[e] |= dict.fromkeys(measurement_of(preset, m, e.dataset, setting, root) for m in preset.beside)
     return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY_PASSES', 'HALVING_WIDTHS', 'MLP_DEPTHS', 'VGG_DEPTHS', 'RESNET_DEPTHS', 'MLP_CONTROL', 'CONV_CONTROL',
-           'BOTH_RULES', 'PRESETS', 'FamilySetting', 'Preset', 'shorter', 'chosen', 'narrow', 'sample_size']
+           'BOTH_RULES', 'FEWER_WIDTHS', 'EVERY_MEASURE', 'PRESETS', 'FamilySetting', 'Preset', 'shorter', 'chosen',
+           'narrow', 'sample_size']
 
 # %% ../../nbs/4_study/03_studies.ipynb #d4735e3a
 import dataclasses
@@ -15,10 +16,22 @@ from .. import data
 from ..networks import allocation, models
 from ..networks.training import RECIPES, Recipe
 from ..robustness import attacks
-from .experiments import Attack, ClassRecall, Corruption, WeightNoise, accept, counted_total
+from sparse_nb.study.experiments import (
+    Attack,
+    Calibration,
+    ClassRecall,
+    Clean,
+    CorrectImages,
+    Corruption,
+    Curvature,
+    Quantisation,
+    WeightNoise,
+    accept,
+)
+from .versions import FIRST
 
 # %% ../../nbs/4_study/03_studies.ipynb #7902699b
-MANY_PASSES = ("weight_noise", "corruption", "attack")  # measures that pass the test set through a network many times
+MANY_PASSES = ("weight_noise", "corruption", "attack", "quantisation", "curvature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +44,8 @@ class FamilySetting:
     width `depth_width`.
     train_images, test_images: random samples, None for all; the latter for measures of `MANY_PASSES`.
     control: base widths of the control's budgets, `base` first, falling; empty where the family is not in the control.
-    dataset_epochs: (dataset, most epochs) where they are not the recipe's.
+    dataset_epochs: (dataset, most epochs) where they are not the recipe's; depth_epochs: likewise by depth.
+    dataset_widths: (dataset, `widths`) where they are others.
     pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent
     as wide as itself.
     """
@@ -45,6 +59,8 @@ class FamilySetting:
     test_images: int | None = None
     control: tuple[int, ...] = ()
     dataset_epochs: tuple[tuple[str, int], ...] = ()
+    depth_epochs: tuple[tuple[str, int], ...] = ()
+    dataset_widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
     pruned_widths: tuple[int, ...] = ()
 
 
@@ -54,6 +70,8 @@ class Preset:
     FamilySetting}.
 
     only_rules: the rules that were asked for by name, which then hold for a figure with rules of its own as well.
+    beside: measures that are made of every network on a curve by width, though no figure shows them.
+    versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
     """
 
     name: str
@@ -63,12 +81,19 @@ class Preset:
     families: dict[str, FamilySetting]
     weight_noise: WeightNoise = WeightNoise()
     class_recall: ClassRecall = ClassRecall()
+    clean: Clean = Clean()
+    quantisation: Quantisation = Quantisation(test_images=2000)
+    calibration: Calibration = Calibration()
+    curvature: Curvature = Curvature(test_images=500)
+    correct_images: CorrectImages = CorrectImages()
     corruption: Corruption = Corruption(test_images=1000)
     attack: Attack = Attack(test_images=1000)
     attack_epsilons: Mapping[int, tuple[float, ...]] = field(
         default_factory=lambda: attacks.EPSILONS
     )  # by the images' channels
     only_rules: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
 
 # %% ../../nbs/4_study/03_studies.ipynb #2c624232
 HALVING_WIDTHS = (16, 23, 32, 45, 64, 91, 128, 181, 256)
@@ -77,6 +102,8 @@ VGG_DEPTHS = ((11, 1), (13, 1), (16, 1), (16, 2), (16, 4), (16, 6))
 RESNET_DEPTHS = ((18, 1), (34, 1), (50, 1), (50, 2), (50, 4))
 MLP_CONTROL, CONV_CONTROL = (128, 64, 32, 16), (16, 11, 8)
 BOTH_RULES = ("water_filling", "proportional")
+FEWER_WIDTHS = (2**7, 2**8, 2**9, 2**10, 2**11, 2**13, 2**15)
+EVERY_MEASURE = ("clean", "class_recall", "quantisation", "calibration", "curvature", "correct_images")
 
 
 def shorter(family, **changes):
@@ -90,6 +117,7 @@ PRESETS = {
         datasets=("digits",),
         rules=("water_filling",),
         seeds=2,
+        beside=EVERY_MEASURE,
         families={
             "mlp": FamilySetting(
                 base=32,
@@ -123,6 +151,7 @@ PRESETS = {
     ),
     "laptop": Preset(
         name="laptop",
+        versions=tuple(FIRST.items()),
         datasets=("mnist", "cifar10", "cifar100"),
         rules=BOTH_RULES,
         seeds=5,
@@ -157,11 +186,55 @@ PRESETS = {
             ),
         },
     ),
+    "laptop2": Preset(
+        name="laptop2",
+        datasets=("mnist", "cifar10", "cifar100"),
+        rules=BOTH_RULES,
+        seeds=5,
+        families={
+            "mlp": FamilySetting(
+                base=128,
+                widths=tuple(2**n for n in range(7, 16)),
+                dataset_widths=(("cifar10", FEWER_WIDTHS), ("cifar100", FEWER_WIDTHS)),
+                depth_width=512,
+                depths=MLP_DEPTHS,
+                recipe=RECIPES["mlp"],
+                control=MLP_CONTROL,
+                dataset_epochs=(("cifar10", 40), ("cifar100", 40)),
+                pruned_widths=tuple(2**n for n in range(7, 12)),
+            ),
+            "vgg": FamilySetting(
+                base=8,
+                widths=(8, 11, 16, 23, 32),
+                depth_width=8,
+                depths=VGG_DEPTHS,
+                recipe=shorter("vgg", epochs=15),
+                dataset_epochs=(("mnist", 3),),
+                depth_epochs=(("mnist", 12),),
+            ),
+            "resnet": FamilySetting(
+                base=8,
+                widths=(8, 11, 16, 23),
+                dataset_widths=(("cifar10", (8, 16, 23)), ("cifar100", (8, 16, 23))),
+                depth_width=8,
+                depths=RESNET_DEPTHS[:3],
+                recipe=shorter("resnet", epochs=12),
+                dataset_epochs=(("mnist", 3),),
+                depth_epochs=(("mnist", 12),),
+            ),
+        },
+        weight_noise=WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.5), draws=30, parts=True),
+        corruption=Corruption(draws=1, test_images=2000),
+        attack=Attack(test_images=500),
+        attack_epsilons={1: (0.0, 0.0125, 0.025, 0.05, 0.1), 3: (0.0, *(n / 255 for n in (0.5, 1, 2, 4)))},
+        beside=EVERY_MEASURE,
+    ),
     "paper": Preset(
         name="paper",
         datasets=("mnist", "cifar10", "cifar100"),
         rules=BOTH_RULES,
         seeds=5,
+        beside=EVERY_MEASURE,
         families={
             "mlp": FamilySetting(
                 base=128,
@@ -222,6 +295,8 @@ def narrow(preset, *, datasets=(), families=(), rules=(), seeds=None, epochs=Non
             recipe=recipe,
             widths=tuple(sorted({int(w) for w in widths})) or setting.widths,
             dataset_epochs=() if epochs else setting.dataset_epochs,
+            depth_epochs=() if epochs else setting.depth_epochs,
+            dataset_widths=() if widths else setting.dataset_widths,
             pruned_widths=() if widths else setting.pruned_widths,
         )
     only_rules = chosen("rule", rules, allocation.RULES, ())

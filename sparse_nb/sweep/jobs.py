@@ -37,7 +37,15 @@ from sparse_nb.runs.store import (
     save_run,
 )
 from ..study import versions
-from ..study.experiments import Experiment, check_measurable, dense_parent, prune, train
+from sparse_nb.study.experiments import (
+    Experiment,
+    check_measurable,
+    check_version,
+    dense_parent,
+    is_portable,
+    prune,
+    train,
+)
 from .costs import job_work
 from .engines import logged
 
@@ -160,6 +168,12 @@ class NoTimeLeft(Exception):
     """The sweep's time is over; the training state is kept."""
 
 
+def _of_state(experiment, where):
+    """The part of an `environment` on which a training state depends: one of an MLP goes on on any processor."""
+    portable = is_portable(experiment) and where["device"] == "cpu"
+    return {name: where[name] for name in ("device", "torch", "numba")} if portable else where
+
+
 def train_on(experiment, store, images, device, *, report, deadline, keep_every):
     """Train an `Experiment` from its last state to its end, keeping states.
 
@@ -167,13 +181,14 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
     and went another way.
     """
     where, kept = environment(device), time.monotonic()
+    kind = _of_state(experiment, where)
     before = load_history(store, experiment).epochs if store.has_run(experiment) else ()
 
     def keep(state):
         nonlocal kept
         late = deadline is not None and time.time() > deadline
         if late or time.monotonic() - kept > keep_every:
-            save_state(store, experiment, state, where)
+            save_state(store, experiment, state, kind)
             kept = time.monotonic()
         if late:
             raise NoTimeLeft
@@ -185,14 +200,15 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
                 raise other_weights(store.folder(experiment), found, where)
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
-    return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, where), keep=keep)
+    return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, kind), keep=keep)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #b17ef6d1
 def _check_same_kind(store, experiment, device):
     """Raise ValueError if a finished run was made on another kind of device or processor, so that making it again here
     cannot give its bits."""
     made, here = read_about(store.folder(experiment))["environment"], environment(device)
-    if any(made.get(key, here[key]) != here[key] for key in ("device", "cpu")):
+    decide = ("device",) if is_portable(experiment) else ("device", "cpu")
+    if any(made.get(key, here[key]) != here[key] for key in decide):
         raise other_weights(store.folder(experiment), "as is known before it begins", here)
 
 
@@ -226,6 +242,7 @@ def measure(job, store, load, device, report):
     model = load_run(store, e, device)
     missing = [evaluation for evaluation in job.evaluations if not store.has_records(e, evaluation)]
     for number, evaluation in enumerate(missing):
+        check_version(evaluation)
         report(number / len(missing), f"measuring {evaluation.measure}")
         try:
             save_records(store, e, evaluation, evaluation.run(model, load(e.dataset, "test")))
@@ -244,7 +261,8 @@ def words(experiment):
 
 def _threads_of(store, experiment, device):
     """The threads that a finished run was made with on a CPU, if its network must be made again; else None."""
-    if device.type != "cpu" or not store.has_run(experiment) or store.has_checkpoint(experiment):
+    there = store.has_checkpoint(experiment) or not store.has_run(experiment)
+    if device.type != "cpu" or there or is_portable(experiment):
         return None
     return read_about(store.folder(experiment))["environment"].get("threads")
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..runs.attempts import read_progress, save_failure
 from ..runs.store import run_status
 from ..study import versions
-from ..study.experiments import accept, dense_parent
+from ..study.experiments import accept, check_version, dense_parent
 from .costs import Rates, job_work, measured_rates, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
@@ -300,6 +300,9 @@ def run(
     board = Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:
         return summarise(experiments, board, store)
+    for job in board.waiting:
+        for description in ((job.experiment,) if job.train else ()) + job.evaluations:
+            check_version(description)
     remote = engine == "dask" or workers is not None
     check_code(remote)
     for dataset in dict.fromkeys(job.experiment.dataset for job in board.waiting):

@@ -16,7 +16,18 @@ from sparse_nb import data
 from sparse_nb.networks import models, sparse_layers
 from sparse_nb.networks.training import Recipe
 from sparse_nb.study import experiments
-from sparse_nb.study.experiments import Attack, ClassRecall, Clean, Corruption, Experiment, WeightNoise
+from sparse_nb.study.experiments import (
+    Attack,
+    Calibration,
+    ClassRecall,
+    Clean,
+    CorrectImages,
+    Corruption,
+    Curvature,
+    Experiment,
+    Quantisation,
+    WeightNoise,
+)
 from sparse_nb.study.versions import canonical
 from sparse_nb.sweep import jobs
 
@@ -27,6 +38,14 @@ TOLERANCE = 1e-5  # of losses, on a machine whose bits are not listed
 def machine():
     """What decides bits: the release of PyTorch and the processor's instructions."""
     return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+EVERY_MACHINE = "x86-64"  # on which an MLP's bits are the same
+
+
+def kind_for(name):
+    """What decides the bits of a case: `machine`, or nothing for an MLP."""
+    return EVERY_MACHINE if name.startswith("mlp") or ", mlp, " in name else machine()
 
 
 def _experiment(family, width, depth, budget, rule="water_filling", schedule="static", images=160, epochs=2, **more):
@@ -67,8 +86,13 @@ TRAININGS = {
 MEASUREMENTS = {
     "clean": Clean(),
     "weight noise": WeightNoise(sigmas=(0.0, 0.2), draws=2),
+    "weight noise in parts": WeightNoise(sigmas=(0.0, 0.3), draws=3, parts=True),
     "weight noise on all parameters": WeightNoise(sigmas=(0.3,), draws=1, scope="all"),
     "class recall": ClassRecall(),
+    "quantisation": Quantisation(integer_bits=(4,), float_bits=(2,)),
+    "calibration": Calibration(),
+    "curvature": Curvature(iterations=3),
+    "correct images": CorrectImages(),
     "corruption": Corruption(draws=1, source="generated"),
     "attack": Attack(attacks=("fgsm", "ffgsm", "bim", "pgd", "apgd", "longer_pgd"), epsilons=(0, 0.02), steps=3),
 }
@@ -176,17 +200,18 @@ def listed():
 
 
 def compare(name, found, golden):
-    """What differs between a computed case and the golden one, in words; None if nothing does. Bits count on a machine
-    that is listed, losses elsewhere."""
+    """What differs between a computed case and the golden one, in words; None if nothing does.
+
+    Bits count for an MLP and on a machine that is listed, losses elsewhere.
+    """
     if name not in golden:
         return f"{name} is not among the golden cases"
     wanted = golden[name]
-    if machine() in wanted["bits"]:
-        return (
-            None
-            if found["bits"] == wanted["bits"][machine()]
-            else f"{name}: bits {found['bits']}, golden {wanted['bits'][machine()]} ({machine()})"
-        )
+    kind = kind_for(name)
+    if kind in wanted["bits"]:
+        golden_bits = wanted["bits"][kind]
+        same = found["bits"] == golden_bits
+        return None if same else f"{name}: bits {found['bits']}, golden {golden_bits} ({kind})"
     apart = [abs(a - b) / max(1, abs(b)) for a, b in zip(found["losses"], wanted["losses"], strict=True)]
     return (
         None

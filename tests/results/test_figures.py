@@ -550,8 +550,8 @@ def test_in_jupyterlab_everything_lands_in_the_projects_folder(drawn, tmp_path):
         (["--device", "tpu"], ["auto", "cpu", "cuda"]),
         (["--famlies", "mlp"], ["--families"]),
         (["--seeds", "two"], ["--seeds"]),
-        (["--seeds", "0"], ["at least 1"]),
-        (["--epochs", "-1"], ["at least 1"]),
+        (["--seeds", "0"], ["1 to 10,000"]),
+        (["--epochs", "-1"], ["1 to 1,000,000"]),
         (["--families", "mlp", "--widths", "0"], ["at least 1"]),
         (["--families", "mlp", "--widths", "8"], ["budget"]),  # narrower than the base: it cannot hold the budget
         (["--notebooks", "nowhere"], ["--notebooks"]),
@@ -807,6 +807,7 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
 
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):
+    Store(tmp_path / "runs")
     with pytest.raises(SystemExit):
         main(["claims", "--preset", "smoke", "--runs", str(tmp_path / "runs"), "--notebooks", str(ROOT / "figures")])
     assert "no claim can be judged by what is in" in capfd.readouterr().err

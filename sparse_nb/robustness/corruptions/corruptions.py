@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ...data import IMAGE_SHAPES, ImageSet, data_root
+from ..calibration import calibration
 from . import cifar_c, mnist_c
 from .archives import available, load_official
 from .filters import CorruptionKind, apply
@@ -241,14 +242,14 @@ def evaluate(
     source: str = "auto",
     root: Path | str | None = None,
 ) -> list[Record]:
-    """Accuracy and loss of `model` on an `ImageSet` under corruptions.
+    """Accuracy, loss and calibration of `model` on an `ImageSet` under corruptions.
 
     names: None for the complete benchmark. severities: None for the paper's (see `default_severities`). draws: of each
     random corruption.
     source: see `source_of`; images of another split than "test" are generated. root: see `corrupt`.
-    Returns `Record`s "accuracy" in [0, 1] and "loss" in nats: first without corruption (name "", strength 0), then per
-    (name, severity, draw), each with its source. Raises ValueError and FileNotFoundError as `corrupt` does, before
-    anything is measured.
+    Returns `Record`s "accuracy" in [0, 1], "loss" in nats, "calibration_error" and "brier_score": first without
+    corruption (name "", strength 0), then per (name, severity, draw), each with its source.
+    Raises ValueError and FileNotFoundError as `corrupt` does, before anything is measured.
     """
     _refuse_empty(images)
     draws, seed, root = _whole_number("draws", draws, 1), _whole_number("seed", seed), _folder_of(images, root)
@@ -263,10 +264,10 @@ def evaluate(
             make = partial(_corrupted_pixels, images, name, severity, seed=seed, draw=draw, source=kind, root=root)
             key = (*which, name, severity, seed, draw, origin)
             seen = replace(images, pixels=_MEMORY.get(key, make) if remembered else make())
-        for quantity, value in zip(
-            ("accuracy", "loss"), accuracy_and_loss(logits(model, seen), seen.labels), strict=True
-        ):
-            records.append(Record("corruption", quantity, value, name, severity, draw, origin))
+        outputs = logits(model, seen)
+        numbers = dict(zip(("accuracy", "loss"), accuracy_and_loss(outputs, seen.labels), strict=True))
+        numbers |= calibration(outputs, seen.labels)
+        records += [Record("corruption", q, value, name, severity, draw, origin) for q, value in numbers.items()]
     return records
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #ba9b17df
