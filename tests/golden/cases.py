@@ -179,16 +179,16 @@ _CASES = (
 )
 
 
-def compute(name):
+def compute(name, threads=1):
     """What a case comes to here: {"version": "training" or a measure, "losses": list of float, "bits": 16 hexadecimal
-    digits}."""
+    digits}. threads: of PyTorch."""
     function, *arguments = _CASES[name]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         return function(*arguments)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 NAMES = tuple(_CASES)

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import cases
 from sparse_nb import data
 from sparse_nb.networks import sparse_layers
 from sparse_nb.networks.cross_entropy import cross_entropy
 from sparse_nb.networks.dense_kernels import linear
 from sparse_nb.networks.masks import initialise, random_positions
 from sparse_nb.networks.models import build_model
-from sparse_nb.networks.walks import walked_linear, walked_pair
-from sparse_nb.randomness import generator
+from sparse_nb.networks.training import Recipe, fit
 
 BITS = Path(__file__).with_name("portable.json")
 BUDGET = 101_632  # the weights of an MLP with 128 hidden units
@@ -69,28 +69,10 @@ def network(width, rule, depth=1, seed=0, shape=(1, 28, 28), budget=BUDGET):
     return made
 
 
-def outputs(model, x):
-    """What a sparse or dense MLP makes of images, by portable kernels only."""
-    modules = list(model)
-    while modules:
-        first, _, second = (modules + [None, None])[:3]
-        if isinstance(first, sparse_layers.SparseLinear) and isinstance(second, nn.Linear):
-            x, modules = walked_pair(x, *sparse_layers.walk_inputs(first, second)), modules[3:]
-        elif isinstance(first, sparse_layers.SparseLinear):
-            structure, biases = first.structure(), sparse_layers.executed_biases(first)
-            x = walked_linear(x, first.weight[structure.index], biases, structure.starts, structure.columns)
-            modules = modules[1:]
-        elif isinstance(first, nn.Linear):
-            x, modules = linear(x, first.weight, first.bias), modules[1:]
-        else:
-            x, modules = first(x), modules[1:]
-    return x
-
-
 def walked(width, rule, of_images, depth=1):
     model, images = network(width, rule, depth), fractions(200, 1, 28, 28).abs()
     images = images.detach().requires_grad_(of_images)
-    return with_gradients(outputs(model, images), *model.parameters(), *([images] if of_images else []))
+    return with_gradients(model(images), *model.parameters(), *([images] if of_images else []))
 
 
 def updates(**how):
@@ -104,18 +86,18 @@ def updates(**how):
     return bits(*tensors)
 
 
-def training(dataset, images, epochs, width, rule, depth=1, weight_decay=0.0):
-    """The bits of a network's weights and of its last loss after a short training."""
+def trained(dataset, images, epochs, width, rule, depth=1, weight_decay=0.0):
+    """The bits of a network and of its losses after a short training."""
     model, train = network(width, rule, depth), data.load_images(dataset, "train")
-    train = train.take(torch.arange(min(images, len(train.labels))))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=weight_decay, fused=True)
-    for epoch in range(epochs):
-        for batch in torch.randperm(len(train.labels), generator=generator(0, "batches", epoch)).split(128):
-            loss = cross_entropy(outputs(model, data.as_float(train.pixels[batch])), train.labels[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    return bits(loss, *model.state_dict().values())
+    recipe = Recipe(epochs=epochs, learning_rate=0.05, weight_decay=weight_decay)
+    history = fit(model, train.take(torch.arange(min(images, len(train.labels)))), recipe, seed=0)
+    losses = torch.tensor([epoch.loss for epoch in history.epochs], dtype=torch.float64)
+    return bits(losses, *model.state_dict().values())
+
+
+def golden(name):
+    """A case of `cases.py`: a training as a sweep makes it, or a measure's records."""
+    return cases.compute(name, torch.get_num_threads())["bits"]
 
 
 NETWORKS = {
@@ -127,6 +109,7 @@ NETWORKS = {
     "three layers of 600, proportional": (600, "proportional", 3),
 }
 CASES = {
+    **{name: (golden, name) for name in cases.NAMES if cases.kind_for(name) == cases.EVERY_MACHINE},
     **{f"loss, {reduction}": (loss_and_gradient, reduction) for reduction in ("mean", "sum", "none")},
     **{f"dense layer {sizes}": (dense_layer, *sizes) for sizes in ((128, 784, 128), (45, 1021, 77), (1, 300, 10))},
     **{
@@ -136,10 +119,16 @@ CASES = {
         if name != "dense 128"
     },
     "SGD": (updates,),
-    **{f"digits, {name}": (training, "digits", 1500, 3, *settings) for name, settings in NETWORKS.items()},
-    "digits, weight decay": (training, "digits", 1500, 3, 512, "water_filling", 1, 1e-3),
-    **{f"mnist, {name}": (training, "mnist", 12_000, 2, *settings) for name, settings in NETWORKS.items()},
+    **{f"digits, {name}": (trained, "digits", 1500, 3, *settings) for name, settings in NETWORKS.items()},
+    "digits, weight decay": (trained, "digits", 1500, 3, 512, "water_filling", 1, 1e-3),
+    **{f"mnist, {name}": (trained, "mnist", 12_000, 2, *settings) for name, settings in NETWORKS.items()},
 }
+
+
+def listed():
+    """{case: its bits} as they should be everywhere."""
+    golden = {name: case["bits"][cases.EVERY_MACHINE] for name, case in cases.listed().items() if name in CASES}
+    return golden | json.loads(BITS.read_text(encoding="utf-8"))
 
 
 def compute(datasets=()):
