@@ -12,8 +12,10 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ..claims.verdicts import claims_table, judge_store
@@ -29,7 +31,8 @@ from ..study.figures import FIGURES, measurements, plan, shown_families
 from ..study.studies import Preset, narrow
 from ..sweep import sweep
 from ..sweep.costs import measured_rates, seconds_for
-from ..sweep.jobs import missing_jobs, resolve_device, words
+from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
+from ..sweep.remake import remake_some
 
 # %% ../../nbs/cli/02_commands.ipynb #9f900ffb
 _NARROWING = ("datasets", "families", "rules", "seeds", "epochs", "widths")
@@ -215,7 +218,9 @@ def _run_bar(folder):
 
 
 def verify_command(command: options.Verify) -> None:
-    """Check every file of a store. Raises RuntimeError if anything is damaged."""
+    """Check every file of a store, and make some networks again. Raises RuntimeError if anything is wrong."""
+    if command.remake < 0:
+        raise ValueError(f"remake is {command.remake}; accepted: a number of networks")
     store = Store(command.runs, write=False)
     with _run_bar(store.root) as bar:
         found = verify.verify(store, on_file=lambda folder: bar.update())
@@ -225,6 +230,22 @@ def verify_command(command: options.Verify) -> None:
     print(f"{_counted(found.runs, 'run')}{bare}, {files} checked")
     if found.problems:
         raise RuntimeError(f"{_counted(len(found.problems), 'problem')} in {store.root}, named above")
+    if command.remake:
+        _remake(store, command)
+
+
+def _remake(store, command):
+    """Make networks again. Raises RuntimeError if one has other weights."""
+
+    def load(dataset, split):
+        return images_of(dataset, split, command.data, torch.device("cpu"))
+
+    report = partial(print, flush=True)
+    results = remake_some(store, command.remake, load, seed=command.seed, report=report)
+    same = sum(result.same for result in results)
+    print(f"{same} of {_counted(len(results), 'network')} made again to the last bit")
+    if same < len(results):
+        raise RuntimeError(f"{_counted(len(results) - same, 'network')} came out with other weights, named above")
 
 
 def clean_command(command: options.CleanUp) -> None:

@@ -19,7 +19,7 @@ class Study:
     """The options that say how much of a preset is meant, and where it is."""
 
     preset: str = "smoke"
-    """smoke (minutes, no download), laptop or paper."""
+    """smoke (minutes, no download), laptop2 or paper; laptop is the first edition, to be drawn only."""
     datasets: tuple[str, ...] = ()
     """Only these: digits, mnist, cifar10, cifar100."""
     families: tuple[str, ...] = ()
@@ -152,6 +152,13 @@ class Failures(OfStore):
 @dataclass(frozen=True)
 class Verify(OfStore):
     """Check every file against the checksum that was written with it."""
+
+    remake: int = 0
+    """Train so many random networks again, and compare their weights to the last bit."""
+    seed: int = 0
+    """Which networks are chosen."""
+    data: Path | None = None
+    """Folder of the datasets."""
 
 
 @dataclass(frozen=True)

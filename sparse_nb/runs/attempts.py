@@ -207,7 +207,7 @@ def save_failure(store: "Store", experiment: "Experiment", words: str, reason: s
         "tries": tries,
         "when": time.strftime("%Y-%m-%d %H:%M:%S"),
         "log": said,
-        "experiment": dataclasses.asdict(experiment),
+        "experiment": {name: value for name, value in dataclasses.asdict(experiment).items() if name != "version"},
         "density": experiment.density,
     }
     attempt_folder(store, experiment).mkdir(parents=True, exist_ok=True)  # it may have failed before it began

@@ -117,7 +117,6 @@ PRESETS = {
         datasets=("digits",),
         rules=("water_filling",),
         seeds=2,
-        beside=EVERY_MEASURE,
         families={
             "mlp": FamilySetting(
                 base=32,
@@ -226,7 +225,7 @@ PRESETS = {
         weight_noise=WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.5), draws=30, parts=True),
         corruption=Corruption(draws=1, test_images=2000),
         attack=Attack(test_images=500),
-        attack_epsilons={1: (0.0, 0.0125, 0.025, 0.05, 0.1), 3: (0.0, *(n / 255 for n in (0.5, 1, 2, 4)))},
+        attack_epsilons={1: (0.0, 0.0125, 0.025, 0.05, 0.1), 3: (0.0, *(n / 255 for n in (0.5, 1, 2, 4, 8)))},
         beside=EVERY_MEASURE,
     ),
     "paper": Preset(

@@ -270,7 +270,7 @@ def test_a_store_of_mixed_code_is_not_drawn(drawn, tmp_path):
     """A measurement by other code, under the name of this one's, as only a hand can put it there."""
     shutil.copytree(drawn / "runs", tmp_path / "runs")
     changed = sorted(tmp_path.glob("runs/*/evaluations/*"))[-1]
-    changed.write_text(re.sub('"code":"[0-9a-f]{16}"', '"code":"0123456789abcdef"', changed.read_text(), count=1))
+    changed.write_text(re.sub('"code":"[^"]+"', '"code":"1"', changed.read_text(), count=1))
     store, preset = Store(tmp_path / "runs"), narrow("smoke", families="mlp", epochs=2, widths="32 128")
     with pytest.raises(ValueError, match=re.escape(str(changed))):
         provenance.of_points(preset, plan("fig01", preset), store)

@@ -308,7 +308,7 @@ def test_results_of_code_in_work_are_not_published(trained, tmp_path):
 
 def test_runs_of_earlier_code_go_when_the_store_lacks_them_and_that_is_said(trained, published, tmp_path):
     other, told = Store(shutil.copytree(trained.root, tmp_path / "other")), []
-    about = json.loads((other.folder(ONE) / "experiment.json").read_bytes()) | {"code": "0" * 16}
+    about = json.loads((other.folder(ONE) / "experiment.json").read_bytes()) | {"code": "1"}
     old = other.root / name_of("experiment", about)
     other.folder(ONE).rename(old)
     shutil.rmtree(old / "evaluations")
