@@ -235,6 +235,7 @@ _RESULT_MORE = {
     "counted": _or_none(_whole(1)),
     "density": _or_none(_number(0, 1)),
     "effective_density": _or_none(_number(0, 1)),
+    "distance": _or_none(_number(0)),
 }
 _ENVIRONMENT_MORE = {
     "threads": _or_none(_whole(1)),
