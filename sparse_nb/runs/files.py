@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'write_whole', 'sync_folder', 'sha256', 'commit_folder', 'is_name', 'run_folders', 'record_files',
            'read_bytes', 'read_verified', 'load_json', 'read_manifest', 'read_about', 'read_history', 'check_failure',
-           'check_network', 'records_text', 'kind_of', 'read_records', 'parse_records']
+           'check_network', 'records_text', 'kind_of', 'check_records', 'read_records', 'parse_records']
 
 # %% ../../nbs/5_runs/01_files.ipynb #9def4952
 import hashlib
@@ -333,6 +333,7 @@ def records_text(run: str, identity: Mapping, records: Sequence) -> bytes:
 # %% ../../nbs/5_runs/01_files.ipynb #427ed36d
 _RECORD = {"measure": _TEXT, "quantity": _TEXT, "name": _TEXT}
 _RECORD |= {"strength": _number(0), "draw": _whole(0), "value": _number()}
+_SOURCE = _Kind(_TEXT.words, lambda value: isinstance(value, str) and len(value) <= 20_000 and value.isprintable())
 _SHARES = {"accuracy", "recall", "lowest_recall"}  # quantities that are a share of the images
 
 
@@ -341,11 +342,11 @@ def kind_of(record: Mapping) -> tuple:
     return (*(record[name] for name in ("measure", "quantity", "name", "strength", "draw")), record.get("source", ""))
 
 
-def _check_records(records):
+def check_records(records):
     """Raise ValueError naming what is wrong, unless `records` have the fields of records, each of another kind."""
     for number, record in enumerate(records, 1):
         try:
-            _check_fields(record, _RECORD, {"source": _TEXT})
+            _check_fields(record, _RECORD, {"source": _SOURCE})
             if record["quantity"] in _SHARES and not 0 <= record["value"] <= 1:
                 raise ValueError(f"{record['quantity']} is {record['value']}; accepted: 0 to 1")
             if unknown := record.keys() - {*_RECORD, "source"}:
@@ -383,7 +384,7 @@ def read_records(path: Path) -> tuple[dict, list[dict]]:
         raise ValueError(f"{path} was altered ({_words(error)}); {remedy}") from error
     try:
         _check_fields(header, {"measure": _TEXT, "code": _TEXT})
-        _check_records(records)
+        check_records(records)
     except ValueError as error:
         raise ValueError(f"{path} holds what no measurement gives ({error}); {remedy}") from error
     return header, records

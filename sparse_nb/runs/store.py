@@ -25,6 +25,7 @@ from ..networks.sparse_layers import pattern, sparse_network
 from ..networks.training import Epoch, History, Recipe
 from ..robustness.evaluation import Record
 from sparse_nb.runs.files import (
+    check_records,
     commit_folder,
     is_name,
     read_about,
@@ -279,12 +280,13 @@ def restore_checkpoint(store: Store, experiment: Experiment, model: nn.Module, h
 def save_records(store: Store, experiment: Experiment, evaluation, records: Sequence[Record]) -> None:
     """Keep the `Record`s of a finished run's measurement; records that are there already stay.
 
-    Raises FileNotFoundError if the run is not finished.
+    Raises FileNotFoundError if the run is not finished, ValueError for records that no measurement gives.
     """
     check_writable(store)
     run = store.folder(experiment).name
     if not store.has_run(experiment):
         raise FileNotFoundError(f"there is no finished run {run} in {store.root.absolute()} to keep records for")
     if not store.has_records(experiment, evaluation):
+        check_records([dataclasses.asdict(record) for record in records])  # what could not be read is not written
         content = records_text(run, evaluation_identity(evaluation), records)
         write_whole(store.records_path(experiment, evaluation), content)
