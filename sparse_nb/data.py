@@ -167,12 +167,15 @@ def data_root(root: str | Path | None = None) -> Path:
     """The folder of the official sets: `root`, else SPARSE_NB_DATA of the environment, else sparse-nb in the user's
     cache.
 
-    The cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is created.
+    The cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is created. Raises ValueError for a user without a home.
     """
     if root is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         root = os.environ.get("SPARSE_NB_DATA") or Path(cache) / "sparse-nb"
-    return Path(root).expanduser()
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{root} lies in a home folder, and this user has none; set SPARSE_NB_DATA") from None
 
 # %% ../nbs/1_data/02_data.ipynb #7a61b537
 DATASETS = ("digits", "mnist", "cifar10", "cifar100")

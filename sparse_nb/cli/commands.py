@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['narrowed', 'notebook_parameters', 'sweep_command', 'figures_command', 'status_command', 'failures_command',
-           'verify_command', 'clean_command', 'merge_command', 'export_command', 'claims_command', 'trace_command',
-           'explore_command', 'carry_out']
+           'verify_command', 'clean_command', 'merge_command', 'export_command', 'claims_command', 'zoo_command',
+           'trace_command', 'explore_command', 'carry_out']
 
 # %% ../../nbs/cli/02_commands.ipynb #1be1f535
 import sys
@@ -23,7 +23,7 @@ from . import options
 from ..results import provenance
 from ..results.rendering import check_drawing, draw_figures, notebook_of
 from ..results.tables import finished
-from ..runs import exchange, verify
+from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, dense_parent, experiment_hash
@@ -317,6 +317,14 @@ def claims_command(command: options.Claims) -> None:
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
     _render(command, ("claims",))
 
+# %% ../../nbs/cli/02_commands.ipynb #93725919
+def zoo_command(command: options.Zoo) -> None:
+    """Print the networks of the zoo. Raises FileNotFoundError if the folder is not there."""
+    if not command.folder.is_dir():
+        raise FileNotFoundError(f"there are no networks in {command.folder}: the folder is not there")
+    networks = zoo.list_networks(command.folder)
+    print(networks.to_string(index=False) if len(networks) else f"there is no network in {command.folder} yet")
+
 # %% ../../nbs/cli/02_commands.ipynb #d585d63f
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
@@ -358,9 +366,10 @@ _COMMANDS: dict = {
     options.Merge: merge_command,
     options.Claims: claims_command,
     options.Trace: trace_command,
+    options.Zoo: zoo_command,
 }
 
 
-def carry_out(command: options.Study | options.OfStore) -> None:
+def carry_out(command: options.Study | options.OfStore | options.Zoo) -> None:
     """Do what a command's options ask for."""
     _COMMANDS[type(command)](command)

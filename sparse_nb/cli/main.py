@@ -29,6 +29,7 @@ _OPTIONS: dict = {
     "merge": options.Merge,
     "claims": options.Claims,
     "trace": options.Trace,
+    "zoo": options.Zoo,
 }
 
 
@@ -38,10 +39,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
             stream.reconfigure(errors="replace")
     description = "Understanding the effect of sparsity on neural networks robustness: the paper, run."
-    command = tyro.extras.subcommand_cli_from_dict(_OPTIONS, args=args, prog="sparse-nb", description=description)
-    from sparse_nb.cli import commands  # takes seconds, which --help and a misspelt option need not wait for
-
     try:
+        command = tyro.extras.subcommand_cli_from_dict(_OPTIONS, args=args, prog="sparse-nb", description=description)
+        from sparse_nb.cli import commands  # takes seconds, which --help and a misspelt option need not wait for
+
         commands.carry_out(command)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Study', 'OfFigures', 'Work', 'Sweep', 'Figures', 'Status', 'Export', 'Claims', 'Explore', 'OfStore', 'Failures',
-           'Verify', 'CleanUp', 'Merge', 'Trace']
+           'Verify', 'Zoo', 'CleanUp', 'Merge', 'Trace']
 
 # %% ../../nbs/cli/01_options.ipynb #1ed92463
 from dataclasses import dataclass
@@ -159,6 +159,14 @@ class Verify(OfStore):
     """Which networks are chosen."""
     data: Path | None = None
     """Folder of the datasets."""
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """List the trained networks that are published to be loaded, with `sparse_nb.runs.zoo.load`."""
+
+    folder: Path = Path("results/zoo")
+    """Where they lie."""
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+
+from .lanes import cached_njit
 
 # %% ../../nbs/2_networks/05_kernels.ipynb #1a1f4a65
 def to_dense(values: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -111,10 +112,7 @@ _HOW = dict(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "n
 
 def _compiled(function, **more):
     """`function` compiled by numba when it is first called; kept on disk if numba finds a folder for it."""
-    try:
-        return numba.njit(cache=True, **_HOW, **more)(function)
-    except RuntimeError:  # "no locator available": no folder can be written to
-        return numba.njit(**_HOW, **more)(function)
+    return cached_njit(function, **_HOW, **more)
 
 
 @_compiled

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from ..runs.attempts import read_progress, save_failure
+from ..runs.attempts import holder, read_progress, save_failure
 from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, check_version, dense_parent
@@ -166,9 +166,12 @@ def carry_out(board, engine, submit, store, progress, in_time=lambda job: True):
         finished, _ = wait(futures, timeout=POLL, return_when=FIRST_COMPLETED) if futures else ((), ())
         for future in finished:
             settle(board, store, futures.pop(future), future)
+        told = {job: read_progress(store, job.experiment) for job in board.running}
         if not finished and not futures and board.waiting:
             time.sleep(POLL)  # all that is left is in other hands
-        progress.show({job: read_progress(store, job.experiment) for job in board.running})
+            holders = {job: holder(store, job.experiment) for job in board.waiting}
+            told = {job: (0.0, f"waiting for {other}") for job, other in holders.items() if other}
+        progress.show(told)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #b17ef6d1
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import poisson
 
+from ...networks.lanes import cached_njit
 from ...randomness import generator
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #7902699b
@@ -129,7 +129,7 @@ def apply(
     return corrupted
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #aa07dd52
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+compiled = partial(cached_njit, nogil=True, error_model="numpy")
 
 # %% ../../../nbs/3_robustness/corruptions/02_filters.ipynb #c2356069
 def border(size: int, radius: int, mode: str) -> torch.Tensor:
