@@ -32,7 +32,7 @@ from .. import __version__
 from .axes import WORDS
 from .captions import smaller_than_paper
 from ..runs.exchange import published_folders
-from ..runs.files import read_about
+from ..runs.files import check_seal, read_about
 from ..runs.store import run_status
 from ..study.experiments import dense_parent, evaluation_hash, experiment_hash
 from ..study.versions import digest, name_of, versions_now
@@ -47,6 +47,7 @@ def _read_header(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
+        check_seal(header)
         found = header["experiment"], name_of("evaluation", header)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); delete it to measure again") from error

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_FILES', 'write_whole', 'sync_folder', 'sha256', 'commit_folder', 'is_name', 'run_folders', 'record_files',
            'read_bytes', 'read_verified', 'load_json', 'read_manifest', 'read_about', 'read_history', 'check_failure',
-           'check_network', 'records_text', 'kind_of', 'check_records', 'read_records', 'parse_records']
+           'check_network', 'records_text', 'check_seal', 'kind_of', 'check_records', 'read_records', 'parse_records']
 
 # %% ../../nbs/5_runs/01_files.ipynb #9def4952
 import hashlib
@@ -328,7 +328,18 @@ def records_text(run: str, identity: Mapping, records: Sequence) -> bytes:
     """
     body = "".join(canonical(record) + "\n" for record in records)
     header = {"experiment": run, **identity, "records": len(records), "sha256": sha256(body.encode())}
-    return (canonical(header) + "\n" + body).encode()
+    return (canonical(header | {"sealed": _seal(header)}) + "\n" + body).encode()
+
+
+def _seal(header: Mapping) -> str:
+    """A SHA-256 of a record file's header: the name of a measurement does not cover settings that it leaves out."""
+    return sha256(canonical({key: value for key, value in header.items() if key != "sealed"}).encode())
+
+
+def check_seal(header: Mapping) -> None:
+    """Raise ValueError if a header that leaves settings out of its name is not the one that was written."""
+    if "unnamed" in header and header.get("sealed") != _seal(header):
+        raise ValueError("its header is not the one that was written")
 
 # %% ../../nbs/5_runs/01_files.ipynb #427ed36d
 _RECORD = {"measure": _TEXT, "quantity": _TEXT, "name": _TEXT}
@@ -362,6 +373,7 @@ def _split_records(path):
     header, _, body = read_bytes(path).partition(b"\n")
     header = load_json(header)
     _check_plain("its first line", header)
+    check_seal(header)
     names = sha256(body), name_of("evaluation", header), header["experiment"]
     if names != (header["sha256"], path.stem, path.parent.parent.name):
         raise ValueError("its content does not match its header or its name")

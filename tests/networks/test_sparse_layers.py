@@ -5,7 +5,7 @@ import torch
 
 import bench
 from sparse_nb import data
-from sparse_nb.networks import kernels, masks, training
+from sparse_nb.networks import kernels, masks, training, walks
 from sparse_nb.networks.models import build_model, counted_weights
 from sparse_nb.networks.sparse_layers import SparseConv2d, SparseLinear, dense_network
 from sparse_nb.networks.training import Recipe
@@ -66,13 +66,16 @@ def test_a_sweep_executes_sparsely_and_records_what_dense_execution_gives(name, 
 
 def test_the_walks_are_what_a_sweep_runs_on(tmp_path, monkeypatch):
     calls = []
-    for walk in ("_walk_forward", "_walk_backward", "_walk_convolution", "_walk_convolution_back"):
-        original = getattr(kernels, walk)
-        monkeypatch.setattr(
-            kernels, walk, lambda *args, walk=walk, original=original: (calls.append(walk), original(*args))
-        )
+    wanted = {"_forward": walks, "_backward": walks, "_walk_convolution": kernels, "_walk_convolution_back": kernels}
+    for walk, module in wanted.items():
+
+        def counted(*args, walk=walk, original=getattr(module, walk)):  # noqa: B008
+            calls.append(walk)
+            return original(*args)
+
+        monkeypatch.setattr(module, walk, counted)
     sweep.run([CASES["mlp"], CASES["resnet"]], [NOISE], store=Store(tmp_path), device="cpu", show=False)
-    assert set(calls) == {"_walk_forward", "_walk_backward", "_walk_convolution", "_walk_convolution_back"}
+    assert set(calls) == set(wanted)
 
 
 def test_a_pruned_network_is_sparse_and_a_dense_one_dense(tmp_path):
@@ -83,7 +86,10 @@ def test_a_pruned_network_is_sparse_and_a_dense_one_dense(tmp_path):
         [type(m).__name__ for m in load_run(store, e) if isinstance(m, torch.nn.Linear)]
         for e in (pruned, dense_parent(pruned))
     ]
-    assert kinds == [["SparseLinear", "Linear"], ["Linear", "Linear"]]  # the classifier's 640 weights are all kept
+    assert kinds == [
+        ["SparseLinear", "PortableLinear"],
+        ["PortableLinear", "PortableLinear"],
+    ]  # the classifier's 640 weights are all kept
     assert counted_total("digits", "mlp", 64, 1) == sum(
         w.numel() for w in counted_weights(load_run(store, dense_parent(pruned))).values()
     )

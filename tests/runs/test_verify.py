@@ -21,8 +21,15 @@ from sparse_nb.runs.files import RUN_FILES, sha256
 from sparse_nb.runs.index import RECORD_COLUMNS
 from sparse_nb.runs.store import Store, load_run
 from sparse_nb.runs.verify import Leftover, leftovers, remove, verify, verify_run
-from sparse_nb.study.experiments import ClassRecall, Clean, Experiment, WeightNoise, evaluation_hash
-from sparse_nb.study.versions import canonical, digest
+from sparse_nb.study.experiments import (
+    ClassRecall,
+    Clean,
+    Experiment,
+    WeightNoise,
+    evaluation_hash,
+    evaluation_identity,
+)
+from sparse_nb.study.versions import canonical, name_of
 from sparse_nb.sweep import sweep
 
 NETWORKS = [Experiment("digits", "mlp", width, 1, 2048, 0, Recipe(epochs=1)) for width in (32, 64, 256)]
@@ -451,9 +458,10 @@ def test_exports_read_back_as_the_table(store, tmp_path):
         sorted(MEASUREMENTS, key=lambda measurement: measurement.measure),
         strict=True,
     ):
-        identity = {"measure": row.measure, "evaluation": json.loads(row.settings), "code": row.code}
-        assert row.evaluation == digest(identity) == evaluation_hash(measurement) and row.measure == measurement.measure
-        assert json.loads(row.settings) == json.loads(canonical(measurement))
+        described = evaluation_identity(measurement)
+        assert row.evaluation == evaluation_hash(measurement) == name_of("evaluation", described)
+        assert (row.measure, row.code) == (measurement.measure, described["code"])
+        assert json.loads(row.settings) == json.loads(canonical(described["evaluation"]))
 
 
 def test_an_altered_export_is_refused_or_reads_the_same(store, tmp_path):
