@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..claims.forest import effects_of_store
 from ..claims.verdicts import claims_table, judge_store
 from . import options
 from ..results import provenance
-from ..results.rendering import check_drawing, draw_figures, notebook_of
+from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
@@ -305,7 +306,8 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
     store, preset = Store(command.runs, write=False), narrowed(command)
-    notebook_of("claims", command.notebooks)
+    for name in OF_CLAIMS:
+        notebook_of(name, command.notebooks)
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
         remedy = f"`sparse-nb sweep --preset {command.preset}` makes what is missing"
@@ -315,7 +317,8 @@ def claims_command(command: options.Claims) -> None:
     check_drawing(command.out / command.preset)
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
-    _render(command, ("claims",))
+    found, _ = effects_of_store(preset, store, root=command.data)
+    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1])
 
 # %% ../../nbs/cli/02_commands.ipynb #93725919
 def zoo_command(command: options.Zoo) -> None:

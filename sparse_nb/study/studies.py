@@ -214,7 +214,6 @@ PRESETS = {
             "resnet": FamilySetting(
                 base=8,
                 widths=(8, 11, 16, 23),
-                dataset_widths=(("cifar10", (8, 16, 23)), ("cifar100", (8, 16, 23))),
                 depth_width=8,
                 depths=RESNET_DEPTHS[:3],
                 recipe=shorter("resnet", epochs=12),

@@ -253,13 +253,15 @@ def test_every_figure_reads_its_parameters_first_and_ends_with_its_claims(notebo
     assert len(cells) <= 12 and parameters.metadata.tags == ["parameters"]
     names = [line.split(" = ")[0] for line in parameters.source.splitlines()]
     wanted = [
-        n for n in rendering.PARAMETERS if figure != "claims" or n not in ("device", "finished", "engine", "workers")
+        n
+        for n in rendering.PARAMETERS
+        if figure not in rendering.OF_CLAIMS or n not in ("device", "finished", "engine", "workers")
     ]
     assert names == wanted
     assert f'rendering = Rendering.from_parameters("{figure}", globals())' in setup.source
     text = "\n".join(cell.source for cell in others)
-    if figure == "claims":
-        assert "made.line]" in text.replace(",\n", "") and "rendering.publish(figure, verdicts.with_runs(" in text
+    if figure in rendering.OF_CLAIMS:
+        assert "made.line]" in text.replace(",\n", "") and "rendering.publish(figure, " in text
     else:
         assert "rendering.footer(" in text and "rendering.publish(figure, " in text
         said = f'print(figure_claims("{figure}", rendering.preset, rendering.store, root=rendering.parameters["data"]))'
