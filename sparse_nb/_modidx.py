@@ -118,6 +118,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._label': ('8_claims/forest.html#_label', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._places': ('8_claims/forest.html#_places', 'sparse_nb/claims/forest.py'),
+                                         'sparse_nb.claims.forest._runs_behind': ( '8_claims/forest.html#_runs_behind',
+                                                                                   'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._signed': ('8_claims/forest.html#_signed', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._square': ('8_claims/forest.html#_square', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest.draw_forest': ( '8_claims/forest.html#draw_forest',

@@ -283,8 +283,11 @@ def effects(tables: Mapping[str, pd.DataFrame], images: Mapping[tuple[str, str],
     clean = _panels_of(tables, "clean")
     for curve, panel in _panels_of(tables, "lowest recall").items():
         seeds = panel.index.intersection(clean[curve].index) if curve in clean else []
-        if len(seeds) > 1 and _inner(panel) and _inner(clean[curve]):
-            rows.append(_row("recall", "clean", curve, gain(panel.loc[seeds]) - gain(clean[curve].loc[seeds])))
+        if len(seeds) < 2:
+            continue
+        of_lowest, of_all = gain(panel.loc[seeds]), gain(clean[curve].loc[seeds])
+        if of_lowest is not None and of_all is not None:
+            rows.append(_row("recall", "clean", curve, of_lowest - of_all))
     return pd.DataFrame(rows, columns=[*_BY, "effect", "low", "high", "error", "seeds"])
 
 

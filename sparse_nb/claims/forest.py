@@ -22,7 +22,8 @@ from ..study.figures import plan, shown_families
 
 # %% ../../nbs/8_claims/05_forest.ipynb #a0ff9148
 def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
-    """(`effects.effects`, points) of what a `Preset` plans by width and what of it is in a `Store`.
+    """(`effects.effects` with a column runs, hashes with blanks between; points) of what a `Preset` plans by width and
+    what of it is in a `Store`.
 
     root: of the datasets. An empty table if nothing is measured.
     """
@@ -38,7 +39,17 @@ def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[
             dataset = point.experiment.dataset
             count = point.evaluation.test_images or SIZES[dataset]["test"]
             images[figure, dataset] = min(count, images.get((figure, dataset), count))
-    return effects(tables, images), points
+    found = effects(tables, images)
+    return found.assign(runs=[_runs_behind(row, tables) for row in found.itertuples()]), points
+
+
+def _runs_behind(row, tables) -> str:
+    """The hashes of all networks of the panel of a row, under both rules for the contrast layout."""
+    table = tables[SCORES[row.disturbance][0]]
+    mine = (table.dataset == row.dataset) & (table.family == row.family) & (table.growth == "width")
+    if row.contrast != "layout":
+        mine &= table.rule == row.rule
+    return " ".join(dict.fromkeys(table.experiment[mine]))
 
 # %% ../../nbs/8_claims/05_forest.ipynb #d986c588
 TITLES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
