@@ -132,9 +132,7 @@ def draw_forest(
             figure.add_vline(x=0, line=dict(color="#333333", width=1), layer="below", **where)
     figure.update_xaxes(range=[-reach, reach], zeroline=False, tickvals=[-reach / 2, 0, reach / 2])
     figure.update_yaxes(categoryorder="array", categoryarray=[together, *labels[::-1]], range=[-1.9, len(labels) + 0.5])
-    finish(
-        figure, title, "", [*footer, f"Contrasts {contrasts_hash()}, fixed before the runs."], len(rules), len(columns)
-    )
+    finish(figure, title, "", [*footer, f"Contrasts {contrasts_hash()}."], len(rules), len(columns))
     figure.update_annotations(selector=dict(yanchor="bottom"), font_size=13)  # the panels' titles
     figure.update_layout(height=figure.layout.height + 40 + 14 * len(labels) * len(rules), margin_t=105)
     return figure
