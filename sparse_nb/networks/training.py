@@ -336,9 +336,9 @@ def fit(
     bool tensor} for its counted weights, or None if it has nothing to be held at zero, as a network that stores only
     kept weights. Frozen and unused layers stay as they are. on_epoch: called with each `Epoch` when it ends, for
     progress. keep: called with the `TrainingState` after each epoch but the last; resume: such a state, to go on from.
-    Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not; a GPU
-    may round differently each time, and replays recorded steps. Raises ValueError for masks of another network, or
-    batches that cannot work. Paper, appendix A.
+    Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not, those of
+    our MLPs whatever the processor and the threads are; a GPU may round differently each time, and replays recorded
+    steps. Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
     """
     held = gradient_masks(model, masks) if masks is not None else []
     _check_batches(model, images, recipe)

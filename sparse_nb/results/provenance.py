@@ -47,7 +47,6 @@ def _read_header(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
-        check_seal(header)
         found = header["experiment"], name_of("evaluation", header)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); delete it to measure again") from error
@@ -56,6 +55,10 @@ def _read_header(path: Path) -> dict:
             f"{path} was altered: it describes the measurement {found[1]} of the run {found[0]}; "
             "delete it to measure again"
         )
+    try:
+        check_seal(header)
+    except ValueError as error:
+        raise ValueError(f"{path} was altered: {error}; delete it to measure again") from error
     return header
 
 # %% ../../nbs/7_results/08_provenance.ipynb #d3287864

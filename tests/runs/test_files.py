@@ -117,7 +117,7 @@ def offer_records(store, records):
     path = store.records_path(ONE, Clean())
     body = "".join(plain(record) + "\n" for record in records).encode()
     header = json.loads(path.read_bytes().partition(b"\n")[0]) | {"records": len(records), "sha256": sha256(body)}
-    path.write_bytes(canonical(header).encode() + b"\n" + body)
+    path.write_bytes(canonical(header | {"sealed": files._seal(header)}).encode() + b"\n" + body)
     return path
 
 
