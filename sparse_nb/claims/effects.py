@@ -306,4 +306,5 @@ def pooled_effects(found: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
             rows.append(
                 {**named, **pooled, "above": (part.low > 0).sum(), "below": (part.high < 0).sum(), "word": said}
             )
-    return pd.DataFrame(rows)
+    columns = [*keys, *pool([0, 1], [1, 1]), "above", "below", "word"]
+    return pd.DataFrame(rows, columns=columns)
