@@ -56,8 +56,12 @@ def _planned(preset, chosen, *, root=None, more_seeds=0):
 
 
 def _preset_of(chosen, runs, *, root=None):
-    """The preset that has most of the `runs` (hashes) on its curve `chosen`; "smoke" if no preset has any."""
-    shared = {name: sum(experiment_hash(e) in runs for e in _planned(name, chosen, root=root)) for name in PRESETS}
+    """The preset that has most of the `runs` (hashes) on its curve `chosen`; "smoke" if none has any.
+
+    One that is pinned to earlier versions is passed over, since nothing of it can be trained.
+    """
+    presets = [name for name, preset in PRESETS.items() if not preset.versions]
+    shared = {name: sum(experiment_hash(e) in runs for e in _planned(name, chosen, root=root)) for name in presets}
     return max(shared, key=shared.get)
 
 # %% ../../nbs/9_explorer/03_next_point.ipynb #7bbd67a2

@@ -63,7 +63,7 @@ def executed_biases(layer: nn.Linear) -> torch.Tensor:
     executed = getattr(layer, "executed_outputs", None)
     return _all_biases(layer) if executed is None else _all_biases(layer)[executed.to(layer.weight.device)]
 
-
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #3332a5bb
 class SparseLinear(nn.Linear):
     """A linear layer that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a
     matrix of `shape`.

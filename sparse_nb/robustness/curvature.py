@@ -44,7 +44,7 @@ def _moved(weights, direction, length):
         for (name, weight), part in zip(weights.items(), parts, strict=True)
     }
 
-
+# %% ../../nbs/3_robustness/07_curvature.ipynb #1115ea1f
 def largest_eigenvalue(
     model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, iterations: int = 20, seed: int = 0
 ) -> float:

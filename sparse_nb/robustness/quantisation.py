@@ -72,7 +72,7 @@ def _relative_error(weights: Mapping[str, torch.Tensor], rounded: Mapping[str, t
     sums = [float(part.square().cumsum(0)[-1]) for part in (error, before)]
     return (sums[0] / sums[1]) ** 0.5 if sums[1] else 0.0
 
-
+# %% ../../nbs/3_robustness/05_quantisation.ipynb #3bb81ef7
 def check_bits(name: str, bits: Sequence[int], least: int) -> tuple[int, ...]:
     """`bits` as plain numbers. Raises ValueError unless they are whole, distinct and between `least` and 16."""
     found = _distinct(name, bits, lambda _, value: _whole_number(name, value, least)) if len(bits) else ()
