@@ -36,8 +36,8 @@ def _accepted(kind):
         return types.int64
     if isinstance(kind, types.Float):
         return types.float32
-    if isinstance(kind, types.Array) and (kind.dtype, kind.layout) != (types.float32, "C"):
-        raise TypingError(f"an operation on lanes takes contiguous arrays of float32, not {kind}")
+    if isinstance(kind, types.Array) and (kind.dtype not in (types.float32, types.int64) or kind.layout != "C"):
+        raise TypingError(f"an operation on lanes takes contiguous arrays of float32 or int64, not {kind}")
     return kind
 
 

@@ -40,6 +40,7 @@ from .index import Records
 from ..study import versions
 from sparse_nb.study.experiments import (
     Experiment,
+    as_executed,
     build,
     dense_parent,
     evaluation_hash,
@@ -201,7 +202,7 @@ def _load_network(folder, experiment, device):
         raise ValueError(f"{words}; merge a runs folder that has it, or {again} train and measure again")
     content = read_verified(folder, path.name)
     try:
-        model = unpack(build(experiment), safetensors.torch.load(content))
+        model = as_executed(experiment, unpack(build(experiment), safetensors.torch.load(content)))
     except (safetensors.SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no such network ({error}); {again} compute it again") from error
     return model.eval().to(device)

@@ -31,7 +31,7 @@ from sparse_nb.runs.files import (
     write_whole,
 )
 from .store import Store, described_experiment, load_run, pack, unpack
-from ..study.experiments import Clean, Experiment, build
+from ..study.experiments import Clean, Experiment, as_executed, build
 
 # %% ../../nbs/5_runs/08_zoo.ipynb #bee366dc
 def _seed_positions(experiment):
@@ -149,7 +149,7 @@ def load(name: str, folder: Path | str = "results/zoo", device: str | torch.devi
     if made != entry["checkpoint"]:
         words = f"the checkpoint made of it has the sha256 {made}, the one that was trained {entry['checkpoint']}"
         raise ValueError(f"{path} does not hold the network {name} ({words})")
-    return model.eval().to(device)
+    return as_executed(experiment, model).eval().to(device)
 
 # %% ../../nbs/5_runs/08_zoo.ipynb #e95b5140
 def measure_again(name: str, images: ImageSet, folder: Path | str = "results/zoo") -> tuple[float, float]:

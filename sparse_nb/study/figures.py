@@ -242,8 +242,9 @@ def scheduled(setting, schedule, dataset=None):
     return dataclasses.replace(setting, widths=widths)
 
 
-def curve(spec, growth, rule, dataset, family, setting, seed, measurement, version=""):
-    """The points of one curve, or of the control, of a `Figure`, for one seed, as a list. version: of training."""
+def curve(spec, growth, rule, dataset, family, setting, seed, measurement, version="", bits="native"):
+    """The points of one curve, or of the control, of a `Figure`, for one seed, as a list. version: of
+    training; bits: of convolutional networks."""
     return [
         Point(
             growth,
@@ -260,6 +261,7 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement, versi
                 spec.schedule,
                 train_images=sample_size(setting.train_images, dataset, "train"),
                 repeat=repeat,
+                bits=bits,
                 version=version,
             ),
             measurement,
@@ -292,7 +294,9 @@ def plan(figure, preset, *, root=None):
                 measurement = measurement_of(preset, spec.measure, dataset, setting, root)
                 for growth in spec.growths:
                     for rule in shown_rules(figure, preset):
-                        points += curve(spec, growth, rule, dataset, family, setting, seed, measurement, version)
+                        points += curve(
+                            spec, growth, rule, dataset, family, setting, seed, measurement, version, preset.bits
+                        )
     return tuple(points)
 
 

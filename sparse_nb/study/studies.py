@@ -70,6 +70,7 @@ class Preset:
     FamilySetting}.
 
     only_rules: the rules that were asked for by name, which then hold for a figure with rules of its own as well.
+    bits: of convolutional networks, "native" or "portable"; see `Experiment`.
     beside: measures that are made of every network on a curve by width, though no figure shows them.
     versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
     """
@@ -92,6 +93,7 @@ class Preset:
         default_factory=lambda: attacks.EPSILONS
     )  # by the images' channels
     only_rules: tuple[str, ...] = ()
+    bits: str = "native"
     beside: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
 
@@ -224,6 +226,7 @@ PRESETS = {
         weight_noise=WeightNoise(sigmas=(0, 0.1, 0.2, 0.3, 0.5), draws=30, parts=True),
         corruption=Corruption(draws=1, test_images=2000),
         attack=Attack(test_images=500),
+        bits="portable",
         attack_epsilons={1: (0.0, 0.0125, 0.025, 0.05, 0.1), 3: (0.0, *(n / 255 for n in (0.5, 1, 2, 4, 8)))},
         beside=EVERY_MEASURE,
     ),

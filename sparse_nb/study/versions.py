@@ -96,7 +96,7 @@ def identity(what, description, version, **more):
     return {what: known, **more, "code": version}
 
 
-LATER_FIELDS = ("parts",)  # of experiments and evaluations, that the versions of 16 digits did not have
+LATER_FIELDS = ("parts", "bits")  # of experiments and evaluations, that the versions of 16 digits did not have
 
 
 def _hashes_all_fields(version):
@@ -189,6 +189,7 @@ _NETWORK = (
     "randomness",
     "data",
     *(f"networks.{name}" for name in ("lanes", "cross_entropy", "dense_kernels", "walks")),
+    *(f"networks.{name}" for name in ("convolution_kernels", "convolutions", "batch_norm", "portable")),
     *(f"networks.{name}" for name in ("models", "allocation", "masks", "kernels", "sparse_layers")),
 )
 _MEASURING = (*_NETWORK, "robustness.evaluation")
@@ -198,7 +199,7 @@ _PARTS = {
         "networks.training",
         "networks.training:captured",
         "robustness.evaluation:sample",
-        *(f"study.experiments:{name}" for name in ("build", "prepare", "train", "prune")),
+        *(f"study.experiments:{name}" for name in ("build", "as_executed", "prepare", "train", "prune")),
         "sweep.jobs:sound_kernels",
     ),
     "clean": (*_MEASURING, "study.experiments:Clean.run"),

@@ -248,6 +248,16 @@ def open_engine(engine, workers, scheduler, device, seconds, threads=None):
     memory = memory_share(workers) if device.type == "cpu" else None
     return local_processes(workers, threads=threads, memory=memory, seconds=seconds)
 
+# %% ../../nbs/6_sweep/04_sweep.ipynb #c318882f
+def _check_bits(jobs, device):
+    """Raise ValueError for portable networks on another device than a CPU."""
+    portable = [job.experiment for job in jobs if job.experiment.bits == "portable"]
+    if portable and device.type != "cpu":
+        raise ValueError(
+            f"device is {device.type}, and bits of {words(portable[0])} are to be portable, which only a CPU gives; "
+            "take the device cpu, or a study with native bits"
+        )
+
 # %% ../../nbs/6_sweep/04_sweep.ipynb #8a582aca
 def check_code(remote):
     """Raise RuntimeError if the loaded code is not what the versions stand for, or, with workers (`remote`), if they
@@ -306,6 +316,7 @@ def run(
     for job in board.waiting:
         for description in ((job.experiment,) if job.train else ()) + job.evaluations:
             check_version(description)
+    _check_bits(board.waiting, device)
     remote = engine == "dask" or workers is not None
     check_code(remote)
     for dataset in dict.fromkeys(job.experiment.dataset for job in board.waiting):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sparse_nb import data
-from sparse_nb.networks import models, sparse_layers
+from sparse_nb.networks import models, portable, sparse_layers
 from sparse_nb.networks.training import Recipe
 from sparse_nb.study import experiments
 from sparse_nb.study.experiments import (
@@ -44,8 +44,8 @@ EVERY_MACHINE = "x86-64"  # on which an MLP's bits are the same
 
 
 def kind_for(name):
-    """What decides the bits of a case: `machine`, or nothing for an MLP."""
-    return EVERY_MACHINE if name.startswith("mlp") or ", mlp, " in name else machine()
+    """What decides the bits of a case: `machine`, or nothing for an MLP and for a portable network."""
+    return EVERY_MACHINE if name.startswith("mlp") or ", mlp, " in name or "portable" in name else machine()
 
 
 def _experiment(family, width, depth, budget, rule="water_filling", schedule="static", images=160, epochs=2, **more):
@@ -82,6 +82,15 @@ TRAININGS = {
     "resnet walked, water-filling": _experiment("resnet", 12, 18, 12_000, images=64, epochs=1),
     "resnet walked, proportional": _experiment("resnet", 16, 18, 12_000, "proportional", images=64, epochs=1),
     "resnet50 repeated": _experiment("resnet", 8, 50, 12_000, images=32, epochs=1, repeat=2),
+    "portable vgg dense": _experiment(
+        "vgg", 4, 11, experiments.counted_total("digits", "vgg", 4, 11), images=64, bits="portable"
+    ),
+    "portable vgg, proportional": _experiment("vgg", 11, 11, 12_000, "proportional", images=72, bits="portable"),
+    "portable vgg pruned by layer": _experiment(
+        "vgg", 6, 11, 9000, "water_filling", "magnitude", 64, 1, bits="portable"
+    ),
+    "portable resnet, water-filling": _experiment("resnet", 12, 18, 12_000, images=40, epochs=1, bits="portable"),
+    "portable resnet50": _experiment("resnet", 8, 50, 12_000, images=32, epochs=1, bits="portable"),
 }
 MEASUREMENTS = {
     "clean": Clean(),
@@ -114,7 +123,8 @@ def _numbers(size):
 def network(family, shape):
     """A sparse network for images of `shape` whose weights come from arithmetic alone, so that training's version has
     no part in it."""
-    width, depth = {"mlp": (96, 1), "vgg": (6, 11)}[family]
+    (*bits, family), sizes = family.split(), {"mlp": (96, 1), "vgg": (6, 11)}
+    width, depth = sizes[family]
     model = models.build_model(family, shape, 10, width=width, depth=depth)
     kept = {}
     for number, (name, weight) in enumerate(models.counted_weights(model).items()):
@@ -134,7 +144,7 @@ def network(family, shape):
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.fill_(1.0)
-    return model.eval()
+    return (portable.portable(model) if bits else model).eval()
 
 
 def images(name):
@@ -172,7 +182,7 @@ _CASES = (
     | {
         f"{name}, {family}, {dataset}": (_of_measurement, name, family, dataset)
         for name in MEASUREMENTS
-        for family, dataset in (("mlp", "digits"), ("vgg", "cifar10"))
+        for family, dataset in (("mlp", "digits"), ("vgg", "cifar10"), ("portable vgg", "cifar10"))
         if name != "corruption" or (family, dataset) == ("vgg", "cifar10")
     }
     | {"corruption, mlp, digits": (_of_measurement, "corruption", "mlp", "digits")}

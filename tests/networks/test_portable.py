@@ -47,6 +47,26 @@ def test_portable_bits_of_mnist(threads, environment):
     check(threads, environment, "digits", "mnist")
 
 
+OTHER_TILES = """
+import sys
+from sparse_nb.networks import lanes
+here = lanes.long_registers()
+lanes.long_registers = lambda: not here
+sys.path.insert(0, sys.argv[1])
+import cases
+from sparse_nb.networks.convolution_kernels import _PIXELS
+assert _PIXELS == (1 if here else 4)
+for name in sys.argv[2:]:
+    print(cases.compute(name)["bits"])
+"""
+
+
+def test_tiles_of_another_processor_give_the_same_bits(tmp_path):
+    names = ["portable vgg, proportional", "portable resnet, water-filling"]
+    out = run(["-c", OTHER_TILES, str(ROOT / "tests/golden"), *names], NUMBA_CACHE_DIR=str(tmp_path))
+    assert out.split() == [portable.listed()[name] for name in names]
+
+
 USE = """
 import sys, torch, sparse_nb
 from sparse_nb.networks import cross_entropy, dense_kernels
