@@ -80,7 +80,7 @@ def _family_narrowings(ours, full, datasets, growths, measures) -> list[str]:
 
 # %% ../../nbs/7_results/04_captions.ipynb #d9c3e17b
 def _measure_narrowings(preset, paper, measures) -> list[str]:
-    """Where `measures` of a `Preset` are smaller than those of another."""
+    """Where `measures` of a `Study` are smaller than those of another."""
     sentences = []
     for measure, draws in (("weight_noise", "noise draws"), ("corruption", "draws of each corruption")):
         ours, full = getattr(preset, measure).draws, getattr(paper, measure).draws
@@ -101,7 +101,7 @@ def narrowings(
     families: Collection[str] = FAMILIES,
     seeds: tuple[int, int] | None = None,
 ) -> list[str]:
-    """Sentences that say where a `Preset` is smaller than the paper in a figure with these growths, measures and
+    """Sentences that say where a `Study` is smaller than the paper in a figure with these growths, measures and
     families.
 
     seeds: (fewest, most) behind the figure's curves, if not those of the preset. Empty for the paper itself.
@@ -143,7 +143,7 @@ def _widths_in(points, setting):
 
 
 def smaller_than_paper(preset, points: Sequence) -> list[str]:
-    """Sentences on where `points`, of a plan under a `Preset`, are fewer or smaller than in the paper."""
+    """Sentences on where `points`, of a plan under a `Study`, are fewer or smaller than in the paper."""
     used = {
         "rules": tuple(dict.fromkeys(p.rule for p in points)),
         "datasets": tuple(dict.fromkeys(p.experiment.dataset for p in points)),
