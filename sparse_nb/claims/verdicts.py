@@ -149,7 +149,9 @@ def _cells(judged: pd.DataFrame) -> tuple[list[tuple], list[str], list[str], lis
     """
     column = [f"{WORDS[p.family]}<br>{WORDS[p.dataset]}<br>{WORDS[p.rule]}" for p in judged.itertuples()]
     shown = judged.assign(row=_row_labels(judged), column=column).replace({"numbers": {"": "still to be run"}})
-    in_order = shown.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index))
+    in_order = shown.sort_values(
+        ["family", "dataset", "rule"], key=lambda c: c.map({name: place for place, name in enumerate(WORDS)})
+    )
     rows, columns = list(dict.fromkeys(shown.row)), ["all", *dict.fromkeys(in_order.column)]
     said = dict(shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False, name=None))
     sentences = {row: CLAIMS[number].sentence for row, number in said.items()}

@@ -115,10 +115,11 @@ def narrowings(
         sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
     sentences += _measure_narrowings(preset, paper, measures)
     controlled = "control" in growths
-    absent = [f for f, of in preset.families.items() if controlled and not of.control and paper.families[f].control]
+    of_paper = {f: of for f, of in preset.families.items() if f in paper.families}
+    absent = [f for f, of in of_paper.items() if controlled and not of.control and paper.families[f].control]
     if absent:
         sentences.append(f"Budget against density without {_listed(absent)}")
-    for family, ours in preset.families.items():
+    for family, ours in of_paper.items():
         parts = _family_narrowings(ours, paper.families[family], preset.datasets, growths, measures)
         if parts and family in families:
             sentences.append(f"{WORDS[family]}: " + "; ".join(parts))

@@ -10,7 +10,7 @@ __all__ = ['FIGURES', 'Figure', 'shown_families', 'shown_rules', 'networks', 'Po
 import dataclasses
 from dataclasses import dataclass
 
-from .. import data
+from .. import data, own
 from ..networks import models
 from ..robustness.corruptions import corruptions
 from sparse_nb.study.experiments import (
@@ -143,7 +143,12 @@ def shown_families(figure, preset):
     is not among the study's figures."""
     spec = FIGURES[figure]
     drawn = not preset.figures or figure in preset.figures
-    return tuple(f for f, of in preset.families.items() if drawn and f in spec.families and _growths(spec, of))
+    return tuple(f for f, of in preset.families.items() if drawn and _shows(spec, f) and _growths(spec, of))
+
+
+def _shows(spec, family):
+    """Whether a `Figure` shows a family; one of somebody's own wherever several are shown."""
+    return family in spec.families or own.is_own(family) and len(spec.families) > 1
 
 
 def _growths(spec, setting):
