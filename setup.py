@@ -32,7 +32,7 @@ setup(
     packages=find_packages(include=[f"{settings['lib_name']}*"]),
     package_data={
         settings["lib_name"]: ["py.typed"],
-        f"{settings['lib_name']}.study": ["versions.lock"],
+        f"{settings['lib_name']}.study": ["versions.lock", "*.toml"],
         f"{settings['lib_name']}.explorer": ["page.html", "page.css", "page.js"],
     },
     python_requires=f">={settings['min_python']}",

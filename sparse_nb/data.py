@@ -13,14 +13,17 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+
+from . import own
 
 # %% ../nbs/1_data/02_data.ipynb #19581e27
 def checked_bytes(path: str | Path, md5: str) -> bytes:
@@ -205,27 +208,43 @@ def published(dataset: str) -> dict[str, str]:
     return {f"{reader.base_folder}/{name}": md5 for name, md5 in files}
 
 # %% ../nbs/1_data/02_data.ipynb #0b918943
-IMAGE_SHAPES = {
-    "digits": (1, 28, 28),
-    "mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "cifar100": (3, 32, 32),
-}  # (C, H, W)
-CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
-SIZES = {
-    "digits": {"train": 1437, "test": 360},
-    "mnist": {"train": 60_000, "test": 10_000},
-    "cifar10": {"train": 50_000, "test": 10_000},
-    "cifar100": {"train": 50_000, "test": 10_000},
-}
+class _Facts(dict):
+    """What is known of each dataset; of one of somebody's own it is found out from its images when it is asked for."""
+
+    def __init__(self, known: dict, of_own: Callable):
+        super().__init__(known)
+        self.of_own = of_own
+
+    def __missing__(self, dataset: str) -> Any:
+        if not own.is_own(dataset):
+            raise KeyError(dataset)
+        return self.of_own(_own_sets(dataset))
+
+    def __contains__(self, dataset: object) -> bool:
+        return super().__contains__(dataset) or own.is_own(str(dataset))
+
+
+_COLOUR = (3, 32, 32)
+IMAGE_SHAPES = _Facts(  # (C, H, W)
+    {"digits": (1, 28, 28), "mnist": (1, 28, 28), "cifar10": _COLOUR, "cifar100": _COLOUR},
+    lambda sets: sets["train"].shape,
+)
+CLASSES = _Facts({"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}, lambda sets: sets["train"].classes)
+_OF_MNIST, _OF_CIFAR = {"train": 60_000, "test": 10_000}, {"train": 50_000, "test": 10_000}
+SIZES = _Facts(
+    {"digits": {"train": 1437, "test": 360}, "mnist": _OF_MNIST, "cifar10": _OF_CIFAR, "cifar100": _OF_CIFAR},
+    lambda sets: {split: len(images) for split, images in sets.items()},
+)
 
 # %% ../nbs/1_data/02_data.ipynb #3d914f93
 def checksum(dataset: str) -> str:
     """The SHA-256, in hexadecimal, that stands for the exact data of `dataset`; reads no file.
 
-    It is taken over the published sums and paths, for "digits" over the pixels, labels and split (`_DIGITS_SHA256`).
-    Raises ValueError for a name that is not in `DATASETS`.
+    It is taken over the published sums and paths, for "digits" over the pixels, labels and split (`_DIGITS_SHA256`),
+    for a dataset of somebody's own over the images, which are loaded. Raises ValueError for any other name.
     """
+    if own.is_own(dataset):
+        return _own_checksum(dataset)
     files = published(dataset)
     if not files:
         return _DIGITS_SHA256
@@ -338,16 +357,19 @@ def _read_cifar(dataset: str, split: str, root: Path) -> tuple[torch.Tensor, tor
 def load_images(
     dataset: str, split: str, *, root: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> ImageSet:
-    """The images of `dataset`, one of `DATASETS`, for `split`, "train" or "test", as an `ImageSet` on `device`.
+    """The images of `dataset`, one of `DATASETS`, for `split`, "train" or "test", as an `ImageSet` on `device`;
+    or those of an import path that is permitted (`own.find`).
 
     root: the folder of the official sets (see `data_root`); "digits" needs none. Missing files are downloaded; every
     file is compared with its published md5 each time. Raises ValueError for an unknown dataset or split and for a
     truncated or altered file, FileNotFoundError for a file that is missing and cannot be downloaded.
     """
-    if dataset not in DATASETS:
+    if dataset not in DATASETS and not own.is_own(dataset):
         raise ValueError(f"dataset is {dataset!r}; it must be one of {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    if own.is_own(dataset):
+        return _own_sets(dataset)[split].to(device)
     names = tuple("0123456789")
     if dataset == "digits":
         images, labels = _read_digits(split)
@@ -357,3 +379,46 @@ def load_images(
         images, labels, names = _read_cifar(dataset, split, data_root(root))
     folder = None if dataset == "digits" else data_root(root)
     return ImageSet(images, labels, len(names), dataset, split, names, root=folder).to(device)
+
+# %% ../nbs/1_data/02_data.ipynb #92bbb371
+def _own_set(name: str, split: str) -> ImageSet:
+    """The images that a function of somebody's own gives for a split, verified. Raises ValueError saying what it gives
+    and what is accepted."""
+    try:
+        made = own.resolve(name)(split)
+        pixels, labels, *names = made
+        pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        accepted = "(uint8 images (N, C, H, W), labels (N,)), and the names of the classes if there are any"
+        raise ValueError(f"{name}({split!r}) does not give {accepted}: {error}") from error
+    if labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        labels = labels.long()
+    classes = len(names[0]) if names else int(labels.max()) + 1 if labels.numel() else 1
+    try:
+        images = ImageSet(pixels.cpu(), labels.cpu(), classes, name, split, tuple(names[0]) if names else ())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}({split!r}): {error}") from error
+    if not len(images) or images.shape[0] not in (1, 3):
+        raise ValueError(f"{name}({split!r}) gives {images}; accepted: at least one image, with 1 or 3 channels")
+    return images
+
+
+@cache
+def _own_sets(name: str) -> dict[str, ImageSet]:
+    """{split: images} of a dataset of somebody's own. Raises ValueError if its splits are not of one kind."""
+    sets = {split: _own_set(name, split) for split in SPLITS}
+    if len({images.shape for images in sets.values()}) > 1:
+        raise ValueError(f"{name} gives {sets['train']} and {sets['test']}; accepted: images of one shape")
+    classes = max(images.classes for images in sets.values())
+    return {split: replace(images, classes=classes) for split, images in sets.items()}
+
+
+@cache
+def _own_checksum(name: str) -> str:
+    """SHA-256 over shapes, pixels and labels of both splits of a dataset of somebody's own."""
+    found = hashlib.sha256()
+    for split, images in _own_sets(name).items():
+        found.update(f"{split} {tuple(images.pixels.shape)} {images.classes} ".encode())
+        for part in (images.pixels, images.labels):
+            found.update(part.contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -44,6 +44,7 @@ PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
 
 PARTS = (
     "randomness",
+    "own",
     "data",
     "networks",
     "robustness",

@@ -22,7 +22,7 @@ from ..study.figures import plan, shown_families
 
 # %% ../../nbs/8_claims/05_forest.ipynb #a0ff9148
 def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
-    """(`effects.effects` with a column runs, hashes with blanks between; points) of what a `Preset` plans by width and
+    """(`effects.effects` with a column runs, hashes with blanks between; points) of what a `Study` plans by width and
     what of it is in a `Store`.
 
     root: of the datasets. An empty table if nothing is measured.

@@ -32,7 +32,7 @@ MARKS = {
 
 
 def claim_plans(preset, *, root=None, claims: Sequence[Claim] = tuple(CLAIMS.values())) -> dict[str, tuple]:
-    """{figure: points} that a `Preset` plans of the figures that the `claims` need. root: folder of the datasets."""
+    """{figure: points} that a `Study` plans of the figures that the `claims` need. root: folder of the datasets."""
     figures = sorted({figure for claim in claims for figure in claim.figures})
     return {figure: plan(figure, preset, root=root) for figure in figures if shown_families(figure, preset)}
 
@@ -96,7 +96,7 @@ def judge(
 def judge_store(
     preset, store, *, root=None, claims: Sequence[Claim] = tuple(CLAIMS.values())
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame], list]:
-    """(`judge`, tables, points) of what a `Preset` plans and what of it is in a `Store`. root: folder of the
+    """(`judge`, tables, points) of what a `Study` plans and what of it is in a `Store`. root: folder of the
     datasets.
     """
     plans = claim_plans(preset, root=root, claims=claims)
@@ -149,7 +149,9 @@ def _cells(judged: pd.DataFrame) -> tuple[list[tuple], list[str], list[str], lis
     """
     column = [f"{WORDS[p.family]}<br>{WORDS[p.dataset]}<br>{WORDS[p.rule]}" for p in judged.itertuples()]
     shown = judged.assign(row=_row_labels(judged), column=column).replace({"numbers": {"": "still to be run"}})
-    in_order = shown.sort_values(["family", "dataset", "rule"], key=lambda c: c.map(list(WORDS).index))
+    in_order = shown.sort_values(
+        ["family", "dataset", "rule"], key=lambda c: c.map({name: place for place, name in enumerate(WORDS)})
+    )
     rows, columns = list(dict.fromkeys(shown.row)), ["all", *dict.fromkeys(in_order.column)]
     said = dict(shown.drop_duplicates("row")[["row", "claim"]].itertuples(index=False, name=None))
     sentences = {row: CLAIMS[number].sentence for row, number in said.items()}
@@ -266,7 +268,7 @@ def _figures_text(figures: Sequence[str]) -> str:
 
 
 def figure_claims(figure: str, preset, store, *, root=None) -> str:
-    """What the paper says of a figure (a name of `FIGURES`) and whether it holds on what a `Store` has of a `Preset`,
+    """What the paper says of a figure (a name of `FIGURES`) and whether it holds on what a `Store` has of a `Study`,
     as lines of text.
 
     A claim that needs other figures as well takes their runs from the same store. root: folder of the datasets.

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['narrowed', 'notebook_parameters', 'sweep_command', 'figures_command', 'status_command', 'failures_command',
            'verify_command', 'clean_command', 'merge_command', 'export_command', 'claims_command', 'zoo_command',
-           'trace_command', 'explore_command', 'carry_out']
+           'trace_command', 'study_command', 'explore_command', 'carry_out']
 
 # %% ../../nbs/cli/02_commands.ipynb #1be1f535
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import sparse_nb
 from ..claims.forest import effects_of_store
 from ..claims.verdicts import claims_table, judge_store
 from . import options
@@ -29,7 +31,7 @@ from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, dense_parent, experiment_hash
 from ..study.figures import FIGURES, measurements, plan, shown_families
-from ..study.studies import Preset, narrow
+from ..study.studies import Study, load, narrow
 from ..sweep import sweep
 from ..sweep.costs import measured_rates, seconds_for
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
@@ -39,8 +41,8 @@ from ..sweep.remake import remake_some
 _NARROWING = ("datasets", "families", "rules", "seeds", "epochs", "widths")
 
 
-def narrowed(command: options.Study) -> Preset:
-    """The preset that a command asks for. Raises ValueError for what the preset does not have."""
+def narrowed(command: options.Study) -> Study:
+    """The study that a command asks for. Raises ValueError for what the study does not have."""
     return narrow(command.preset, **{name: getattr(command, name) for name in _NARROWING})
 
 
@@ -67,7 +69,8 @@ def notebook_parameters(command: options.Study) -> dict:
     flat = {name: getattr(command, name) for name in names if hasattr(command, name)}
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
     data = str(command.data.absolute()) if command.data else None
-    return {**flat, "runs": str(command.runs.absolute()), "data": data}
+    study = narrowed(command)
+    return {**flat, "preset": study.file or study.name, "runs": str(command.runs.absolute()), "data": data}
 
 # %% ../../nbs/cli/02_commands.ipynb #f626ef41
 def _duration(seconds):
@@ -160,7 +163,7 @@ def figures_command(command: options.Figures) -> None:
     for figure in figures:
         notebook_of(figure, command.notebooks)
     if not command.dry_run:
-        check_drawing(command.out / command.preset)
+        check_drawing(command.out / narrowed(command).name)
     if command.finished:
         figures = _finished_figures(command, figures)
     elif not _sweep(command, figures):
@@ -280,7 +283,7 @@ def export_command(command: options.Export) -> None:
     store, wanted = Store(command.runs, write=False), _wanted(command, _figures_of(command))
     there = [experiment for experiment in wanted if store.has_run(experiment)]
     parents = [parent for parent in {dense_parent(e) for e in wanted} - {None} if store.has_run(parent)]
-    folder = command.out / command.preset
+    folder = command.out / narrowed(command).name
     if not there:
         published = exchange.published_folders(folder)
         remedy = f"merge {folder}` imports" if published else f"sweep --preset {command.preset}` makes"
@@ -311,10 +314,10 @@ def claims_command(command: options.Claims) -> None:
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
         remedy = f"`sparse-nb sweep --preset {command.preset}` makes what is missing"
-        if exchange.published_folders(Path("results", command.preset)):
-            remedy += f", `sparse-nb merge results/{command.preset}` imports what is published"
+        if exchange.published_folders(Path("results", preset.name)):
+            remedy += f", `sparse-nb merge results/{preset.name}` imports what is published"
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; {remedy}")
-    check_drawing(command.out / command.preset)
+    check_drawing(command.out / preset.name)
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
     found, _ = effects_of_store(preset, store, root=command.data)
@@ -333,6 +336,44 @@ def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
     made = provenance.read(command.figure)
     print(*provenance.trace_lines(made, command.runs), sep="\n")
+
+# %% ../../nbs/cli/02_commands.ipynb #967a6dda
+def _with_file(command):
+    """A command with the .toml file among its positional arguments as its study. Raises ValueError for two of them, and
+    as `load` for a study that cannot be read, before anything else is looked at."""
+    if not hasattr(command, "preset"):
+        return command
+    name = "figures" if hasattr(command, "figures") else "file"
+    files = [word for word in getattr(command, name) if name == "file" or word.endswith(".toml")]
+    named = [command.preset] * (not files or command.preset != options.Study.preset) + files
+    if len(named) > 1:
+        raise ValueError(f"studies are {', '.join(named)}; accepted: one")
+    load(named[0])
+    others = tuple(word for word in getattr(command, name) if word not in files)
+    return dataclasses.replace(command, preset=named[0], **{name: others})
+
+
+def study_command(command: options.StudyFile) -> None:
+    """Write the template of a study, or read a study and plan its figures. Raises FileExistsError for a file that is
+    there already."""
+    if command.action == "new":
+        template = Path(sparse_nb.__path__[0], "study/template.toml").read_text(encoding="utf-8")
+        try:
+            with open(command.file, "x", encoding="utf-8") as file:
+                file.write(template)
+        except FileExistsError:
+            raise FileExistsError(f"{command.file} is there already, and stays as it is") from None
+        print(
+            f"{command.file} is written; `sparse-nb figures {command.file}` trains its networks and draws its figures"
+        )
+        return
+    study = load(str(command.file) if command.file.suffix else command.file.name)
+    for figure in FIGURES:
+        if shown_families(figure, study):
+            wanted = measurements(plan(figure, study, root=command.data), study, root=command.data)
+            of = _counted(sum(map(len, wanted.values())), "measurement")
+            print(f"{figure}: {_counted(len(wanted), 'network')}, {of}; {', '.join(shown_families(figure, study))}")
+    print(f"study {study.name} is right")
 
 # %% ../../nbs/cli/02_commands.ipynb #1743af3c
 def explore_command(command: options.Explore) -> None:
@@ -370,9 +411,10 @@ _COMMANDS: dict = {
     options.Claims: claims_command,
     options.Trace: trace_command,
     options.Zoo: zoo_command,
+    options.StudyFile: study_command,
 }
 
 
-def carry_out(command: options.Study | options.OfStore | options.Zoo) -> None:
+def carry_out(command: options.Study | options.OfStore | options.Zoo | options.StudyFile) -> None:
     """Do what a command's options ask for."""
-    _COMMANDS[type(command)](command)
+    _COMMANDS[type(command)](_with_file(command))

@@ -30,6 +30,7 @@ _OPTIONS: dict = {
     "claims": options.Claims,
     "trace": options.Trace,
     "zoo": options.Zoo,
+    "study": options.StudyFile,
 }
 
 

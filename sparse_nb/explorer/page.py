@@ -31,7 +31,7 @@ from ..runs.files import write_whole
 from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
 from ..study.figures import FIGURES, Point, plan, shown_families
-from ..study.studies import Preset
+from ..study.studies import Study
 from ..study.versions import canonical
 
 # %% ../../nbs/9_explorer/06_page.ipynb #1317c057
@@ -60,9 +60,9 @@ def _curves_of(points, schedule):
 
 # %% ../../nbs/9_explorer/06_page.ipynb #82fabec2
 def measured_points(
-    store: Store, preset: Preset, *, root: str | Path | None = None
+    store: Store, preset: Study, *, root: str | Path | None = None
 ) -> dict[tuple[str, str], tuple[Point, ...]]:
-    """{(schedule, measure): points} of all figures' curves under a `Preset`, each once, that are measured or diverged.
+    """{(schedule, measure): points} of all figures' curves under a `Study`, each once, that are measured or diverged.
 
     root: folder of the datasets, see `figures.plan`.
     """
@@ -374,13 +374,13 @@ def write_page(
 # %% ../../nbs/9_explorer/06_page.ipynb #e4dcdeb4
 def store_page(
     store: Store,
-    preset: Preset,
+    preset: Study,
     path: str | Path,
     *,
     root: str | Path | None = None,
     include_plotlyjs: bool | str = True,
 ) -> list[Path]:
-    """`write_page` of everything that a store has of a `Preset`'s figures; returns the paths written.
+    """`write_page` of everything that a store has of a `Study`'s figures; returns the paths written.
 
     root: of the datasets. Raises as `write_page` and `figures.plan`.
     """
@@ -391,6 +391,6 @@ def store_page(
         page_table(store, measured),
         path,
         provenance=made_of or [f"Preset {preset.name}."],
-        fill=f"sparse-nb sweep --preset {preset.name}",
+        fill=f"sparse-nb sweep {Path(preset.file).name or '--preset ' + preset.name}",
         include_plotlyjs=include_plotlyjs,
     )

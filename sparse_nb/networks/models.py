@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import own
 from .dense_kernels import PortableLinear
 
 # %% ../../nbs/2_networks/01_models.ipynb #4fc82b26
@@ -262,6 +263,27 @@ def _channel_statistics(
         )
     return mean, std
 
+# %% ../../nbs/2_networks/01_models.ipynb #1268cc91
+def _own_model(
+    family: str, image_shape: tuple, classes: int, width: int, depth: int, repeat: int, batch_norm: bool
+) -> nn.Module:
+    """The network of somebody's own family. Raises ValueError for what the family does not give or cannot have."""
+    if repeat != 1 or not batch_norm:
+        raise ValueError(
+            f"{family} has repeat {repeat} and batch_norm {batch_norm}; a family of your own takes neither"
+        )
+    build = own.resolve(family)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)  # of parameters that no `reset_parameters` samples
+        try:
+            model = build(image_shape, classes, width=width, depth=depth)
+        except Exception as error:  # whatever somebody's function does
+            asked = f"{image_shape}, {classes}, width={width}, depth={depth}"
+            raise ValueError(f"{family} cannot be built with ({asked}): {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{family} gives a {type(model).__name__}; accepted: a torch.nn.Module")
+    return model.to(torch.get_default_device())
+
 # %% ../../nbs/2_networks/01_models.ipynb #44cb730c
 def build_model(
     family: str,
@@ -275,10 +297,11 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weightless: bool = False,
-) -> nn.Sequential:
-    """A network of the paper, section 2: raw images in [0, 1] in, logits out.
+) -> nn.Module:
+    """A network of the paper, section 2, or of somebody's own: raw images in [0, 1] in, logits out.
 
-    family: "mlp", "vgg" or "resnet". image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
+    family: "mlp", "vgg", "resnet", or an import path that is permitted (`own.find`).
+    image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
     width: hidden units (mlp) or channels of the first convolution (vgg, resnet).
     depth: hidden layers (mlp), 11/13/16 (vgg), 18/34/50 (resnet). repeat: 1 or more; every hidden layer, convolution
     or residual block comes so many times in a row, at its own output width (paper, B.1).
@@ -287,6 +310,8 @@ def build_model(
     weightless: True leaves all layers on PyTorch's meta device, with shapes but no memory, to be filled sparsely.
     Returns an nn.Sequential, float (N, C, H, W) -> float (N, classes). Raises ValueError or TypeError.
     """
+    if own.is_own(family):
+        return _own_model(family, tuple(image_shape), classes, width, depth, repeat, batch_norm)
     _check_request(family, image_shape, classes, width, depth, repeat)
     if family == "resnet" and not batch_norm:
         raise ValueError("batch_norm is False; resnet always has batch norm, only vgg can go without")

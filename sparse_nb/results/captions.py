@@ -80,7 +80,7 @@ def _family_narrowings(ours, full, datasets, growths, measures) -> list[str]:
 
 # %% ../../nbs/7_results/04_captions.ipynb #d9c3e17b
 def _measure_narrowings(preset, paper, measures) -> list[str]:
-    """Where `measures` of a `Preset` are smaller than those of another."""
+    """Where `measures` of a `Study` are smaller than those of another."""
     sentences = []
     for measure, draws in (("weight_noise", "noise draws"), ("corruption", "draws of each corruption")):
         ours, full = getattr(preset, measure).draws, getattr(paper, measure).draws
@@ -101,7 +101,7 @@ def narrowings(
     families: Collection[str] = FAMILIES,
     seeds: tuple[int, int] | None = None,
 ) -> list[str]:
-    """Sentences that say where a `Preset` is smaller than the paper in a figure with these growths, measures and
+    """Sentences that say where a `Study` is smaller than the paper in a figure with these growths, measures and
     families.
 
     seeds: (fewest, most) behind the figure's curves, if not those of the preset. Empty for the paper itself.
@@ -115,10 +115,11 @@ def narrowings(
         sentences.append(f"{in_range(seeds)} of {paper.seeds} seeds")
     sentences += _measure_narrowings(preset, paper, measures)
     controlled = "control" in growths
-    absent = [f for f, of in preset.families.items() if controlled and not of.control and paper.families[f].control]
+    of_paper = {f: of for f, of in preset.families.items() if f in paper.families}
+    absent = [f for f, of in of_paper.items() if controlled and not of.control and paper.families[f].control]
     if absent:
         sentences.append(f"Budget against density without {_listed(absent)}")
-    for family, ours in preset.families.items():
+    for family, ours in of_paper.items():
         parts = _family_narrowings(ours, paper.families[family], preset.datasets, growths, measures)
         if parts and family in families:
             sentences.append(f"{WORDS[family]}: " + "; ".join(parts))
@@ -143,7 +144,7 @@ def _widths_in(points, setting):
 
 
 def smaller_than_paper(preset, points: Sequence) -> list[str]:
-    """Sentences on where `points`, of a plan under a `Preset`, are fewer or smaller than in the paper."""
+    """Sentences on where `points`, of a plan under a `Study`, are fewer or smaller than in the paper."""
     used = {
         "rules": tuple(dict.fromkeys(p.rule for p in points)),
         "datasets": tuple(dict.fromkeys(p.experiment.dataset for p in points)),

@@ -151,7 +151,7 @@ def of_runs(runs: dict[str, Sequence[str]], root: Path, **known) -> Provenance:
 
 # %% ../../nbs/7_results/08_provenance.ipynb #a8231466
 def of_points(preset, points: Sequence, store) -> Provenance:
-    """The `Provenance` of a figure of the plan's `points` under a `Preset`, from a `Store`. Raises ValueError
+    """The `Provenance` of a figure of the plan's `points` under a `Study`, from a `Store`. Raises ValueError
     as `of_runs` does.
     """
     runs, unmade = {}, []

@@ -27,7 +27,7 @@ from .provenance import Provenance, of_points, publish
 from .tables import collect, finished
 from ..runs.store import Store
 from ..study.figures import FIGURES, plan
-from ..study.studies import Preset, narrow
+from ..study.studies import Study, load, narrow
 from ..sweep import sweep
 from ..sweep.jobs import resolve_device
 
@@ -140,7 +140,7 @@ class Rendering:
     """
 
     figure: str
-    preset: Preset
+    preset: Study
     planned: tuple
     store: Store
     parameters: dict
@@ -260,7 +260,8 @@ def draw_figure(figure: str, notebook: Path, parameters: dict, out: Path) -> lis
     """
     import papermill  # takes seconds, which a refusal need not wait for
 
-    preset, folder = parameters["preset"], Path(out) / parameters["preset"]
+    preset = load(parameters["preset"]).name
+    folder = Path(out) / preset
     quiet = ["--log-level=CRITICAL"]  # a kernel warns that it speaks TCP, and may call its own end an error
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as made:
         temporary = Path(made).absolute()

@@ -57,7 +57,7 @@ def trained_text(runs):
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #4a44dc15
 def reproducibility_table(runs, preset):
-    """Questions and answers on published `runs` (of `published_runs`) of a `Preset`: a DataFrame of text.
+    """Questions and answers on published `runs` (of `published_runs`) of a `Study`: a DataFrame of text.
     Raises ValueError for no runs, or several code versions.
     """
     if runs.empty or runs.code.nunique() > 1:
@@ -106,7 +106,7 @@ def training_operations(runs):
 
 # %% ../../nbs/7_results/10_reproducibility.ipynb #3fdba35f
 def figure_cost(figure, preset, rates):
-    """(networks, hours of one core at most) of `figure` under a `Preset`, dense networks that are pruned
+    """(networks, hours of one core at most) of `figure` under a `Study`, dense networks that are pruned
     included. rates: of `jobs.rates_of`, of runs on the CPU.
     """
     wanted = measurements(plan(figure, preset) if shown_families(figure, preset) else ())

@@ -19,10 +19,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from ..data import IMAGE_SHAPES
 from ..networks.connectivity import connectivity
 from ..networks.models import counted_weights
 from ..networks.sparse_layers import pattern, sparse_network
 from ..networks.training import Epoch, History, Recipe
+from ..own import is_own
 from ..robustness.evaluation import Record
 from sparse_nb.runs.files import (
     check_records,
@@ -151,6 +153,16 @@ def distance_from_start(experiment: Experiment, model: nn.Module) -> float:
     return math.sqrt(math.fsum(float(part.flatten().square().cumsum(0)[-1]) for part in moved if part.numel()))
 
 
+def _effective_density(experiment, kept):
+    """`Connectivity.effective_density` of kept positions; None for a network of one's own that cannot be followed."""
+    try:
+        return connectivity(build(experiment), kept, image_shape=IMAGE_SHAPES[experiment.dataset]).effective_density
+    except (ValueError, TypeError, RuntimeError):
+        if is_own(experiment.family):
+            return None
+        raise
+
+
 def _result_of(experiment, model, history):
     """How a training ended. The training figures of a pruned network are its parent's, so they are None."""
     last, trained = history.epochs[-1], dense_parent(experiment) is None
@@ -164,7 +176,7 @@ def _result_of(experiment, model, history):
         "seconds": sum(epoch.seconds for epoch in history.epochs) if trained else None,
         "counted": experiment.counted,
         "density": experiment.density,
-        "effective_density": connectivity(build(experiment), kept).effective_density,
+        "effective_density": _effective_density(experiment, kept),
         "distance": distance_from_start(experiment, model) if trained and history.status != "diverged" else None,
     }
 

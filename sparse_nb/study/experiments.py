@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from .. import data
+from .. import data, own
 from ..networks import allocation, masks, models, portable, sparse_layers, training
 from ..networks.training import Recipe
 from sparse_nb.robustness import (
@@ -87,7 +87,8 @@ def check_experiment(experiment):
     """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be
     trained."""
     e = experiment
-    accept("dataset", e.dataset, data.DATASETS)
+    if not own.is_own(e.dataset):
+        accept("dataset", e.dataset, data.DATASETS)
     accept("schedule", e.schedule, SCHEDULES)
     accept("initial_scale", e.initial_scale, masks.SCALES)
     accept("pruning", e.pruning, masks.SCOPES)

@@ -10,7 +10,7 @@ __all__ = ['FIGURES', 'Figure', 'shown_families', 'shown_rules', 'networks', 'Po
 import dataclasses
 from dataclasses import dataclass
 
-from .. import data
+from .. import data, own
 from ..networks import models
 from ..robustness.corruptions import corruptions
 from sparse_nb.study.experiments import (
@@ -23,7 +23,7 @@ from sparse_nb.study.experiments import (
     accept,
     counted_total,
 )
-from .studies import MANY_PASSES, PRESETS, sample_size
+from .studies import MANY_PASSES, load, sample_size
 
 # %% ../../nbs/4_study/04_figures.ipynb #670671cd
 @dataclass(frozen=True)
@@ -139,17 +139,27 @@ FIGURES = {
 
 # %% ../../nbs/4_study/04_figures.ipynb #c0de2302
 def shown_families(figure, preset):
-    """The families of a `Preset` of which `figure` (a name of `FIGURES`) has points, as a tuple; empty if none."""
+    """The families of a `Study` of which `figure` (a name of `FIGURES`) has points, as a tuple; empty if none, or if it
+    is not among the study's figures."""
     spec = FIGURES[figure]
-    return tuple(
-        f
-        for f, setting in preset.families.items()
-        if f in spec.families and (setting.control or set(spec.growths) != {"control"})
-    )
+    drawn = not preset.figures or figure in preset.figures
+    return tuple(f for f, of in preset.families.items() if drawn and _shows(spec, f) and _growths(spec, of))
+
+
+def _shows(spec, family):
+    """Whether a `Figure` shows a family; one of somebody's own wherever several are shown."""
+    return family in spec.families or own.is_own(family) and len(spec.families) > 1
+
+
+def _growths(spec, setting):
+    """The growths of a `Figure` that a `FamilySetting` has: no control without its budgets, no curve by depth with one
+    depth."""
+    absent = {growth for growth, there in (("control", setting.control), ("depth", setting.depths[1:])) if not there}
+    return tuple(growth for growth in spec.growths if growth not in absent)
 
 
 def shown_rules(figure, preset):
-    """The rules of `figure` (a name of `FIGURES`) under a `Preset`: its own, of which the user may have asked for some
+    """The rules of `figure` (a name of `FIGURES`) under a `Study`: its own, of which the user may have asked for some
     only, or the preset's."""
     own = FIGURES[figure].rules
     return preset.rules if own is None else tuple(rule for rule in own if rule in (preset.only_rules or own))
@@ -189,7 +199,7 @@ def control_grid(dataset, family, setting):
 
 # %% ../../nbs/4_study/04_figures.ipynb #624b60c5
 def measurement_of(preset, measure, dataset, setting, root=None):
-    """The evaluation of `measure` in a `Preset`, as it is made of networks for `dataset`, whose files are below `root`,
+    """The evaluation of `measure` in a `Study`, as it is made of networks for `dataset`, whose files are below `root`,
     with a `FamilySetting`."""
     measurement = dataclasses.replace(getattr(preset, measure), version=dict(preset.versions).get(measure, ""))
     if measure in MANY_PASSES:
@@ -272,7 +282,7 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement, versi
 
 # %% ../../nbs/4_study/04_figures.ipynb #c0de2313
 def plan(figure, preset, *, root=None):
-    """The points of `figure` (a name of `FIGURES`) under a `Preset`: a tuple, seed by seed, narrow to wide, shallow to
+    """The points of `figure` (a name of `FIGURES`) under a `Study`: a tuple, seed by seed, narrow to wide, shallow to
     deep.
 
     root: folder of the datasets (see `data.data_root`), where a plan with corruptions looks for the official ones.
@@ -283,16 +293,19 @@ def plan(figure, preset, *, root=None):
     spec, points, families = FIGURES[figure], [], shown_families(figure, preset)
     version = dict(preset.versions).get("training", "")
     if not families:
-        accepted = shown_families(figure, PRESETS[preset.name])
+        complete = load(preset.file or preset.name)
+        if complete.figures and figure not in complete.figures:
+            raise ValueError(f"figure is {figure!r}; study {preset.name} has the figures {', '.join(complete.figures)}")
+        accepted = ", ".join(shown_families(figure, complete)) or "none of its families"
         raise ValueError(
-            f"families are {', '.join(preset.families)}; {figure} shows {', '.join(accepted)} in preset {preset.name}"
+            f"families are {', '.join(preset.families)}; {figure} shows {accepted} in preset {preset.name}"
         )
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family in families:
                 setting = scheduled(preset.families[family], spec.schedule, dataset)
                 measurement = measurement_of(preset, spec.measure, dataset, setting, root)
-                for growth in spec.growths:
+                for growth in _growths(spec, setting):
                     for rule in shown_rules(figure, preset):
                         points += curve(
                             spec, growth, rule, dataset, family, setting, seed, measurement, version, preset.bits

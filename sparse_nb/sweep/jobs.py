@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numba
 import torch
 
-from .. import data
+from .. import data, own
 from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
 from ..runs.files import read_about
 from sparse_nb.runs.store import (
@@ -47,6 +47,7 @@ from sparse_nb.study.experiments import (
     prune,
     train,
 )
+from ..study.your_own import checked_texts
 from .costs import job_work
 from .engines import logged
 
@@ -336,6 +337,7 @@ class Terms:
     runs: the store's folder. images: folder of the datasets, None for the default. device: "cpu" or "cuda". code: the
     sweep's `versions.fingerprint`. threads: of each process, None for no change. deadline: of `time.time`, None for
     none. keep_every: seconds between training states. own_process: do the processes belong to the sweep?
+    own, texts: `own.permissions` and `your_own.checked_texts` of the sweep.
     """
 
     runs: str
@@ -346,6 +348,8 @@ class Terms:
     deadline: float | None = None
     keep_every: float = KEEP_EVERY
     own_process: bool = True
+    own: dict = field(default_factory=dict)
+    texts: dict = field(default_factory=dict)
 
 
 def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) -> Outcome:
@@ -360,6 +364,8 @@ def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) 
         needs = "workers need it, and the datasets, on a filesystem shared with the sweep"
         raise FileNotFoundError(f"the runs folder {terms.runs} is not there on {platform.node()}; {needs}")
     device, store, e = torch.device(terms.device), Store(terms.runs), job.experiment
+    own.permit(terms.own)
+    checked_texts((e.family,), (e.dataset,), terms.texts, store.root / "own.json")
     if gpu and device.type == "cuda":
         device = torch.device("cuda", gpu[0])
         torch.cuda.set_device(device)

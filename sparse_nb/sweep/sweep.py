@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'POLL', 'LOOK_AGAIN', 'Board', 'Progress', 'ready', 'fail', 'settle', 'carry_out', 'Summary', 'summarise',
-           'check_engine', 'open_engine', 'check_code', 'run']
+           'check_engine', 'open_engine', 'check_code', 'own_texts', 'run']
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4e074085
+import json
 import math
 import sys
 import time
@@ -19,10 +20,13 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from .. import own
 from ..runs.attempts import holder, read_progress, save_failure
+from ..runs.files import load_json, read_bytes, write_whole
 from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, check_version, dense_parent
+from ..study.your_own import checked_texts
 from .costs import Rates, job_work, measured_rates, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
@@ -275,6 +279,21 @@ def check_code(remote):
             file=sys.stderr,
         )
 
+# %% ../../nbs/6_sweep/04_sweep.ipynb #7d88f84b
+def own_texts(jobs, store):
+    """`your_own.checked_texts` of the families and datasets of some `Job`s, remembered in the store's `own.json`.
+
+    Raises ValueError, with what to do, if one of them is not what the store remembers.
+    """
+    file, experiments = store.root / "own.json", [job.experiment for job in jobs]
+    if not any(own.is_own(name) for e in experiments for name in (e.family, e.dataset)):
+        return {}
+    known = load_json(read_bytes(file)) if file.exists() else {}
+    now = checked_texts({e.family for e in experiments}, {e.dataset for e in experiments}, known, file)
+    if now.keys() - known.keys():
+        write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
+    return now
+
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4ec9599f
 def run(
     experiments,
@@ -322,11 +341,12 @@ def run(
     for dataset in dict.fromkeys(job.experiment.dataset for job in board.waiting):
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
+    texts = own_texts(board.waiting, store)
     deadline = time.time() + 60 * minutes if minutes is not None else None
     if deadline:
         board.rates = measured_rates(store, device)
-    own, fingerprint = engine == "local", versions.fingerprint()
-    terms = Terms(str(store.root.absolute()), root, device.type, fingerprint, threads, deadline, keep_every, own)
+    where = (str(store.root.absolute()), root, device.type, versions.fingerprint())
+    terms = Terms(*where, threads, deadline, keep_every, engine == "local", own.permissions(), texts)
     with (
         with_threads(None if remote else threads),
         Progress(board, show) as progress,
