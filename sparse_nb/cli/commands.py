@@ -22,6 +22,7 @@ from ..claims.forest import effects_of_store
 from ..claims.verdicts import claims_table, judge_store
 from . import options
 from ..results import provenance
+from ..results.provenance import PICTURES
 from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
@@ -67,7 +68,15 @@ def notebook_parameters(command: options.Study) -> dict:
     flat = {name: getattr(command, name) for name in names if hasattr(command, name)}
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
     data = str(command.data.absolute()) if command.data else None
-    return {**flat, "runs": str(command.runs.absolute()), "data": data}
+    pictures = {"pictures": " ".join(_pictures(command))} if isinstance(command, options.Drawing) else {}
+    return {**flat, "runs": str(command.runs.absolute()), "data": data, **pictures}
+
+
+def _pictures(command: options.Drawing) -> tuple[str, ...]:
+    """The kinds of pictures that a command asks for. Raises ValueError for a format that there is not."""
+    for kind in command.format:
+        accept("format", kind, PICTURES)
+    return tuple(dict.fromkeys(("svg", "png", *command.format))) if command.pictures else ()
 
 # %% ../../nbs/cli/02_commands.ipynb #f626ef41
 def _duration(seconds):
@@ -147,10 +156,16 @@ def _finished_figures(command, figures):
     return there
 
 
-def _render(command, figures):
-    """Run the notebooks of `figures`, or of "claims", printing the files that are written."""
-    for paths in draw_figures(figures, command.notebooks, notebook_parameters(command), command.out):
-        print(*paths, sep="\n", flush=True)
+def _render(command, figures, pictures):
+    """Run the notebooks of `figures`, or of "claims", with the `pictures` that can be drawn; says what to open."""
+    parameters = notebook_parameters(command) | {"pictures": " ".join(pictures)}
+    form = "drawing {n_fmt} of {total_fmt} figures |{bar:20}| {elapsed} gone"
+    with tqdm(total=len(figures), disable=None, bar_format=form) as bar:
+        for _ in draw_figures(figures, command.notebooks, parameters, command.out):
+            bar.update()
+    endings = ", ".join((*pictures, "csv", "ipynb"))
+    page = command.out / command.preset / f"{figures[0]}.html"
+    print(f"{_counted(len(figures), 'figure')} in {page.parent}, to hover over as html and as {endings}; open {page}")
 
 
 def figures_command(command: options.Figures) -> None:
@@ -159,8 +174,9 @@ def figures_command(command: options.Figures) -> None:
     _wanted(command, figures), resolve_device(command.device)
     for figure in figures:
         notebook_of(figure, command.notebooks)
+    pictures = _pictures(command)
     if not command.dry_run:
-        check_drawing(command.out / command.preset)
+        pictures = check_drawing(command.out / command.preset, pictures)
     if command.finished:
         figures = _finished_figures(command, figures)
     elif not _sweep(command, figures):
@@ -168,7 +184,7 @@ def figures_command(command: options.Figures) -> None:
     if not command.dry_run:
         # reads new record files, so that a damaged one is found before a notebook needs it
         Store(command.runs, write=not command.finished).table()
-        _render(command, figures)
+        _render(command, figures, pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
 def _progress(wanted, store, rates, device, failed):
@@ -314,11 +330,11 @@ def claims_command(command: options.Claims) -> None:
         if exchange.published_folders(Path("results", command.preset)):
             remedy += f", `sparse-nb merge results/{command.preset}` imports what is published"
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; {remedy}")
-    check_drawing(command.out / command.preset)
+    pictures = check_drawing(command.out / command.preset, _pictures(command))
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
     found, _ = effects_of_store(preset, store, root=command.data)
-    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1])
+    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1], pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #93725919
 def zoo_command(command: options.Zoo) -> None:

@@ -394,16 +394,16 @@ def finish(
     """
     panels = max(figure.layout.height or 240 * rows - 10, 20 * entries + 30)
     text = [part for line in footer for part in textwrap.wrap(line, int((150 + _panel_width(columns) * columns) / 5.1))]
-    width, height = 150 + _panel_width(columns) * columns, 160 + panels + 15 * len(text)
+    width, height = 150 + _panel_width(columns) * columns, 166 + panels + 15 * len(text)
     figure.update_layout(
         template=template(),
         width=width,
         height=height,
         title=dict(text=title, x=0.01, y=1 - 22 / height, yanchor="middle", font_size=16),
         legend=dict(title=dict(text=legend, font_size=12), tracegroupgap=0),
-        margin=dict(l=85, r=20, t=75, b=85 + 15 * len(text)),
+        margin=dict(l=85, r=20, t=75, b=91 + 15 * len(text)),
     )
-    corner = dict(xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-60, xshift=-70)
+    corner = dict(xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="top", yshift=-66, xshift=-70)
     font = dict(size=10, color="#666666")
     figure.add_annotation(text="<br>".join(text), showarrow=False, align="left", font=font, **corner)
     return _fill_legend(figure)
