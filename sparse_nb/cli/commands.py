@@ -52,6 +52,12 @@ def _figures_of(command):
     return command.figures or tuple(figure for figure in FIGURES if shown_families(figure, narrowed(command)))
 
 
+def _announce(text):
+    """Say on a terminal what takes more than a second before anything else is seen."""
+    if sys.stderr.isatty():
+        print(f"{text} …", file=sys.stderr, flush=True)
+
+
 def _wanted(command, figures):
     """{experiment: its evaluations, each once} for `figures`. Raises NotADirectoryError if the datasets are in a
     file."""
@@ -136,7 +142,9 @@ def _sweep(command, figures):
 
 def sweep_command(command: options.Sweep) -> None:
     """Train and measure what is missing. Raises RuntimeError if networks failed."""
-    _sweep(command, _figures_of(command))
+    figures = _figures_of(command)
+    _announce(f"Looking for what {_counted(len(figures), 'figure')} of {command.preset} need in {command.runs}")
+    _sweep(command, figures)
 
 # %% ../../nbs/cli/02_commands.ipynb #da9c2f72
 def _finished_figures(command, figures):
@@ -171,6 +179,7 @@ def _render(command, figures, pictures):
 def figures_command(command: options.Figures) -> None:
     """Train and measure what figures need, then run their notebooks."""
     figures = _figures_of(command)
+    _announce(f"Looking for what {_counted(len(figures), 'figure')} of {command.preset} need in {command.runs}")
     _wanted(command, figures), resolve_device(command.device)
     for figure in figures:
         notebook_of(figure, command.notebooks)
@@ -324,6 +333,7 @@ def claims_command(command: options.Claims) -> None:
     store, preset = Store(command.runs, write=False), narrowed(command)
     for name in OF_CLAIMS:
         notebook_of(name, command.notebooks)
+    _announce(f"Judging the claims by what is in {store.root}")
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
         remedy = f"`sparse-nb sweep --preset {command.preset}` makes what is missing"
