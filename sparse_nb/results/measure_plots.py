@@ -78,7 +78,7 @@ def changed_classes(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).round({"density": 4, "change": 1, "overall_change": 1})
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #d029fa3a
-CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "")
+CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "", dash="dot")
 
 
 def severity_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
@@ -230,7 +230,7 @@ def attack_lines(curves: pd.DataFrame, radii: dict[str, float] | None = None) ->
         Line(WORDS[name], "accuracy", radii, colour, name, symbol=symbol)
         for name, colour, symbol in zip(PAPER_ATTACKS, DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False)
     )
-    return (Line("clean", "accuracy", 0, NEUTRAL_COLOUR, PAPER_ATTACKS[0]), *attacked)
+    return (Line("clean", "accuracy", 0, NEUTRAL_COLOUR, PAPER_ATTACKS[0], dash="dot"), *attacked)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #96061e92
 def density_lines(curves: pd.DataFrame) -> dict[tuple, dict[float, Line]]:

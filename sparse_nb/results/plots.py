@@ -140,7 +140,7 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
         mode="lines+markers",
         line=dict(color=line.colour, width=2, dash=line.dash),
         error_y=dict(array=100 * above.where(points.seeds > 2), arrayminus=100 * below, color=bar, thickness=1, width=3),
-        marker=dict(color=line.colour, size=6, symbol=symbols),
+        marker=dict(color=line.colour, size=8 if "triangle" in line.symbol else 6, symbol=symbols),
         customdata=_hover(points),
         hovertemplate=f"<b>{line.label}</b>: %{{customdata}}<extra></extra>",
     )
@@ -369,7 +369,7 @@ def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = 
         legendrank=rank,
         mode="lines+markers",
         line=line,
-        marker=dict(color=line["color"], size=6, symbol=symbol),
+        marker=dict(color=line["color"], size=8 if "triangle" in symbol else 6, symbol=symbol),
     )
 
 

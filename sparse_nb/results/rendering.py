@@ -200,7 +200,7 @@ class Rendering:
             planned = tuple(point for point in self.planned if point.rule == rule)
             part = replace(self, planned=planned, rule=rule, suffix=f"_{rule}" if parts else "")
             points = tuple(point for point in self.points if point.rule == rule)
-            part.__dict__ |= {"points": points, "table": self.table[self.table.rule == rule]}  # trained, and read
+            part.__dict__.update(points=points, table=self.table[self.table.rule == rule])  # trained, and read
             parts.append(part)
         return parts
 
