@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'claim_plans', 'claim_tables', 'judge', 'judge_store', 'together', 'overall', 'draw_verdicts',
-           'refuted_among_all', 'claims_table', 'as_markdown', 'with_runs', 'figure_claims']
+           'refuted_among_all', 'claims_table', 'as_markdown', 'as_latex', 'with_runs', 'figure_claims']
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #d4735e3a
 import math
@@ -247,6 +247,25 @@ def as_markdown(table: pd.DataFrame) -> str:
     """A DataFrame of text as a Markdown table."""
     lines = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+# %% ../../nbs/8_claims/04_verdicts.ipynb #a3b0094e
+_IN_LATEX = {"–": "--", "σ": r"$\sigma$", "ε": r"$\varepsilon$", "≈": r"$\approx$", "×": r"$\times$", "≤": r"$\le$"}
+
+
+def as_latex(table: pd.DataFrame, source: str = "") -> str:
+    """A DataFrame of text as a LaTeX table, for the package booktabs; wide texts are set in paragraphs.
+
+    source: a line on where the numbers come from, which becomes a comment.
+    """
+    marks = "".join(mark for mark, _ in MARKS.values())
+    plain = table.astype(str).replace(f"^[{marks}] ", "", regex=True)
+    wide = [plain[name].str.len().max() > 25 for name in plain]
+    share = 0.8 / max(sum(wide), 1)
+    columns = "".join(f"p{{{share:.2f}\\linewidth}}" if long else "l" for long in wide)
+    text = plain.to_latex(index=False, escape=True, column_format=columns)
+    for sign, command in _IN_LATEX.items():
+        text = text.replace(sign, command)
+    return (f"% {source}\n" if source else "") + text
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #c2356069
 def with_runs(judged: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from ..claims.forest import effects_of_store
 from ..claims.verdicts import claims_table, judge_store
 from . import options
 from ..results import provenance
+from ..results.provenance import PICTURES
 from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
@@ -53,6 +54,12 @@ def _figures_of(command):
     return command.figures or tuple(figure for figure in FIGURES if shown_families(figure, narrowed(command)))
 
 
+def _announce(text):
+    """Say on a terminal what takes more than a second before anything else is seen."""
+    if sys.stderr.isatty():
+        print(f"{text} …", file=sys.stderr, flush=True)
+
+
 def _wanted(command, figures):
     """{experiment: its evaluations, each once} for `figures`. Raises NotADirectoryError if the datasets are in a
     file."""
@@ -69,8 +76,17 @@ def notebook_parameters(command: options.Study) -> dict:
     flat = {name: getattr(command, name) for name in names if hasattr(command, name)}
     flat = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in flat.items()}
     data = str(command.data.absolute()) if command.data else None
+    pictures = {"pictures": " ".join(_pictures(command))} if isinstance(command, options.Drawing) else {}
     study = narrowed(command)
-    return {**flat, "preset": study.file or study.name, "runs": str(command.runs.absolute()), "data": data}
+    of_study = {"preset": study.file or study.name, "data": data}
+    return {**flat, **of_study, "runs": str(command.runs.absolute()), **pictures}
+
+
+def _pictures(command: options.Drawing) -> tuple[str, ...]:
+    """The kinds of pictures that a command asks for. Raises ValueError for a format that there is not."""
+    for kind in command.format:
+        accept("format", kind, PICTURES)
+    return tuple(dict.fromkeys(("svg", "png", *command.format))) if command.pictures else ()
 
 # %% ../../nbs/cli/02_commands.ipynb #f626ef41
 def _duration(seconds):
@@ -130,7 +146,9 @@ def _sweep(command, figures):
 
 def sweep_command(command: options.Sweep) -> None:
     """Train and measure what is missing. Raises RuntimeError if networks failed."""
-    _sweep(command, _figures_of(command))
+    figures = _figures_of(command)
+    _announce(f"Looking for what {_counted(len(figures), 'figure')} of {command.preset} need in {command.runs}")
+    _sweep(command, figures)
 
 # %% ../../nbs/cli/02_commands.ipynb #da9c2f72
 def _finished_figures(command, figures):
@@ -150,20 +168,28 @@ def _finished_figures(command, figures):
     return there
 
 
-def _render(command, figures):
-    """Run the notebooks of `figures`, or of "claims", printing the files that are written."""
-    for paths in draw_figures(figures, command.notebooks, notebook_parameters(command), command.out):
-        print(*paths, sep="\n", flush=True)
+def _render(command, figures, pictures):
+    """Run the notebooks of `figures`, or of "claims", with the `pictures` that can be drawn; says what to open."""
+    parameters = notebook_parameters(command) | {"pictures": " ".join(pictures)}
+    form = "drawing {n_fmt} of {total_fmt} figures |{bar:20}| {elapsed} gone"
+    with tqdm(total=len(figures), disable=None, bar_format=form) as bar:
+        for _ in draw_figures(figures, command.notebooks, parameters, command.out):
+            bar.update()
+    endings = ", ".join((*pictures, "csv", "ipynb"))
+    page = command.out / command.preset / f"{figures[0]}.html"
+    print(f"{_counted(len(figures), 'figure')} in {page.parent}, to hover over as html and as {endings}; open {page}")
 
 
 def figures_command(command: options.Figures) -> None:
     """Train and measure what figures need, then run their notebooks."""
     figures = _figures_of(command)
+    _announce(f"Looking for what {_counted(len(figures), 'figure')} of {command.preset} need in {command.runs}")
     _wanted(command, figures), resolve_device(command.device)
     for figure in figures:
         notebook_of(figure, command.notebooks)
+    pictures = _pictures(command)
     if not command.dry_run:
-        check_drawing(command.out / narrowed(command).name)
+        pictures = check_drawing(command.out / narrowed(command).name, pictures)
     if command.finished:
         figures = _finished_figures(command, figures)
     elif not _sweep(command, figures):
@@ -171,7 +197,7 @@ def figures_command(command: options.Figures) -> None:
     if not command.dry_run:
         # reads new record files, so that a damaged one is found before a notebook needs it
         Store(command.runs, write=not command.finished).table()
-        _render(command, figures)
+        _render(command, figures, pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
 def _progress(wanted, store, rates, device, failed):
@@ -311,17 +337,18 @@ def claims_command(command: options.Claims) -> None:
     store, preset = Store(command.runs, write=False), narrowed(command)
     for name in OF_CLAIMS:
         notebook_of(name, command.notebooks)
+    _announce(f"Judging the claims by what is in {store.root}")
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
         remedy = f"`sparse-nb sweep --preset {command.preset}` makes what is missing"
         if exchange.published_folders(Path("results", preset.name)):
             remedy += f", `sparse-nb merge results/{preset.name}` imports what is published"
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; {remedy}")
-    check_drawing(command.out / preset.name)
+    pictures = check_drawing(command.out / preset.name, _pictures(command))
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
     found, _ = effects_of_store(preset, store, root=command.data)
-    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1])
+    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1], pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #93725919
 def zoo_command(command: options.Zoo) -> None:

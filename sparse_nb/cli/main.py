@@ -42,7 +42,11 @@ def main(args: Sequence[str] | None = None) -> None:
     description = "Understanding the effect of sparsity on neural networks robustness: the paper, run."
     try:
         command = tyro.extras.subcommand_cli_from_dict(_OPTIONS, args=args, prog="sparse-nb", description=description)
+        starting = "Starting …" if sys.stderr.isatty() else ""
+        print(starting, end="\r" * bool(starting), file=sys.stderr, flush=True)
         from sparse_nb.cli import commands  # takes seconds, which --help and a misspelt option need not wait for
+
+        print(" " * len(starting), end="\r" * bool(starting), file=sys.stderr, flush=True)
 
         commands.carry_out(command)
         sys.stdout.flush()

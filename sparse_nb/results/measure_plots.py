@@ -4,41 +4,46 @@
 
 # %% auto #0
 __all__ = ['RECALL_LINES', 'CLEAN', 'changed_classes', 'severity_lines', 'type_lines', 'draw_types', 'corruption_error_table',
-           'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_table']
+           'figure_radii', 'attack_lines', 'density_lines', 'under_attack', 'draw_radii', 'masking_table']
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #dee52248
+import itertools
 import math
 from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from ..data import CLASSES, IMAGE_SHAPES
+from ..data import CLASSES
 from sparse_nb.results.axes import (
     CORRUPTION_GROUPS,
     DISTINCT_COLOURS,
+    DISTINCT_SYMBOLS,
     NEUTRAL_COLOUR,
     WORDS,
-    accuracy_range,
     density_colour,
     few,
     ordered_colours,
     radius_text,
 )
-from .captions import panel_title, seed_words
 from sparse_nb.results.plots import (
     Line,
     add_line,
+    add_rules,
     draw_panel,
     empty_panels,
     finish,
+    grid_of,
+    lines_of_rules,
     on_lines,
     only_outer_labels,
     panel_grid,
+    drawn_range,
+    row_title,
 )
 from .stats import class_changes, mean_interval
 from .tables import PANEL
-from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS, masking_signs
+from ..robustness.attacks import PAPER_ATTACKS, masking_signs
 from ..robustness.corruptions.corruptions import corruption_errors
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #2fca346d
@@ -73,7 +78,7 @@ def changed_classes(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).round({"density": 4, "change": 1, "overall_change": 1})
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #d029fa3a
-CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "")
+CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "", dash="dot")
 
 
 def severity_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
@@ -95,8 +100,8 @@ def type_lines(corruptions: set[str]) -> dict[str, tuple[Line, ...]]:
     """
     lines = {
         group: [
-            Line(name.replace("_", " "), "type_accuracy", 0, colour, name)
-            for name, colour in zip(names, DISTINCT_COLOURS, strict=False)
+            Line(name.replace("_", " "), "type_accuracy", 0, colour, name, symbol=symbol)
+            for name, colour, symbol in zip(names, DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False)
             if name in corruptions
         ]
         for group, names in CORRUPTION_GROUPS.items()
@@ -104,56 +109,67 @@ def type_lines(corruptions: set[str]) -> dict[str, tuple[Line, ...]]:
     return {group: (CLEAN, *of_group) for group, of_group in lines.items() if of_group}
 
 
-def _stack_legends(figure: go.Figure, groups: dict[str, Sequence[Line]]) -> go.Figure:
-    """A legend for each of `groups`, {title: `Line`s}, one under the other; what several have is in the
-    first. Returns `figure`.
+def _stack_legends(figure: go.Figure, rows: Sequence[dict[str, Sequence[Line]]]) -> go.Figure:
+    """A legend beside each row of panels, for each of its groups, {title: `Line`s}, one under the other, of what no
+    legend above has. Returns `figure`.
     """
-    layout, above, placed = figure.layout, 0, []
-    for k, (group, lines) in enumerate(groups.items()):
-        name, labels = f"legend{k + 1 if k else ''}", [line.label for line in lines if line.label not in placed]
-        for rank, label in enumerate(labels, 1000):
-            figure.update_traces(legend=name, legendrank=rank, selector=dict(name=label))
-        y = 1 - above / (layout.height - layout.margin.t - layout.margin.b)
-        figure.update_layout({name: dict(title=group, tracegroupgap=0, x=1.01, y=y, yanchor="top")})
-        above, placed = above + 20 * (len(labels) + bool(group)) + 6, placed + labels
+    layout, numbers, placed, above = figure.layout, itertools.count(1), set(), 0.0
+    inside = layout.height - layout.margin.t - layout.margin.b
+    for row, groups in enumerate(rows, 1):
+        (axis, *_) = figure.select_yaxes(row=row)
+        above = max(above, inside * (1 - axis.domain[1]))
+        for group, lines in groups.items():
+            labels = [line.label for line in lines if line.label not in placed]
+            if not labels:
+                continue
+            number = next(numbers)
+            name = f"legend{number if number > 1 else ''}"
+            for rank, label in enumerate(labels, 1000):
+                figure.update_traces(legend=name, legendrank=rank, selector=dict(name=label))
+            y = 1 - above / inside
+            figure.update_layout({name: dict(title=dict(text=group, font_size=12), tracegroupgap=0, x=1.01, y=y, yanchor="top")})
+            above, placed = above + 19 * (len(labels) + bool(group)) + 8, placed | set(labels)
     return figure
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #099e1521
-def _type_titles(curves, panels, column) -> list[str]:
-    """Titles of the panels of `draw_types`, row by row. panels: {(dataset, rule): {group: lines}}; column:
-    (growth, family).
+def _type_cells(drawn: pd.DataFrame) -> tuple[list[str], list[tuple[int, int, str, tuple[Line, ...]]]]:
+    """The columns of `draw_types`, datasets, and its panels, row by row, as (row, column, title, lines). drawn: of one
+    rule.
     """
-    rows, titles, columns = list(panels), [], max(map(len, panels.values()))
-    seeds = seed_words(curves, rows, [column])
-    for row, groups in panels.items():
-        words = panel_title((row, column), rows, [column]) + seeds.get((row, column), "")
-        titles += [f"{words}<br>{group}" for group in groups] + [""] * (columns - len(groups))
-    return titles
+    datasets, cells = list(dict.fromkeys(drawn.dataset)), []
+    for column, dataset in enumerate(datasets, 1):
+        measured = drawn[(drawn.quantity == "type_accuracy") & (drawn.dataset == dataset)]
+        groups = type_lines(set(measured.name)) or {"clean": (CLEAN,)}
+        cells += [(row, column, group, lines) for row, (group, lines) in enumerate(groups.items(), 1)]
+    return datasets, sorted(cells, key=lambda cell: cell[:2])
 
 
-def draw_types(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
-    """Figures 9 to 11: a row of panels for each dataset and rule, a panel for each group of corruptions, a line for
-    each corruption.
+def draw_types(curves: pd.DataFrame, *, title: str, footer: Sequence[str], rule: str | None = None) -> go.Figure:
+    """Figures 9 to 11: a column of panels for each dataset, a panel for each group of corruptions, a line for each
+    corruption.
 
-    curves: rows of `tables.summarise_curves` of `tables.corruption_means`, of one family that grows in one way.
-    footer: lines of text underneath.
+    curves: rows of `tables.summarise_curves` of `tables.corruption_means`, of one family that grows in one way. footer:
+    lines of text underneath. rule: the one that is drawn, if not the first.
     """
-    measured = curves[curves.quantity == "type_accuracy"]
-    panels = {
-        (dataset, rule): type_lines(set(measured.name[measured.dataset == dataset])) or {"clean": (CLEAN,)}
-        for dataset, rule in dict.fromkeys(curves[["dataset", "rule"]].itertuples(index=False, name=None))
-    }
-    rows, columns = len(panels), max(map(len, panels.values()))
-    figure = panel_grid(_type_titles(curves, panels, (curves.growth.iloc[0], curves.family.iloc[0])), rows, columns)
-    for i, ((dataset, rule), groups) in enumerate(panels.items(), 1):
-        of_row, every = curves[(curves.dataset == dataset) & (curves.rule == rule)], sum(groups.values(), ())
-        points = on_lines(of_row, every)
-        for j, lines in enumerate(groups.values(), 1):
-            draw_panel(figure, points, lines, bounds=accuracy_range(points["mean"]), value="accuracy (%)", row=i, col=j)
-    legends: dict[str, Sequence[Line]] = {"": (CLEAN,), **type_lines(set(measured.name))}
-    entries = 2 * len(legends) + measured.name.nunique()
-    finish(only_outer_labels(figure, rows, columns), title, "", footer, rows, columns, entries=entries)
-    return _stack_legends(figure, legends)
+    rule = rule or curves.rule.iloc[0]
+    datasets, cells = _type_cells(curves[curves.rule == rule])
+    places = [cell[:2] for cell in cells]
+    titles = [f"<b>{WORDS[datasets[j - 1]]}</b><br>{group}" if i == 1 else group for i, j, group, _ in cells]
+    figure = panel_grid(places, titles=titles, shared="columns", gap=60)
+    for row, col, _, lines in cells:
+        every = [line for _, column, _, of_cell in cells if column == col for line in of_cell]
+        points = on_lines(curves[curves.dataset == datasets[col - 1]], every)
+        of_rule, bounds = points[points.rule == rule], drawn_range(points)
+        draw_panel(figure, of_rule, {rule: lines}, bounds=bounds, value="accuracy (%)", row=row, col=col)
+        lowest = row == max(i for i, j in places if j == col)
+        figure.update_xaxes(dict(showticklabels=lowest) | ({} if lowest else {"title": None}), row=row, col=col)
+        figure.update_yaxes(dict(showticklabels=True) | ({} if col == 1 else {"title": None}), row=row, col=col)
+    finish(figure, title, "", footer, max(places)[0], len(datasets))
+    names = type_lines(set(curves.name[(curves.quantity == "type_accuracy") & (curves.rule == rule)]))
+    rows: list[dict] = [{"": (CLEAN,)}, *({} for _ in range(max(places)[0] - 1))]
+    for row, _, group, _ in cells:
+        rows[row - 1].setdefault(group, names.get(group, ()))
+    return _stack_legends(figure, rows)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #49d180ec
 def _errors_of(points: pd.DataFrame) -> dict[tuple, list]:
@@ -191,14 +207,30 @@ def corruption_error_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names).round({"density": 4, **dict.fromkeys(errors, 1)})
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #ff5a1ae0
-def attack_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
-    """The `Line`s of figure 3: clean, and each of the paper's attacks at the `FIGURE_EPSILON` of the dataset."""
-    epsilons = {dataset: FIGURE_EPSILON[IMAGE_SHAPES[dataset][0]] for dataset in set(curves.dataset)}
+def figure_radii(curves: pd.DataFrame, attack: str = "pgd") -> dict[str, float]:
+    """{dataset: the ε of figure 3}: the largest at which every dense base keeps a tenth of its clean accuracy under
+    `attack`, or the smallest that was measured. curves: rows of `tables.summarise_curves` with attacks.
+    """
+    found = {}
+    for dataset, of_dataset in curves[(curves.quantity == "accuracy") & (curves.name == attack)].groupby("dataset"):
+        base = of_dataset[of_dataset.density == 1]
+        of_base = base.groupby(["family", "strength"])["mean"].mean().unstack("strength")
+        kept = of_base.div(of_base[0.0], axis=0).min()
+        radii = sorted(set(of_dataset.strength) - {0.0})
+        found[dataset] = max((radius for radius in radii if kept.get(radius, 0) >= 0.1), default=radii[0])
+    return found
+
+
+def attack_lines(curves: pd.DataFrame, radii: dict[str, float] | None = None) -> tuple[Line, ...]:
+    """The `Line`s of figure 3: clean, and each of the paper's attacks at the ε of the dataset in `radii`, if not those
+    of `figure_radii`.
+    """
+    radii = radii or figure_radii(curves)
     attacked = (
-        Line(WORDS[name], "accuracy", epsilons, colour, name)
-        for name, colour in zip(PAPER_ATTACKS, DISTINCT_COLOURS, strict=False)
+        Line(WORDS[name], "accuracy", radii, colour, name, symbol=symbol)
+        for name, colour, symbol in zip(PAPER_ATTACKS, DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False)
     )
-    return (Line("clean", "accuracy", 0, NEUTRAL_COLOUR, PAPER_ATTACKS[0]), *attacked)
+    return (Line("clean", "accuracy", 0, NEUTRAL_COLOUR, PAPER_ATTACKS[0], dash="dot"), *attacked)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #96061e92
 def density_lines(curves: pd.DataFrame) -> dict[tuple, dict[float, Line]]:
@@ -208,7 +240,7 @@ def density_lines(curves: pd.DataFrame) -> dict[tuple, dict[float, Line]]:
     places = curves.groupby(["dataset", "rule", "family"], sort=False).density
     shown = {place: few(sorted(set(densities), reverse=True)) for place, densities in places}
     halvings = sorted({round(-math.log2(density)) for densities in shown.values() for density in densities})
-    words = {k: ("" if k == 0 else "≈ ") + f"{100 / 2**k:.2g} %".replace("1e+02", "100") for k in halvings}
+    words = {k: ("" if k == 0 else "≈ ") + f"{100 / 2**k:.3g} %" for k in halvings}
     return {
         place: {
             d: Line(words[k], "accuracy", 0, density_colour(2**-k)) for d in densities for k in [round(-math.log2(d))]
@@ -224,32 +256,45 @@ def under_attack(curves: pd.DataFrame, attack: str) -> pd.DataFrame:
     return curves[(curves.quantity == "accuracy") & (curves.name == attack) | curves.quantity.isna()]
 
 
+def _draw_radii_panel(figure: go.Figure, panel: pd.DataFrame, lines: dict, bounds: Sequence[float], **at: int) -> None:
+    """One panel of `draw_radii`. panel: its points; lines: {rule: {density: `Line`}}; bounds: of the vertical axis; at:
+    row and col.
+    """
+    epsilons = sorted(panel.strength.dropna().unique())
+    for rule, of_rule in lines.items():
+        for density, line in of_rule.items():
+            points = panel[(panel.density == density) & (panel.rule == rule)].dropna(subset="strength")
+            points = points.sort_values("strength")
+            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, **at)
+    ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
+    figure.update_xaxes(ticks, title="ε", **at)
+    figure.update_yaxes(range=bounds, title=row_title(panel.dataset.iloc[0], "accuracy (%)"), **at)
+
+
 def draw_radii(curves: pd.DataFrame, attack: str, *, title: str, footer: Sequence[str]) -> go.Figure:
-    """Accuracy under one attack against ε: panels dataset × family, a line for each of a few densities.
+    """Accuracy under one attack against ε: panels dataset × family, a line for each of a few densities, rules by
+    dashes.
 
     curves: rows of `tables.summarise_curves` with attacks. attack: its name. footer: lines of text underneath.
     """
-    lines = density_lines(curves)
-    rows = list(dict.fromkeys(place[:2] for place in lines))
-    columns = list(dict.fromkeys(("width", place[2]) for place in lines))
-    under = under_attack(curves, attack)
-    figure = empty_panels(under, rows, columns)
-    for place, of_panel in lines.items():
-        at = dict(row=rows.index(place[:2]) + 1, col=columns.index(("width", place[2])) + 1)
-        panel = under[(under.dataset == place[0]) & (under.rule == place[1]) & (under.family == place[2])]
-        epsilons = sorted(panel.strength.dropna().unique())
-        for density, line in of_panel.items():
-            points = panel[panel.density == density].dropna(subset="strength").sort_values("strength")
-            add_line(figure, points.assign(x=points.strength.map(epsilons.index)), line, row=at["row"], col=at["col"])
-        ticks = dict(tickvals=list(range(len(epsilons))), ticktext=[radius_text(epsilon) for epsilon in epsilons])
-        figure.update_xaxes(ticks, title="ε", **at)
-        figure.update_yaxes(range=[-4, 104], title="accuracy (%)", **at)
+    lines, under = density_lines(curves), under_attack(curves, attack)
+    grid, rules = grid_of(under), list(dict.fromkeys(under.rule))
+    figure, styled = empty_panels(grid, gap=55), {}
+    for (dataset, _, family), (row, col) in grid.places.items():
+        of_row = under[under.dataset == dataset]
+        panel = of_row[of_row.family == family]
+        of_rules = {rule: lines.get((dataset, rule, family), {}) for rule in rules}
+        styles = {rule: lines_of_rules(list(of_rules[rule].values()), rules)[rule] for rule in rules}
+        of_rules = {rule: dict(zip(of_rules[rule], styles[rule], strict=True)) for rule in rules}
+        _draw_radii_panel(figure, panel, of_rules, drawn_range(of_row), row=row, col=col)
+        styled |= styles
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
     figure.for_each_trace(
-        lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.__getitem__).index(trace.name))
+        lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.__getitem__).index(trace.name)),
+        selector=lambda trace: trace.name in order,
     )
-    figure = only_outer_labels(figure, len(rows), len(columns))
-    return finish(figure, title, "remaining weights", footer, len(rows), len(columns))
+    figure = finish(only_outer_labels(figure, grid), title, "remaining weights", footer, grid.rows, grid.columns)
+    return add_rules(figure, styled)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #349c4120
 def masking_table(table: pd.DataFrame, tolerance: float = 0.01) -> pd.DataFrame:

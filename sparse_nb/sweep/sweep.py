@@ -76,9 +76,9 @@ class Progress:
             disable=not (self.work and show),
             leave=True,
             mininterval=0.2 if watched else 10,
-            desc=str(board),
-            bar_format="{desc} |{bar:20}| {percentage:3.0f}% [{elapsed} gone, {remaining} left]{postfix}",
+            bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
         )
+        self.bar.set_description_str(self._text(""), refresh=False)
 
     def __enter__(self):
         return self
@@ -87,17 +87,24 @@ class Progress:
         self.show({})
         self.bar.close()
 
+    def _text(self, newest):
+        """What is beside the bar, at most 80 columns with it; how long the rest takes is said from 5 % on."""
+        share, elapsed = self.bar.n / (self.bar.total or 1), self.bar.format_dict["elapsed"]
+        left = elapsed * (1 - share) / share if share >= 0.05 else None
+        time_text = f"{tqdm.format_interval(elapsed)} gone" if left is None else f"{tqdm.format_interval(left)} left"
+        failed = f", {len(self.board.failed)} failed" * bool(self.board.failed)
+        return f"{len(self.board.done)} of {len(self.work)} networks{failed}, {time_text}{newest}"[:61]
+
     def show(self, shares):
         """shares: {running job: (share of it that is done, words)}."""
         if self.count != (count := len(self.board.done) + len(self.board.failed)):
             self.count, self.settled = count, sum(self.work[job] for job in [*self.board.done, *self.board.failed])
         underway = sum(self.work[job] * share for job, (share, _) in shares.items())
-        newest = [f"{words(job.experiment)} · {said}" for job, (_, said) in shares.items() if said]
-        self.bar.set_description_str(str(self.board), refresh=False)
-        self.bar.set_postfix_str(newest[-1] if newest else "", refresh=False)
-        self.bar.update(
-            min(self.settled + underway, self.bar.total) - self.bar.n
-        )  # a sum of shares can exceed the whole by its last digit
+        told = [(job.experiment, said) for job, (_, said) in shares.items() if said]
+        newest = [f", {e.dataset} {e.family} {e.width} seed {e.seed}: {said}" for e, said in told[-1:]]
+        done = min(self.settled + underway, self.bar.total)  # a sum of shares can exceed the whole by its last digit
+        self.bar.set_description_str(self._text("".join(newest)), refresh=False)
+        self.bar.update(done - self.bar.n)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #19581e27
 TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds

@@ -1,0 +1,103 @@
+"""Nothing that a figure draws leaves its frame, and no interval leaves 0 to 100 %: the cells of every figure's notebook,
+run on a store of three seeds, and on one of two, whose points have dots instead.
+"""
+
+import math
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from sparse_nb.results import rendering
+from sparse_nb.study.figures import FIGURES
+from sparse_nb.study.studies import PRESETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def ends_of(figure):
+    """(ends of everything drawn, ends of its intervals): (x, y, x axis, y axis) of each."""
+    everything, intervals = [], []
+    for trace in figure.data:
+        axes = [getattr(figure.layout, f"{a}axis{(trace[f'{a}axis'] or a)[1:]}") for a in "xy"]
+        if trace.x is None or trace.x[0] is None:
+            continue
+        x, y = (np.asarray(values, float) for values in (trace.x, trace.y))
+        everything += [(*place, *axes) for place in zip(x, y, strict=True) if not np.isnan(place).any()]
+        if trace.error_y.array is not None:
+            above, below = (np.asarray(trace.error_y[side], float) for side in ("array", "arrayminus"))
+            for bar in (y + above, y - below):
+                intervals += [(*place, *axes) for place in zip(x, bar, strict=True) if not np.isnan(place).any()]
+    return everything + intervals, intervals
+
+
+def leaves(value, axis):
+    """Whether a value is outside the range of its axis."""
+    low, high = sorted(axis.range or (-math.inf, math.inf))
+    return not low <= (math.log10(value) if axis.type == "log" else value) <= high
+
+
+def outside(figure):
+    """(how much of what is drawn leaves its frame, how many ends of intervals leave 0 to 100 %, ends of intervals)."""
+    everything, intervals = ends_of(figure)
+    cut = sum(leaves(x, x_axis) or leaves(y, y_axis) for x, y, x_axis, y_axis in everything)
+    return cut, sum(not -1e-9 <= y <= 100 + 1e-9 for _, y, *_ in intervals), len(intervals)
+
+
+def test_the_check_sees_what_is_cut():
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, 2)
+    figure.add_scatter(x=[0, 1], y=[50, 99], error_y=dict(array=[5, 2], arrayminus=[5, math.nan]), row=1, col=2)
+    figure.update_layout(xaxis2_range=[-1, 2], yaxis2_range=[48, 104])
+    assert outside(figure) == (1, 1, 3)  # 45 is below the frame; 101 is inside it, and no accuracy
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("frames") / "runs"
+
+
+def drawn_by(figure, runs, seeds, monkeypatch):
+    """{name: (figure, points)} that the notebook of a figure publishes, in this process and without a browser."""
+    published = {}
+
+    def publish(made, curves, folder, name, *rest):
+        published[name] = made, curves
+        return [Path(folder) / f"{name}.csv"]
+
+    monkeypatch.setattr(rendering, "publish", publish)
+    spec = FIGURES[figure]
+    family = spec.families[0]
+    widths = "" if spec.growths == ("control",) else " ".join(map(str, PRESETS["smoke"].families[family].widths[:2]))
+    asked = dict(families=family, widths=widths, seeds=seeds, epochs=1, device="cpu", runs=str(runs))
+    notebook = nbformat.read(ROOT / f"figures/{spec.notebook}.ipynb", as_version=4)
+    parameters, *cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    scope = {}
+    exec(parameters, scope)
+    scope |= asked | {"out": str(runs.parent / "out")}
+    for cell in cells:
+        exec(cell, scope)
+    return published
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_nothing_that_a_figure_draws_leaves_its_frame(figure, runs, monkeypatch, capsys):
+    for name, (made, curves) in drawn_by(figure, runs, 3, monkeypatch).items():
+        cut, impossible, ends = outside(made)
+        assert (name, cut, impossible) == (name, 0, 0) and ends > 0
+        assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if trace.x[0] is not None})
+        shares = curves[~curves.quantity.isin(["loss_increase", "loss"])]
+        assert shares.low.ge(0).all() and shares.high.le(1).all()
+        assert (shares.low.le(shares["mean"]) & shares["mean"].le(shares.high)).all()
+
+
+def test_two_seeds_are_dots_and_inside(runs, monkeypatch, capsys):
+    ((made, curves),) = drawn_by("fig01", runs, 2, monkeypatch).values()
+    cut, _, ends = outside(made)
+    assert (cut, ends) == (0, 0) and set(curves.seeds) == {2}
+    dots = [y for trace in made.data if trace.mode == "markers" for y in trace.y]
+    strengths = {trace.name for trace in made.data if trace.mode == "lines+markers" and trace.x[0] is not None}
+    shown = curves[(curves.quantity == "accuracy") & curves.strength.isin([float(name.split()[0]) for name in strengths])]
+    assert sorted(dots) == pytest.approx(sorted(100 * np.concatenate([shown.lowest, shown.highest])))
