@@ -94,6 +94,7 @@ def test_every_chapter_has_its_module_and_every_module_its_chapter():
     assert exported == modules and {path.name for path, found in chapters.items() if not found} == {
         "explore.ipynb",
         "index.ipynb",
+        "your_network.ipynb",
     }
     for path, found in chapters.items():
         if found and "." in found[1]:
