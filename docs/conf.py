@@ -1,0 +1,76 @@
+"""The book: every chapter as it is in git, stored outputs included. Nothing is run, torch is not needed. `make book`."""
+
+import os
+import re
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+SOURCE = HERE / "_build/source"  # laid out by .ci/book.py
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+from sparse_nb._modidx import d  # noqa: E402
+
+settings = ConfigParser()
+settings.read(ROOT / "settings.ini", encoding="utf-8")
+about = settings["DEFAULT"]
+repository = os.environ.get("GITHUB_REPOSITORY") or f"{about['user']}/{about['repo']}"
+branch = about["branch"]
+
+project, author, copyright, release = about["repo"], about["author"], about["copyright"], about["version"]
+language = "en"
+extensions = ["myst_nb", "sphinx_external_toc", "autodoc2", "sphinx_copybutton"]
+external_toc_path = str(HERE / "_toc.yml")
+exclude_patterns = ["nbs/explore.ipynb"]
+
+nb_execution_mode = "off"
+nb_custom_formats = {".ipynb": ["chapters.read", {}]}
+nb_merge_streams = True
+myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "html_image"]
+myst_heading_anchors = 4
+myst_heading_slug_func = "chapters.slug"
+suppress_warnings = ["autodoc2.dup_item", "etoc.toctree"]
+
+# Read, not imported. Docstrings are Markdown.
+autodoc2_packages = [
+    {"path": os.path.relpath(ROOT / "sparse_nb", SOURCE), "module": "sparse_nb", "exclude_files": ["_modidx.py", "__main__.py"]}
+]
+autodoc2_render_plugin = "myst"
+autodoc2_docstring_parser_regexes = [(".*", "myst")]
+autodoc2_module_all_regexes = [f"{re.escape(module)}$" for module in d["syms"]]  # each has an __all__
+autodoc2_hidden_objects = ["private", "dunder", "inherited"]
+autodoc2_output_dir = "reference"
+autodoc2_index_template = None
+
+html_theme = "sphinx_book_theme"
+html_title = "sparse-nb: a paper you can run"
+html_static_path = [str(HERE / "static")]
+html_extra_path = [str(SOURCE / "extra")]
+html_css_files = ["book.css"]
+html_js_files = [("figures.js", {"defer": "defer"})]
+html_copy_source = True
+mathjax_path = "mathjax.js"  # one file, of this site
+mathjax3_config = {"options": {"enableMenu": False}}  # the menu would fetch more
+copybutton_exclude = ".linenos, .gp, .go"
+html_theme_options = {
+    "repository_provider": "github",
+    "repository_url": f"https://github.com/{repository}",
+    "repository_branch": branch,
+    "path_to_docs": "",
+    "use_repository_button": True,
+    "use_download_button": True,
+    "show_toc_level": 2,
+    "show_navbar_depth": 1,
+    "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+}
+
+
+def setup(app):
+    import chapters
+    import published
+
+    app.connect("source-read", published.fill)
+    app.connect("source-read", chapters.link_page)
+    app.add_config_value("repository", repository, "env")
