@@ -28,7 +28,7 @@ def _lay_out():
     published = {path.relative_to(ROOT) for kind in ("svg", "csv") for path in (ROOT / PUBLISHED).glob(f"*.{kind}")}
     for path in SOURCE.rglob("*") if SOURCE.exists() else ():
         part = path.relative_to(SOURCE)
-        if path.is_file() and part.parts[0] not in ("reference", "extra") and part not in wanted | published:
+        if path.is_file() and part.parts[0] not in ("reference", "extra", "static") and part not in wanted | published:
             path.unlink()
     shutil.rmtree(SOURCE / "extra", ignore_errors=True)
     copies = [(path, SOURCE / path) for path in wanted | published]
@@ -44,7 +44,7 @@ def _add_libraries():
     """plotly.js and MathJax, one file each, from their Python packages."""
     from plotly.offline import get_plotlyjs
 
-    static = SOURCE / "extra/_static"
+    static = SOURCE / "static"
     static.mkdir(parents=True, exist_ok=True)
     (static / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     for file in importlib.metadata.files("sphinx-mathjax-offline"):

@@ -31,7 +31,8 @@ nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "html_image"]
 myst_heading_anchors = 4
 myst_heading_slug_func = "chapters.slug"
-suppress_warnings = ["autodoc2.dup_item", "etoc.toctree"]
+# Constants assigned in pairs, which autodoc2 does not see, and `bytes`, which fields of classes are called too.
+suppress_warnings = ["autodoc2.dup_item", "autodoc2.all_resolve", "ref.python", "etoc.toctree"]
 
 # Read, not imported. Docstrings are Markdown.
 autodoc2_packages = [
@@ -46,10 +47,10 @@ autodoc2_index_template = None
 
 html_theme = "sphinx_book_theme"
 html_title = "sparse-nb: a paper you can run"
-html_static_path = [str(HERE / "static")]
+html_static_path = [str(HERE / "static"), str(SOURCE / "static")]
 html_extra_path = [str(SOURCE / "extra")]
 html_css_files = ["book.css"]
-html_js_files = [("figures.js", {"defer": "defer"})]
+html_context = {"default_mode": "auto"}
 html_copy_source = True
 mathjax_path = "mathjax.js"  # one file, of this site
 mathjax3_config = {"options": {"enableMenu": False}}  # the menu would fetch more
@@ -59,10 +60,12 @@ html_theme_options = {
     "repository_url": f"https://github.com/{repository}",
     "repository_branch": branch,
     "path_to_docs": "",
+    "navbar_persistent": [],
     "use_repository_button": True,
     "use_download_button": True,
     "show_toc_level": 2,
     "show_navbar_depth": 1,
+    "collapse_navigation": True,
     "launch_buttons": {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
 }
 
@@ -73,4 +76,4 @@ def setup(app):
 
     app.connect("source-read", published.fill)
     app.connect("source-read", chapters.link_page)
-    app.add_config_value("repository", repository, "env")
+    app.connect("html-page-context", published.add_scripts)

@@ -241,8 +241,14 @@ def figure_page(content, name):
     return nbformat.writes(notebook)
 
 
-def _signed(row):
-    return f"{row['mean']:+.1f} [{row.low:+.1f}, {row.high:+.1f}]".replace("-", "−")
+def _signed(value):
+    """As in +1.5, −0.2, 0.0."""
+    return "0.0" if round(value, 1) == 0 else f"{value:+.1f}".replace("-", "−")
+
+
+def _with_interval(row):
+    """As in +1.5 [+0.8, +2.3], where the interval stays on one line."""
+    return f"{_signed(row['mean'])} [{_signed(row.low)},\N{NO-BREAK SPACE}{_signed(row.high)}]"
 
 
 _DISTURBANCES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
@@ -258,8 +264,9 @@ def effects_table():
             "contrast": row.contrast,
             "disturbance": _DISTURBANCES.get(row.disturbance, row.disturbance),
             "rule": words.get(row["rule"], row["rule"]),
-            "points [95 % interval]": _signed(row),
-            "one more panel": f"{row.predicted_low:+.1f} to {row.predicted_high:+.1f}".replace("-", "−"),
+            "effect [95 % interval]": _with_interval(row),
+            "unit": effects.CONTRASTS[row.contrast].unit,
+            "one more panel": f"{_signed(row.predicted_low)} to {_signed(row.predicted_high)}",
             "panels": f"{row.panels:.0f}",
             "reads": row.word,
         }
@@ -278,7 +285,7 @@ def gain(disturbance, rule, contrast="gain"):
     """One pooled effect in words, as in +1.5 [+0.8, +2.3]."""
     pooled = module("claims.effects").pooled_effects(_published_rows("effects"))
     (row,) = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance) & (pooled.rule == rule)].iloc
-    return _signed(row)
+    return _with_interval(row)
 
 
 def stored_table(header):
@@ -322,3 +329,10 @@ def fill(app, name, content):
     elif name.startswith("docs/"):
         content[0] = re.sub(r"\{\{(\w+)\}\}", lambda m: TABLES[m[1]](), content[0])
         content[0] = re.sub(r"\{\{gain (\w+) (\w+)(?: (\w+))?\}\}", lambda m: gain(m[1], m[2], m[3] or "gain"), content[0])
+
+
+def add_scripts(app, name, template, context, doctree):
+    """plotly.js, 5 MB, on the pages that need it."""
+    if name.startswith("figures/"):
+        app.add_js_file("plotly.min.js", defer="defer")
+        app.add_js_file("figures.js", defer="defer")
