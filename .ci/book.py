@@ -55,10 +55,13 @@ def _add_libraries():
 def build():
     _lay_out()
     _add_libraries()
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", ROOT / "docs", "-d", BUILD / "doctrees"]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", ROOT / "docs", "-d", BUILD / "doctrees", "-j", "2"]
     strict = ["-q", "-W", "--keep-going"]  # a dead link is a warning
     status = subprocess.run([*command, *strict, SOURCE, BUILD / "html"]).returncode
-    print(f"the book: {(BUILD / 'html/index.html').relative_to(ROOT)}" if not status else "the book has faults", flush=True)
+    print(
+        f"the book: {(BUILD / 'html/index.html').relative_to(ROOT)}" if not status else "the book has faults",
+        flush=True,
+    )
     return status
 
 

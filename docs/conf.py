@@ -1,4 +1,4 @@
-"""The book: every chapter as it is in git, stored outputs included. Nothing is run, torch is not needed. `make book`."""
+"""The book: every chapter as it is in git, stored outputs included. Nothing is run, and torch is not needed."""
 
 import os
 import re
@@ -36,7 +36,11 @@ suppress_warnings = ["autodoc2.dup_item", "autodoc2.all_resolve", "ref.python", 
 
 # Read, not imported. Docstrings are Markdown.
 autodoc2_packages = [
-    {"path": os.path.relpath(ROOT / "sparse_nb", SOURCE), "module": "sparse_nb", "exclude_files": ["_modidx.py", "__main__.py"]}
+    {
+        "path": os.path.relpath(ROOT / "sparse_nb", SOURCE),
+        "module": "sparse_nb",
+        "exclude_files": ["_modidx.py", "__main__.py"],
+    }
 ]
 autodoc2_render_plugin = "myst"
 autodoc2_docstring_parser_regexes = [(".*", "myst")]
@@ -70,10 +74,17 @@ html_theme_options = {
 }
 
 
+def _allow_parallel(extension):
+    if extension:
+        extension.parallel_read_safe = extension.parallel_write_safe = True
+
+
 def setup(app):
     import chapters
     import published
 
+    # It numbers nothing here, and does not say that it could run in parallel.
+    app.connect("config-inited", lambda app, _: _allow_parallel(app.extensions.get("sphinx_multitoc_numbering")))
     app.connect("source-read", published.fill)
     app.connect("source-read", chapters.link_page)
     app.connect("html-page-context", published.add_scripts)

@@ -209,8 +209,8 @@ def _shown(name):
         frame = f'<div class="frame" tabindex="0" role="region" aria-label="{html.escape(title)}">{plot}</div>{said}'
         output = nbformat.v4.new_output("display_data", {"text/html": f'<div class="figure">{frame}</div>'})
         yield nbformat.v4.new_markdown_cell(
-            f"Preset `{PRESET}`. Point at a mark for its value, its interval and the hashes of its runs; a click on the "
-            f"legend hides a line. [Vector graphic](rendered/{PRESET}/{published}.svg), "
+            f"Preset `{PRESET}`. Point at a mark for its value, its interval and the hashes of its runs; a click on "
+            f"the legend hides a line. [Vector graphic](rendered/{PRESET}/{published}.svg), "
             f"[every point with its runs](rendered/{PRESET}/{published}.csv); "
             f"`sparse-nb trace figures/rendered/{PRESET}/{published}.svg` lists runs, code and data."
         )
@@ -224,7 +224,9 @@ def _judged(figure):
     if not of_figure:
         return ""
     table = verdicts.as_markdown(verdicts.claims_table(_published_rows("claims"), of_figure))
-    note = "Verdicts are [explained here](../nbs/8_claims/04_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
+    note = (
+        "Verdicts are [explained here](../nbs/8_claims/04_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
+    )
     return f"## What the paper says of it, and whether it holds\n\n{table}\n\n{note}"
 
 
@@ -289,7 +291,7 @@ def gain(disturbance, rule, contrast="gain"):
 
 
 def stored_table(header):
-    """The Markdown table that begins with `header`, from the stored outputs of the front page: it takes torch to make."""
+    """The Markdown table that begins with `header`, from the front page's stored outputs: making it takes torch."""
     for cell in nbformat.read(ROOT / "nbs/index.ipynb", as_version=4).cells:
         for output in cell.get("outputs", ()):
             if (text := output.get("data", {}).get("text/markdown", "")).startswith(header):
@@ -328,7 +330,9 @@ def fill(app, name, content):
         content[0] = figure_page(content[0], figure[1])
     elif name.startswith("docs/"):
         content[0] = re.sub(r"\{\{(\w+)\}\}", lambda m: TABLES[m[1]](), content[0])
-        content[0] = re.sub(r"\{\{gain (\w+) (\w+)(?: (\w+))?\}\}", lambda m: gain(m[1], m[2], m[3] or "gain"), content[0])
+        content[0] = re.sub(
+            r"\{\{gain (\w+) (\w+)(?: (\w+))?\}\}", lambda m: gain(m[1], m[2], m[3] or "gain"), content[0]
+        )
 
 
 def add_scripts(app, name, template, context, doctree):

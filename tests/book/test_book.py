@@ -146,7 +146,12 @@ def browse(book):
             wrong = []
             page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
             page.on("pageerror", lambda error: wrong.append(str(error)))
-            page.on("request", lambda request: request.url.startswith("http") and not request.url.startswith(here) and wrong.append(request.url))
+            page.on(
+                "request",
+                lambda request: (
+                    request.url.startswith("http") and not request.url.startswith(here) and wrong.append(request.url)
+                ),
+            )
             page.goto(here + path)
             return page, wrong
 
