@@ -37,7 +37,7 @@ setup(
     },
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "jpeg", "slurm")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "jpeg", "slurm")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

@@ -122,14 +122,18 @@ def timed_tests(log):
     return run([*PYTEST, "timed"], log)
 
 
+def book(log):
+    return run([*PYTEST, "book"], log)
+
+
 def pytest(log):
-    return run([*PYTEST, "not timed", "-n", str(WORKERS), "--dist", "loadfile"], log)
+    return run([*PYTEST, "not timed and not book", "-n", str(WORKERS), "--dist", "loadfile"], log)
 
 
 def main():
     LOGS.mkdir(exist_ok=True)
     failed = False
-    for stage in (in_step, lint, notebooks, outputs, timed_tests, pytest):
+    for stage in (in_step, lint, notebooks, outputs, timed_tests, book, pytest):
         name = stage.__name__.replace("_", " ")
         print(f"{name:<14}", end="", flush=True)
         start = time.monotonic()
@@ -143,7 +147,7 @@ def main():
             print(*said, sep="\n")
         else:
             print(*(f"{line}\n" for line in said if line.startswith("SKIPPED")), sep="", end="")
-        if stage in (timed_tests, pytest) and not status:
+        if stage in (timed_tests, book, pytest) and not status:
             print(said[-1])  # 12 passed, 3 skipped in 4.5s
     return int(failed)
 

@@ -1,5 +1,6 @@
 """What the markers of pyproject.toml ask for: a test whose needs are not met here is skipped, and says why."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ def unmet(marker, config):
         return f"needs the real images: SPARSE_NB_DATA={root} lacks MNIST/raw or cifar-10-batches-py"
     if marker == "gpu" and not torch.cuda.is_available():
         return "needs a CUDA device"
+    if marker == "book" and "book" not in config.option.markexpr:
+        return "builds the book, a minute: pytest -m book"
+    if marker == "book" and not importlib.util.find_spec("sphinx"):
+        return "needs Sphinx, which make book installs"
     if marker == "slow" and "slow" not in config.option.markexpr:
         return "takes minutes: pytest -m slow"
     return None

@@ -39,6 +39,7 @@ CONDA_NAMES = {
     "playwright": "playwright-python",
     "build": "python-build",
 }
+NOT_CHAPTERS = ("__init__.py", "__main__.py", "_modidx.py")
 PYTHONS = ("3.10.0", "3.11.0", "3.11.5", "3.12.0", "3.13.0", "3.14.0")
 
 
@@ -73,7 +74,7 @@ def imports_of(path):
 
 
 def test_imports_run_down_the_parts_only():
-    modules = [path for path in (ROOT / "sparse_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]
+    modules = [path for path in (ROOT / "sparse_nb").rglob("*.py") if path.name not in NOT_CHAPTERS]
     assert len(modules) > 40 and {imports_of(path)[0] for path in modules} == set(PARTS)
     edges = {(part, other) for part, others in map(imports_of, modules) for other in others if other != part}
     assert {("cli", "runs"), ("results", "runs"), ("networks", "data")} <= edges
@@ -89,7 +90,7 @@ def test_every_chapter_has_its_module_and_every_module_its_chapter():
     modules = {
         ".".join(path.relative_to(ROOT / "sparse_nb").with_suffix("").parts)
         for path in (ROOT / "sparse_nb").rglob("*.py")
-        if path.name not in ("__init__.py", "_modidx.py")
+        if path.name not in NOT_CHAPTERS
     }
     assert exported == modules and {path.name for path, found in chapters.items() if not found} == {
         "explore.ipynb",
@@ -109,6 +110,10 @@ def settings():
 
 def requirements():
     return [Requirement(r) for key in ("requirements", "dev_requirements") for r in settings()[key].split()]
+
+
+def book_requirements():
+    return [Requirement(r) for r in settings()["docs_requirements"].split()]
 
 
 def test_pyproject_mirrors_settings_for_nbdev_3():
@@ -147,7 +152,7 @@ def test_lock_pins_each_requirement_once_within_its_range(python):
             assert version.operator == "==", line
             assert canonicalize_name(pin.name) not in pins, f"{pin.name} is pinned twice for Python {python}"
             pins[canonicalize_name(pin.name)] = version.version
-    for r in requirements():
+    for r in requirements() + book_requirements():
         assert r.specifier.contains(pins[canonicalize_name(r.name)]), (
             f"{r} is locked at {pins[canonicalize_name(r.name)]}"
         )

@@ -6,6 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/03_main.ipynb #e18a974f
+import difflib
 import io
 import os
 import sqlite3
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from .. import __version__
 from . import options
 
 # %% ../../nbs/cli/03_main.ipynb #65e3f658
@@ -33,14 +35,28 @@ _OPTIONS: dict = {
     "study": options.StudyFile,
 }
 
+# %% ../../nbs/cli/03_main.ipynb #7f0c3d52
+def _check_command(args: Sequence[str]) -> None:
+    """Raise ValueError if the first of `args` is neither a command nor an option, with the nearest command."""
+    if not args or args[0].startswith("-") or args[0] in _OPTIONS:
+        return
+    nearest = difflib.get_close_matches(args[0], _OPTIONS, n=1)
+    meant = f"did you mean {nearest[0]}? " if nearest else ""
+    raise ValueError(f"there is no command {args[0]!r}; {meant}The commands are {', '.join(_OPTIONS)}")
 
+# %% ../../nbs/cli/03_main.ipynb #7f0c3d53
 def main(args: Sequence[str] | None = None) -> None:
     """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
             stream.reconfigure(errors="replace")
+    args = sys.argv[1:] if args is None else args
+    if list(args) == ["--version"]:
+        print(f"sparse-nb {__version__}")
+        return
     description = "Understanding the effect of sparsity on neural networks robustness: the paper, run."
     try:
+        _check_command(args)
         command = tyro.extras.subcommand_cli_from_dict(_OPTIONS, args=args, prog="sparse-nb", description=description)
         starting = "Starting …" if sys.stderr.isatty() else ""
         print(starting, end="\r" * bool(starting), file=sys.stderr, flush=True)

@@ -45,7 +45,7 @@ def training_work(run, epochs: int) -> float:
 
 
 def job_work(job) -> tuple[float, float]:
-    """(operations of the training at its longest, of the measurements) of a [`Job`](02_jobs.ipynb)."""
+    """(operations of the training at its longest, of the measurements) of a `jobs.Job`."""
     e, images = job.experiment, data.SIZES[job.experiment.dataset]["test"]
     passes = sum(evaluation.passes * (evaluation.test_images or images) for evaluation in job.evaluations)
     trains = job.train and dense_parent(e) is None

@@ -1,0 +1,342 @@
+"""Figures and tables of the book, from what is published in figures/rendered: drawn by the package's own code."""
+
+import ast
+import html
+import re
+import sys
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import nbformat
+import pandas as pd
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent
+PRESET = "laptop"
+RENDERED = ROOT / "figures/rendered" / PRESET
+# Imported by the modules that draw, and needed to train and measure only.
+ABSENT = ("torch", "torchvision", "torchattacks", "numba", "llvmlite", "safetensors", "sklearn", "choreographer")
+ABSENT += ("psutil", "tqdm", "pebble", "distributed")
+
+
+class _Kind(type):
+    """The type of whatever an absent package is asked for: a class that may be a base, an annotation, a decorator."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Kind(name, (_Absent,), {})
+
+    def __or__(cls, other):
+        return cls
+
+    __ror__ = __or__
+
+    def __getitem__(cls, key):
+        return cls
+
+
+class _Absent(metaclass=_Kind):
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, function=None, *args, **kwargs):
+        return function
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent()
+
+
+class _AbsentModule(ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Kind(name, (_Absent,), {})
+
+
+class _AbsentPackages(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in ABSENT else None
+
+    def create_module(self, spec):
+        return _AbsentModule(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+@contextmanager
+def _without_torch():
+    """Import modules of the package as if heavy packages were there. They are neither imported nor left behind, so
+    that a drawing that needed one would fail."""
+    finder = _AbsentPackages()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name, module in sys.modules.items() if isinstance(module, _AbsentModule)]:
+            del sys.modules[name]
+
+
+@cache
+def module(name):
+    """A module of the package, imported without torch."""
+    with _without_torch():
+        return import_module(f"sparse_nb.{name}")
+
+
+def notebook_of(name):
+    """The notebook that draws a figure, by its name such as fig01 or claims."""
+    (path,) = (ROOT / "figures").glob(f"{name}*.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def _statements(notebook):
+    """The statements of a notebook's code cells, but for its parameters."""
+    cells = (c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ()))
+    return [statement for cell in cells for statement in ast.parse(cell.source).body]
+
+
+def _assigned(statements):
+    """{name: the expression that it is assigned}."""
+    assignments = (s for s in statements if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name))
+    return {statement.targets[0].id: statement.value for statement in assignments}
+
+
+def drawing_calls(name):
+    """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`."""
+    statements, drawn = _statements(notebook_of(name)), {}
+    assigned = _assigned(statements)
+    for statement in statements:
+        call = getattr(statement, "value", None)
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "publish":
+            drawn[call.args[2].value if len(call.args) > 2 else name] = assigned[call.args[0].id]
+    return drawn
+
+
+def _published_rows(name):
+    """The table behind a published figure, as the code that draws has it."""
+    rows = pd.read_csv(RENDERED / f"{name}.csv", dtype={"claim": str})
+    texts = [column for column in ("name", "numbers", "runs") if column in rows]
+    return rows.assign(**rows[texts].fillna(""))
+
+
+def said_by(name):
+    """(title, lines of the footer) of a published figure, read from its SVG."""
+    texts = ElementTree.parse(RENDERED / f"{name}.svg").iter("{http://www.w3.org/2000/svg}text")
+    title, footer = "", []
+    for text in texts:
+        if text.get("class") == "gtitle":
+            title = "".join(text.itertext())
+        elif "font-size: 10px" in text.get("style", "") and text.get("class") == "annotation-text":
+            for line in ["".join(line.itertext()) for line in text] or ["".join(text.itertext())]:
+                if footer and not footer[-1].endswith("."):  # wrapped there
+                    footer[-1] += f" {line}"
+                else:
+                    footer.append(line)
+    return title, footer
+
+
+def _imported(statement):
+    """{name: object} of a statement such as `from sparse_nb.results import plots`."""
+    where, found = statement.module.removeprefix("sparse_nb").removeprefix("."), {}
+    for alias in statement.names:
+        try:
+            found[alias.name] = getattr(module(where), alias.name)
+        except AttributeError:  # a module of a part
+            found[alias.name] = module(f"{where}.{alias.name}")
+    return found
+
+
+def _value(node, scope, assigned):
+    """The value of an expression; names that `scope` lacks get it from their assignments in the notebook."""
+    for name in {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - set(scope):
+        scope[name] = _value(assigned[name], scope, assigned)
+    return eval(compile(ast.fix_missing_locations(ast.Expression(node)), "<notebook>", "eval"), scope)
+
+
+def draw(name):
+    """{name of the published files: plotly figure} of a figure's notebook: its own calls on the published rows. Title
+    and footer are left to the page."""
+    statements, figures = _statements(notebook_of(name)), {}
+    for published, call in drawing_calls(name).items():
+        scope = dict.fromkeys(("curves", "found", "judged"), _published_rows(published))
+        for statement in statements:
+            if isinstance(statement, ast.ImportFrom) and statement.module.startswith("sparse_nb."):
+                scope |= _imported(statement)
+        kept = [keyword for keyword in call.keywords if keyword.arg not in ("title", "footer")]
+        ours = [ast.keyword("title", ast.Constant("")), ast.keyword("footer", ast.List([], ast.Load()))]
+        figures[published] = _value(ast.Call(call.func, call.args, kept + ours), scope, _assigned(statements))
+    return figures
+
+
+def _interactive(figure, name):
+    """A figure as HTML for figures.js: as wide as the page, but not narrower than can be read."""
+    layout = figure.layout
+    height, width = int(layout.height) - 35, min(int(layout.width), 1000)
+    layout.width, layout.height, layout.margin.t, layout.margin.b = None, None, 45, 60
+    data = figure.to_json().replace("</", "<\\/")  # which would end the script
+    return (
+        f'<div class="plot" data-plot="{name}" style="height: {height}px; min-width: {width}px"></div>'
+        f'<script type="application/json" id="{name}">{data}</script>'
+    )
+
+
+def _shown(name):
+    """The cells of a page that show what is published of a figure: each plot, with what is said under it."""
+    try:
+        figures = draw(name)
+    except Exception as error:  # the drawing code has changed: its published picture is true all the same
+        logger.warning("%s is shown as a picture, since it cannot be drawn here: %r", name, error)
+        figures = {}
+    for published in drawing_calls(name):
+        if not (RENDERED / f"{published}.svg").exists():
+            continue
+        title, footer = said_by(published)
+        picture = f'<img src="rendered/{PRESET}/{published}.svg" alt="{html.escape(title)}">'
+        plot = _interactive(figures[published], published) if published in figures else picture
+        said = "".join(f"<p>{html.escape(line)}</p>" for line in footer)
+        frame = f'<div class="frame" tabindex="0" role="region" aria-label="{html.escape(title)}">{plot}</div>{said}'
+        output = nbformat.v4.new_output("display_data", {"text/html": f'<div class="figure">{frame}</div>'})
+        yield nbformat.v4.new_markdown_cell(
+            f"Preset `{PRESET}`. Point at a mark for its value, its interval and the hashes of its runs; a click on "
+            f"the legend hides a line. [Vector graphic](rendered/{PRESET}/{published}.svg), "
+            f"[every point with its runs](rendered/{PRESET}/{published}.csv); "
+            f"`sparse-nb trace figures/rendered/{PRESET}/{published}.svg` lists runs, code and data."
+        )
+        yield nbformat.v4.new_code_cell("shown", outputs=[output], metadata={"tags": ["remove-input"]})
+
+
+def _judged(figure):
+    """What the paper says of a figure and whether it holds, as Markdown; empty if no claim is tested on it."""
+    verdicts, claims = module("claims.verdicts"), module("claims.claims").CLAIMS
+    of_figure = [claim for claim in claims.values() if figure in claim.figures]
+    if not of_figure:
+        return ""
+    table = verdicts.as_markdown(verdicts.claims_table(_published_rows("claims"), of_figure))
+    note = (
+        "Verdicts are [explained here](../nbs/8_claims/04_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
+    )
+    return f"## What the paper says of it, and whether it holds\n\n{table}\n\n{note}"
+
+
+def figure_page(content, name):
+    """The notebook of a figure as its page: the published plots, the verdicts, and the code that draws it."""
+    notebook = nbformat.reads(content, as_version=4)
+    head, *code = notebook.cells
+    judged = [nbformat.v4.new_markdown_cell(_judged(name))] if _judged(name) else []
+    for cell in code:
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.metadata.tags.append("hide-input")
+    drawn = nbformat.v4.new_markdown_cell("## How it is drawn")
+    notebook.cells = [head, *_shown(name), *judged, drawn, *code]
+    return nbformat.writes(notebook)
+
+
+def _signed(value):
+    """As in +1.5, −0.2, 0.0."""
+    return "0.0" if round(value, 1) == 0 else f"{value:+.1f}".replace("-", "−")
+
+
+def _with_interval(row):
+    """As in +1.5 [+0.8, +2.3], where the interval stays on one line."""
+    return f"{_signed(row['mean'])} [{_signed(row.low)},\N{NO-BREAK SPACE}{_signed(row.high)}]"
+
+
+_DISTURBANCES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
+
+
+def effects_table():
+    """Every pooled contrast with its interval in points, as Markdown."""
+    effects = module("claims.effects")
+    pooled = effects.pooled_effects(_published_rows("effects"))
+    words = module("results.axes").WORDS
+    rows = [
+        {
+            "contrast": row.contrast,
+            "disturbance": _DISTURBANCES.get(row.disturbance, row.disturbance),
+            "rule": words.get(row["rule"], row["rule"]),
+            "effect [95 % interval]": _with_interval(row),
+            "unit": effects.CONTRASTS[row.contrast].unit,
+            "one more panel": f"{_signed(row.predicted_low)} to {_signed(row.predicted_high)}",
+            "panels": f"{row.panels:.0f}",
+            "reads": row.word,
+        }
+        for _, row in pooled.iterrows()
+    ]
+    return module("claims.verdicts").as_markdown(pd.DataFrame(rows))
+
+
+def claims_table():
+    """Every claim with its verdict, as Markdown."""
+    verdicts = module("claims.verdicts")
+    return verdicts.as_markdown(verdicts.claims_table(_published_rows("claims")))
+
+
+def gain(disturbance, rule, contrast="gain"):
+    """One pooled effect in words, as in +1.5 [+0.8, +2.3]."""
+    pooled = module("claims.effects").pooled_effects(_published_rows("effects"))
+    (row,) = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance) & (pooled.rule == rule)].iloc
+    return _with_interval(row)
+
+
+def stored_table(header):
+    """The Markdown table that begins with `header`, from the front page's stored outputs: making it takes torch."""
+    for cell in nbformat.read(ROOT / "nbs/index.ipynb", as_version=4).cells:
+        for output in cell.get("outputs", ()):
+            if (text := output.get("data", {}).get("text/markdown", "")).startswith(header):
+                return text
+    raise ValueError(f"nbs/index.ipynb has no stored output that begins with {header!r}, which docs/*.md shows")
+
+
+def figure_list():
+    """A line for each figure with its title, a small picture and a link."""
+    figures, lines = module("study.figures").FIGURES, []
+    for name, figure in figures.items():
+        link = f"../figures/{figure.notebook}"
+        lines.append(
+            f'<a class="card" href="{link}.html"><img loading="lazy" src="../figures/rendered/{PRESET}/{name}.svg" '
+            f'alt=""><span>Figure {int(name[3:])}. {html.escape(figure.title)}</span></a>'
+            if (RENDERED / f"{name}.svg").exists()
+            else f'<a class="card" href="{link}.html"><span>Figure {int(name[3:])}. {html.escape(figure.title)}'
+            "<br>(not published yet)</span></a>"
+        )
+    return "\n".join(['<div class="cards">', *lines, "</div>"])
+
+
+TABLES = {
+    "claims": claims_table,
+    "effects": effects_table,
+    "figures": figure_list,
+    "costs": lambda: stored_table("| figure | shows |"),
+    "reproducibility": lambda: stored_table("| question | answer |"),
+}
+
+
+def fill(app, name, content):
+    """Before a page is parsed: what is published, in a figure's page and where a page of docs/ says {{name}}."""
+    figure = re.fullmatch(r"figures/(fig\d\d|claims|effects)\w*", name)
+    if figure:
+        content[0] = figure_page(content[0], figure[1])
+    elif name.startswith("docs/"):
+        content[0] = re.sub(r"\{\{(\w+)\}\}", lambda m: TABLES[m[1]](), content[0])
+        content[0] = re.sub(
+            r"\{\{gain (\w+) (\w+)(?: (\w+))?\}\}", lambda m: gain(m[1], m[2], m[3] or "gain"), content[0]
+        )
+
+
+def add_scripts(app, name, template, context, doctree):
+    """plotly.js, 5 MB, on the pages that need it."""
+    if name.startswith("figures/"):
+        app.add_js_file("plotly.min.js", defer="defer")
+        app.add_js_file("figures.js", defer="defer")
