@@ -19,8 +19,8 @@ import pandas as pd
 from ..data import SIZES
 from ..networks.models import FAMILIES
 from .axes import WORDS, radius_text
-from .tables import panel_of
-
+from .tables import PANEL, panel_of
+from ..study.reading import differences
 from ..study.studies import MANY_PASSES, PRESETS, sample_size
 
 # %% ../../nbs/7_results/04_captions.ipynb #6c2b324e
@@ -70,8 +70,11 @@ def _family_narrowings(ours, full, datasets, growths, measures) -> list[str]:
     """Where a `FamilySetting` is smaller than the paper's in a figure with these datasets, growths and measures."""
     parts = [part for growth in growths for part in _curve_narrowings(ours, full, growth)]
     parts += _epoch_narrowings(ours, full, datasets)
-    if ours.recipe.batch_size != full.recipe.batch_size:
+    other = differences(ours.recipe, full.recipe)
+    if "batch_size" in other:
         parts.append(f"batches of {ours.recipe.batch_size}")
+    told = {name: pair for name, pair in other.items() if name not in ("epochs", "batch_size")}
+    parts += [f"{name.replace('_', ' ')} {here}, not {there}" for name, (here, there) in told.items()]
     if any(sample_size(ours.train_images, dataset, "train") for dataset in datasets):
         parts.append(f"{ours.train_images:,} training images")
     sampled = any(sample_size(ours.test_images, dataset, "test") for dataset in datasets)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Wrong', 'dotted', 'read_toml', 'line_of', 'located', 'accepted_words', 'value_of', 'refuse_unknown', 'fill', 'merged',
-           'table_of', 'toml_text']
+           'differences', 'table_of', 'toml_text']
 
 # %% ../../nbs/4_study/05_reading.ipynb #100f4aa3
 import dataclasses
@@ -203,6 +203,12 @@ def merged(under: Mapping, over: Mapping) -> dict:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
+
+# %% ../../nbs/4_study/05_reading.ipynb #20f60ab0
+def differences(ours: Any, theirs: Any) -> dict[str, tuple]:
+    """{field: (ours, theirs)} where two instances of one dataclass differ."""
+    pairs = {field.name: (getattr(ours, field.name), getattr(theirs, field.name)) for field in dataclasses.fields(ours)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 # %% ../../nbs/4_study/05_reading.ipynb #d48a8298
 def table_of(value: Any, given: Any = None, hidden: Collection[str] = ()) -> dict:

@@ -65,17 +65,38 @@ def is_finished(version):
     return not version.endswith("-dev")
 
 # %% ../../nbs/4_study/01_versions.ipynb #09322487
+def _is_same(value, other):
+    """Whether two values have one canonical text."""
+    if type(value) is type(other) and type(value) in (int, float, str, bool, type(None)):
+        return value == other  # thousands of networks are named in a second
+    return value is other or canonical(value) == canonical(other)
+
+
+@cache
+def _defaults(kind):
+    """((name, default), …) of the fields of a dataclass; MISSING for one without a default."""
+    fields = dataclasses.fields(kind)
+    return tuple(
+        (f.name, f.default if f.default_factory is dataclasses.MISSING else f.default_factory()) for f in fields
+    )
+
+
+def _settings_of(description):
+    """The fields of a dataclass, and of those inside it, as nested dicts."""
+    values = {name: getattr(description, name) for name, _ in _defaults(type(description))}
+    return {name: _settings_of(v) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
+
+
 def _at_default(description):
     """Names of the fields of a dataclass that hold their defaults, as "rule" or, inside another dataclass,
     "recipe.decay"."""
     found = []
-    for field in dataclasses.fields(description):
-        value = getattr(description, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    for name, default in _defaults(type(description)):
+        value = getattr(description, name)
         if dataclasses.is_dataclass(value):
-            found += [f"{field.name}.{inner}" for inner in _at_default(value)]
-        elif default is not dataclasses.MISSING and canonical(value) == canonical(default):
-            found.append(field.name)
+            found += [f"{name}.{inner}" for inner in _at_default(value)]
+        elif default is not dataclasses.MISSING and _is_same(value, default):
+            found.append(name)
     return found
 
 
@@ -86,7 +107,7 @@ def identity(what, description, version, **more):
     hold their defaults,
     which `name_of` leaves out.
     """
-    settings, unnamed = dataclasses.asdict(description), _at_default(description)
+    settings, unnamed = _settings_of(description), _at_default(description)
     settings.pop("version", None)  # it is told as the code
     if not _hashes_all_fields(version):
         return {what: settings, **more, "code": version, "unnamed": [name for name in unnamed if name != "version"]}

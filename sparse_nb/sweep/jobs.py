@@ -43,6 +43,7 @@ from sparse_nb.study.experiments import (
     check_measurable,
     check_version,
     dense_parent,
+    experiment_hash,
     is_portable,
     prune,
     train,
@@ -129,11 +130,14 @@ def missing_jobs(experiments, evaluations, store):
     evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not
     measured. Raises ValueError as `check_measurable`.
     """
-    jobs = {}
+    jobs, there = {}, {path.name for path in store.root.iterdir()}
     for experiment in dict.fromkeys(experiments):
         wanted = evaluations[experiment] if isinstance(evaluations, Mapping) else evaluations
         for measurement in wanted:
             check_measurable(experiment, measurement)
+        if experiment_hash(experiment) not in there and dense_parent(experiment) is None:
+            jobs[experiment] = Job(experiment, True, tuple(wanted))  # thousands of these are listed in a second
+            continue
         wanted = tuple(e for e in wanted if not store.has_records(experiment, e))
         if store.has_run(experiment) and not wanted:
             continue
