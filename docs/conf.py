@@ -53,6 +53,7 @@ html_theme = "sphinx_book_theme"
 html_title = "sparse-nb: a paper you can run"
 html_static_path = [str(HERE / "static"), str(SOURCE / "static")]
 html_extra_path = [str(SOURCE / "extra")]
+html_favicon = str(HERE / "static/favicon.svg")
 html_css_files = ["book.css"]
 html_context = {"default_mode": "auto"}
 html_copy_source = True

@@ -118,7 +118,8 @@ def test_figures_are_those_that_are_published(pages):
         published = {"".join(text.itertext()) for text in texts if text.get("class") == "annotation-text"}
         titles = {a["text"] for a in plot["layout"]["annotations"] if a.get("text")}
         plain = {re.sub(r"<br>|</?[bi]>", "", title) for title in titles}
-        assert plain and plain <= published, f"{name}: {sorted(plain - published)[:3]}"
+        assert plain <= published, f"{name}: {sorted(plain - published)[:3]}"
+        assert plain or not name.startswith("fig")
     runs = (PUBLISHED / "fig01.csv").read_text(encoding="utf-8")
     shown = set(re.findall(r"\b[0-9a-f]{16}\b", json.dumps(plots["fig01"]["data"])))
     assert shown == set(re.findall(r"\b[0-9a-f]{16}\b", runs)) and len(shown) > 400
