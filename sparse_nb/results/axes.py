@@ -70,7 +70,7 @@ OKABE_ITO = {
     "sky": "#56b4e9",
 }
 DISTINCT_COLOURS = tuple(OKABE_ITO.values())
-DISTINCT_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")  # what stays on grey paper
+DISTINCT_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")  # for grey paper
 NEUTRAL_COLOUR = "#666666"
 
 # %% ../../nbs/7_results/03_axes.ipynb #03f9cc3c

@@ -167,11 +167,7 @@ def grid_table(means: pd.DataFrame) -> pd.DataFrame:
     return grid.sort_index(level="budget", ascending=False, sort_remaining=False).round(1)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c001c
-RULE_COLOURS = {
-    "water_filling": OKABE_ITO["blue"],
-    "proportional": OKABE_ITO["vermilion"],
-    "erk": OKABE_ITO["green"],
-}
+RULE_COLOURS = {"water_filling": OKABE_ITO["blue"], "proportional": OKABE_ITO["vermilion"], "erk": OKABE_ITO["green"]}
 
 
 def _draw_rules_panel(

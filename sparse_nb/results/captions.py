@@ -9,7 +9,6 @@ __all__ = ['NOISE_FOOTER', 'in_range', 'narrowings', 'smaller_than_paper', 'stil
 
 # %% ../../nbs/7_results/04_captions.ipynb #fa04b6a3
 import dataclasses
-
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -19,7 +18,7 @@ import pandas as pd
 from ..data import SIZES
 from ..networks.models import FAMILIES
 from .axes import WORDS, radius_text
-from .tables import PANEL, panel_of
+from .tables import panel_of
 from ..study.reading import differences
 from ..study.studies import MANY_PASSES, PRESETS, sample_size
 

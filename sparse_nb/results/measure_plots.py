@@ -31,6 +31,7 @@ from sparse_nb.results.plots import (
     add_line,
     add_rules,
     draw_panel,
+    drawn_range,
     empty_panels,
     finish,
     grid_of,
@@ -38,7 +39,6 @@ from sparse_nb.results.plots import (
     on_lines,
     only_outer_labels,
     panel_grid,
-    drawn_range,
     row_title,
 )
 from .stats import class_changes, mean_interval
@@ -127,7 +127,8 @@ def _stack_legends(figure: go.Figure, rows: Sequence[dict[str, Sequence[Line]]])
             for rank, label in enumerate(labels, 1000):
                 figure.update_traces(legend=name, legendrank=rank, selector=dict(name=label))
             y = 1 - above / inside
-            figure.update_layout({name: dict(title=dict(text=group, font_size=12), tracegroupgap=0, x=1.01, y=y, yanchor="top")})
+            title = dict(text=group, font_size=12)
+            figure.update_layout({name: dict(title=title, tracegroupgap=0, x=1.01, y=y, yanchor="top")})
             above, placed = above + 19 * (len(labels) + bool(group)) + 8, placed | set(labels)
     return figure
 
@@ -270,7 +271,7 @@ def _draw_radii_panel(figure: go.Figure, panel: pd.DataFrame, lines: dict, bound
     figure.update_xaxes(ticks, title="ε", **at)
     figure.update_yaxes(range=bounds, title=row_title(panel.dataset.iloc[0], "accuracy (%)"), **at)
 
-
+# %% ../../nbs/7_results/06_measure_plots.ipynb #42bda31a
 def draw_radii(curves: pd.DataFrame, attack: str, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Accuracy under one attack against ε: panels dataset × family, a line for each of a few densities, rules by
     dashes.

@@ -8,7 +8,6 @@ __all__ = ['RULE_STYLES', 'Line', 'strength_lines', 'on_lines', 'lines_of_rules'
            'add_rules', 'finish', 'template']
 
 # %% ../../nbs/7_results/05_plots.ipynb #d4735e3a
-import itertools
 import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -62,8 +61,7 @@ def strength_lines(curves: pd.DataFrame, quantity: str, most: int = 4) -> tuple[
     strengths = few(sorted(curves[curves.quantity == quantity].strength.unique()), most)
     colours = ordered_colours(len(strengths) + 1)  # the lightest is too light for paper
     return tuple(
-        Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour)
-        for s, colour in zip(strengths, colours, strict=False)
+        Line(f"{s:g}" if s else "0 (clean)", quantity, s, colour) for s, colour in zip(strengths, colours, strict=False)
     )
 
 
@@ -119,7 +117,7 @@ def _add_dots(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, 
             hoverinfo="skip",
         )
 
-
+# %% ../../nbs/7_results/05_plots.ipynb #f8096407
 def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, col: int, faint: bool = False) -> None:
     """Draw one `Line` with its intervals, which may be faint, into a panel; the first with points is in the legend.
 
@@ -128,7 +126,8 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
     legend = len(points) > 0 and line.label not in {trace.name for trace in figure.data if trace.showlegend}
     bar = f"rgba{(*ImageColor.getrgb(line.colour), 0.25 if faint else 0.6)}"
     symbols = [line.symbol + "-open" * (c < n) for c, n in zip(points.converged, points.networks, strict=True)]
-    above, below = points.high - points["mean"], (points["mean"] - points.low).where(points.seeds > 2)
+    sides = points.high - points["mean"], points["mean"] - points.low
+    above, below = (side.where(points.seeds > 2) for side in sides)
     figure.add_scatter(
         x=points.x,
         y=100 * points["mean"],
@@ -139,7 +138,7 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
         showlegend=legend,
         mode="lines+markers",
         line=dict(color=line.colour, width=2, dash=line.dash),
-        error_y=dict(array=100 * above.where(points.seeds > 2), arrayminus=100 * below, color=bar, thickness=1, width=3),
+        error_y=dict(array=100 * above, arrayminus=100 * below, color=bar, thickness=1, width=3),
         marker=dict(color=line.colour, size=8 if "triangle" in line.symbol else 6, symbol=symbols),
         customdata=_hover(points),
         hovertemplate=f"<b>{line.label}</b>: %{{customdata}}<extra></extra>",
@@ -250,7 +249,7 @@ def panel_grid(
     figure.update_annotations(font_size=min(13, _panel_width(columns) / (0.55 * longest)))
     return figure.update_layout(height=height)
 
-
+# %% ../../nbs/7_results/05_plots.ipynb #86d3c00a
 def empty_panels(grid: Grid, gap: int | None = None) -> go.Figure:
     """The `panel_grid` of a `Grid`. gap: pixels between its rows, if not as much as their texts need."""
     text = 90 if len({growth for _, growth, _ in grid.places}) > 1 else 60
@@ -348,16 +347,7 @@ def only_outer_labels(figure: go.Figure, grid: Grid) -> go.Figure:
             x.showticklabels = x.type != "log" or not grid.headings
     return figure
 
-
-def _fill_legend(figure: go.Figure) -> go.Figure:
-    """Entries of the legend with filled markers, whichever the first point of their line has; returns `figure`."""
-    for trace in figure.select_traces(selector=lambda trace: trace.showlegend and trace.legendgroup):
-        trace.showlegend = False
-        symbol = trace.marker.symbol[0].removesuffix("-open")
-        _add_entry(figure, trace.name, line=trace.line, symbol=symbol, rank=trace.legendrank)
-    return figure
-
-
+# %% ../../nbs/7_results/05_plots.ipynb #69b7762d
 def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = "", rank=None) -> None:
     """An entry of the legend without points. group: a heading above it."""
     figure.add_scatter(
@@ -381,6 +371,15 @@ def add_rules(figure: go.Figure, styled: dict[str, Sequence[Line]]) -> go.Figure
         dash, symbol = RULE_STYLES[rule]
         line = dict(color="#444444", width=2, dash=dash)
         _add_entry(figure, WORDS[rule], line=line, symbol=symbol, group="<br>allocation", rank=2000)
+    return figure
+
+
+def _fill_legend(figure: go.Figure) -> go.Figure:
+    """Entries of the legend with filled markers, whichever the first point of their line has; returns `figure`."""
+    for trace in figure.select_traces(selector=lambda trace: trace.showlegend and trace.legendgroup):
+        trace.showlegend = False
+        symbol = trace.marker.symbol[0].removesuffix("-open")
+        _add_entry(figure, trace.name, line=trace.line, symbol=symbol, rank=trace.legendrank)
     return figure
 
 # %% ../../nbs/7_results/05_plots.ipynb #703d66aa

@@ -290,9 +290,9 @@ _ALWAYS = ("html", "csv", "ipynb")
 def draw_figure(figure: str, notebook: Path, parameters: dict, out: Path) -> list[Path]:
     """Run the notebook of one figure and publish what it drew; returns the paths of the files.
 
-    figure: its name; notebook: path; parameters: {name: flat value} with "preset" among them; out: the folder that has
-    one for each preset. Pictures are those that the parameter "pictures" names. Raises RuntimeError, with the notebook's own words, if it did not run to its end; then nothing
-    is published.
+    figure: its name; notebook: path; parameters: {name: flat value} with "preset" among them, and perhaps "pictures";
+    out: the folder that has one for each preset. Raises RuntimeError, with the notebook's own words, if it did not run
+    to its end; then nothing is published.
     """
     import papermill  # takes seconds, which a refusal need not wait for
 

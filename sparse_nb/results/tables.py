@@ -280,9 +280,9 @@ def points_of(members: pd.DataFrame, records: pd.DataFrame) -> pd.DataFrame:
     records: of `tidy`.
 
     Columns: `PLACE`, name, strength, mean, low, high (95 % t-interval over seeds, NaN for one), lowest, highest, seeds,
-    networks, converged, diverged, ended, effective_density (mean), runs (a list of hashes), and for `catalogue.add_failures`
-    failed and reasons. Sorted by density, falling, depth, repeat and strength. A place of which no network could be
-    measured has one row without a name.
+    networks, converged, diverged, ended, effective_density (mean), runs (a list of hashes), and for
+    `catalogue.add_failures` failed and reasons. Sorted by density, falling, depth, repeat and strength. A place of
+    which no network could be measured has one row without a name.
     """
     networks = members.drop_duplicates("experiment").sort_values(PLACE, kind="stable")
     records = records.merge(networks[["experiment", "seed", *PLACE]], on="experiment")

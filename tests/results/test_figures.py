@@ -268,7 +268,9 @@ def test_every_figure_reads_its_parameters_first_and_ends_with_its_claims(notebo
     if figure in rendering.OF_CLAIMS:
         assert "made.line]" in text.replace(",\n", "") and "rendering.publish(figure, " in text
     else:
-        assert re.search(r"(rendering|part)\.footer\(", text) and re.search(r"(rendering|part)\.publish\(figure, ", text)
+        assert re.search(r"(rendering|part)\.footer\(", text) and re.search(
+            r"(rendering|part)\.publish\(figure, ", text
+        )
         said = f'print(figure_claims("{figure}", rendering.preset, rendering.store, root=rendering.parameters["data"]))'
         assert others[-1].source == said
 

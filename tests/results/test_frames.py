@@ -1,5 +1,5 @@
-"""Nothing that a figure draws leaves its frame, and no interval leaves 0 to 100 %: the cells of every figure's notebook,
-run on a store of three seeds, and on one of two, whose points have dots instead.
+"""Nothing that a figure draws leaves its frame, and no interval leaves 0 to 100 %: the cells of every figure's
+notebook, run on a store of three seeds, and on one of two, whose points have dots instead.
 """
 
 import math
@@ -99,5 +99,7 @@ def test_two_seeds_are_dots_and_inside(runs, monkeypatch, capsys):
     assert (cut, ends) == (0, 0) and set(curves.seeds) == {2}
     dots = [y for trace in made.data if trace.mode == "markers" for y in trace.y]
     strengths = {trace.name for trace in made.data if trace.mode == "lines+markers" and trace.x[0] is not None}
-    shown = curves[(curves.quantity == "accuracy") & curves.strength.isin([float(name.split()[0]) for name in strengths])]
+    shown = curves[
+        (curves.quantity == "accuracy") & curves.strength.isin([float(name.split()[0]) for name in strengths])
+    ]
     assert sorted(dots) == pytest.approx(sorted(100 * np.concatenate([shown.lowest, shown.highest])))
