@@ -323,7 +323,7 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
     """Export runs, one folder for each dataset and family, printing the files and what is no longer published."""
     parts: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        parts.setdefault(f"{experiment.dataset}-{experiment.family}", []).append(experiment)
+        parts.setdefault(f"{experiment.dataset}-{experiment.family}".replace(":", "."), []).append(experiment)
 
     def say(gone):
         print(f"no longer published, since they are of an earlier version or other data: {_counted(len(gone), 'run')}")

@@ -18,7 +18,7 @@ import pandas as pd
 from ..data import SIZES
 from ..networks.models import FAMILIES
 from .axes import WORDS, radius_text
-from .tables import panel_of
+from .tables import PANEL, panel_of
 from ..study.reading import differences
 from ..study.studies import MANY_PASSES, PRESETS, sample_size
 

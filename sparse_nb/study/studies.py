@@ -371,8 +371,10 @@ def load(study: "Study | Path | str") -> Study:
         check_budgets(made)
         return made
     except Wrong as error:
-        error.path = tuple(own.plain(key) for key in error.path)
-        raise located(error, texts) from error
+        words, written = str(error), tuple(own.plain(key) for key in error.path)
+        for key, bare in zip(error.path, written, strict=True):
+            words = words.replace(dotted((key,)), dotted((bare,)))
+        raise located(Wrong(written, words), texts) from error
 
 
 PRESETS = {name: load(name) for name in STUDIES}

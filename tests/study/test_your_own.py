@@ -62,15 +62,10 @@ def lab(tmp_path):
 
 def run(folder, *words):
     """(status, output and errors) of the command in a new process with `folder` as its current folder."""
-    code = "import sys; from sparse_nb.cli.main import main; main(sys.argv[1:])"
+    code = "import sys; sys.path = [p for p in sys.path if p]; from sparse_nb.cli.main import main; main(sys.argv[1:])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-c", code, *words]
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return ran.returncode, ran.stdout + ran.stderr
 
 
