@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "sweep/test_survival",
     "sweep/test_faults",
+    "sweep/test_machines",
     "runs/test_index",
+    "runs/test_files",
     "runs/test_verify",
     "robustness/test_archives",
     "data/test_data",

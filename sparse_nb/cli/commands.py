@@ -23,6 +23,7 @@ from ..claims.verdicts import claims_table, judge_store
 from . import options
 from ..results import provenance
 from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
+from ..results.reproducibility import every_published_run
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
@@ -31,7 +32,7 @@ from ..study.experiments import Experiment, accept, dense_parent, experiment_has
 from ..study.figures import FIGURES, measurements, plan, shown_families
 from ..study.studies import Preset, narrow
 from ..sweep import sweep
-from ..sweep.costs import measured_rates, seconds_for
+from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
 from ..sweep.remake import remake_some
 
@@ -80,6 +81,18 @@ def _duration(seconds):
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
+def _range(seconds):
+    """A pair of seconds, (at least, at most), in words."""
+    least, most = map(_duration, seconds)
+    return least if least == most else f"{least} to {most}"
+
+
+def _known_costs(store: Store, device: torch.device) -> Costs:
+    """The `Costs` of the runs in the store; if none was on this kind of device, of all that are published."""
+    costs = costs_of(store.runs(), device)
+    return costs if costs.rates else costs_of(every_published_run("results"), device)
+
+
 def _counted(number, thing):
     """As in "1 run", "2 runs"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
@@ -87,16 +100,15 @@ def _counted(number, thing):
 
 def _print_jobs(jobs, store, device):
     """A line for each network that would be trained or measured, then all of them together."""
-    rates, total = measured_rates(store, device), 0
+    costs = _known_costs(store, device)
     for job in jobs:
-        seconds, e = seconds_for(job, rates, device), job.experiment
-        total += seconds
+        e, seconds = job.experiment, _range(seconds_for(job, costs, device))
         verb = "prune" if e.schedule == "magnitude" else "train"
         todo = ", ".join([verb] * job.train + [evaluation.measure for evaluation in job.evaluations])
         most = f"at most {e.recipe.epochs} epochs"
-        print(f"{experiment_hash(e)} {words(e)}, {most}: {todo}; about {_duration(seconds)}")
-    where = f"in one process on the {device.type}" + ("" if rates else ", a guess, since nothing was run yet")
-    print(f"{_counted(len(jobs), 'network')} to do, about {_duration(total)} at most {where}")
+        print(f"{experiment_hash(e)} {words(e)}, {most}: {todo}; about {seconds}")
+    where = f"in one process on the {device.type}" + ("" if costs.rates else ", a guess, since nothing was run yet")
+    print(f"{_counted(len(jobs), 'network')} to do, about {_range(seconds_together(jobs, costs, device))} {where}")
 
 # %% ../../nbs/cli/02_commands.ipynb #693f738b
 @contextmanager
@@ -171,20 +183,20 @@ def figures_command(command: options.Figures) -> None:
         _render(command, figures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
-def _progress(wanted, store, rates, device, failed):
-    """(networks wanted, there, failed; measurements wanted, there; seconds left). failed: names of runs."""
+def _progress(wanted, store, costs, device, failed):
+    """(networks wanted, there, failed; measurements wanted, there; seconds left, a pair). failed: names of runs."""
     jobs = missing_jobs(wanted, wanted, store)
     absent = sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs)
     measured = [store.has_records(e, evaluation) for e, evaluations in wanted.items() for evaluation in evaluations]
     bad = sum(experiment_hash(e) in failed for e in wanted)
-    left = sum(seconds_for(job, rates, device) for job in jobs)
+    left = seconds_together(jobs, costs, device)
     return len(wanted), len(wanted) - absent, bad, len(measured), sum(measured), left
 
 
 def status_command(command: options.Status) -> None:
     """Print how far the runs of each figure are."""
     store, device = Store(command.runs, write=False), resolve_device(command.device)
-    rates, failed = measured_rates(store, device), {failure["run"] for failure in load_failures(store)}
+    costs, failed = _known_costs(store, device), {failure["run"] for failure in load_failures(store)}
     wanted = {figure: _wanted(command, (figure,)) for figure in _figures_of(command)}
     if len(wanted) > 1:
         every: dict = {}
@@ -194,8 +206,8 @@ def status_command(command: options.Status) -> None:
         wanted["all"] = every
     print(f"{'':8}{'networks':>14}{'failed':>8}{'measurements':>16}   left, in one process on the {device.type}")
     for name, of_figure in wanted.items():
-        nets, there, bad, evaluations, measured, seconds = _progress(of_figure, store, rates, device, failed)
-        left = f"about {_duration(seconds)} at most" if seconds else "done"
+        nets, there, bad, evaluations, measured, seconds = _progress(of_figure, store, costs, device, failed)
+        left = f"about {_range(seconds)}" if any(seconds) else "done"
         print(f"{name:8}{f'{there} of {nets}':>14}{bad or '–':>8}{f'{measured} of {evaluations}':>16}   {left}")
 
 # %% ../../nbs/cli/02_commands.ipynb #fae51227

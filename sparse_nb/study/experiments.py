@@ -82,6 +82,12 @@ def accept(name, value, accepted):
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(str, accepted))}")
 
 
+@cache
+def _check_budget(shapes, budget):
+    """Raise ValueError unless layers of these shapes can keep the budget, which does not depend on the rule."""
+    allocation.allocate(shapes, budget, allocation.RULES[0])
+
+
 def check_experiment(experiment):
     """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be
     trained."""
@@ -104,9 +110,7 @@ def check_experiment(experiment):
     most = data.SIZES[e.dataset]["train"]
     if e.train_images is not None and not (type(e.train_images) is int and 1 <= e.train_images <= most):
         raise ValueError(f"train_images is {e.train_images!r}; accepted: 1 to {most}, or None for all")
-    allocation.allocate(
-        shapes, e.budget, allocation.RULES[0]
-    )  # is the budget possible? that does not depend on the rule
+    _check_budget(shapes, e.budget)
     if e.rule is not None or "rule" not in without_meaning(e):
         accept("rule", e.rule, allocation.RULES)
 
