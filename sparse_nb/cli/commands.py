@@ -18,11 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..claims.forest import effects_of_store
-from ..claims.verdicts import claims_table, judge_store
 from . import options
-from ..results import provenance
-from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
 from ..results.reproducibility import every_published_run
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
@@ -161,12 +157,16 @@ def _finished_figures(command, figures):
 
 def _render(command, figures):
     """Run the notebooks of `figures`, or of "claims", printing the files that are written."""
+    from sparse_nb.results.rendering import draw_figures
+
     for paths in draw_figures(figures, command.notebooks, notebook_parameters(command), command.out):
         print(*paths, sep="\n", flush=True)
 
 
 def figures_command(command: options.Figures) -> None:
     """Train and measure what figures need, then run their notebooks."""
+    from sparse_nb.results.rendering import check_drawing, notebook_of
+
     figures = _figures_of(command)
     _wanted(command, figures), resolve_device(command.device)
     for figure in figures:
@@ -317,6 +317,10 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 # %% ../../nbs/cli/02_commands.ipynb #e3bf701d
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
+    from sparse_nb.claims.forest import effects_of_store
+    from sparse_nb.claims.verdicts import claims_table, judge_store
+    from sparse_nb.results.rendering import OF_CLAIMS, check_drawing, notebook_of
+
     store, preset = Store(command.runs, write=False), narrowed(command)
     for name in OF_CLAIMS:
         notebook_of(name, command.notebooks)
@@ -343,6 +347,8 @@ def zoo_command(command: options.Zoo) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #d585d63f
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
+    from sparse_nb.results import provenance
+
     made = provenance.read(command.figure)
     print(*provenance.trace_lines(made, command.runs), sep="\n")
 

@@ -1,5 +1,5 @@
-"""What another processor does with a training that was begun on this one: an MLP goes on, to the same bits, from AVX-512
-to AVX2; everything else begins again, so that its weights are those of one machine."""
+"""What another processor does with a training that was begun on this one: an MLP goes on, to the same bits, from
+AVX-512 to AVX2; everything else begins again, so that its weights are those of one machine."""
 
 import json
 import os
