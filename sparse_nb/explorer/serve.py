@@ -174,11 +174,8 @@ def start_server(
         raise FileNotFoundError(f"the page {notebook} is not there; it is nbs/explore.ipynb of the project's folder")
     _write_template(folder)
     others = [os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else []
-    added = {
-        "SPARSE_NB_TOKEN": token,
-        "SPARSE_NB_RUNS": str(Path(runs).absolute()),
-        "JUPYTER_PATH": os.pathsep.join([str(folder), *others]),
-    }
+    path = os.pathsep.join([str(folder), *others])
+    added = {"SPARSE_NB_TOKEN": token, "SPARSE_NB_RUNS": str(Path(runs).absolute()), "JUPYTER_PATH": path}
     command = _voila_command(notebook, port=port, address=address, public=public, most_kernels=most_kernels)
     return subprocess.Popen(command, env=os.environ | added, cwd=folder, stdin=subprocess.PIPE)
 

@@ -597,9 +597,6 @@ def test_on_a_public_address_a_kernel_needs_the_token(store):
         assert answer(place[0], **{"Sec-Fetch-Site": "cross-site"})[0] == 403
         assert len(family(command)) == before and place[1] not in " ".join(map(str, shown(command)))
         assert answer(place[0])[0] == 200 and len(family(command)) == before + 1
-        with ThreadPoolExecutor(4) as visitors:
-            found = [status for status, _ in visitors.map(answer, [place[0]] * 11)]
-        assert sorted(found) == [200] * 9 + [503] * 2 and len(family(command)) == before + 10
 
 
 def shown(process):
