@@ -20,12 +20,8 @@ import torch
 from tqdm import tqdm
 
 import sparse_nb
-from ..claims.forest import effects_of_store
-from ..claims.verdicts import claims_table, judge_store
 from . import options
-from ..results import provenance
-from ..results.provenance import PICTURES
-from ..results.rendering import OF_CLAIMS, check_drawing, draw_figures, notebook_of
+from ..results.reproducibility import every_published_run
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
@@ -34,7 +30,7 @@ from ..study.experiments import Experiment, accept, dense_parent, experiment_has
 from ..study.figures import FIGURES, measurements, plan, shown_families
 from ..study.studies import Study, load, narrow
 from ..sweep import sweep
-from ..sweep.costs import measured_rates, seconds_for
+from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
 from ..sweep.remake import remake_some
 
@@ -84,6 +80,8 @@ def notebook_parameters(command: options.Study) -> dict:
 
 def _pictures(command: options.Drawing) -> tuple[str, ...]:
     """The kinds of pictures that a command asks for. Raises ValueError for a format that there is not."""
+    from sparse_nb.results.provenance import PICTURES
+
     for kind in command.format:
         accept("format", kind, PICTURES)
     return tuple(dict.fromkeys(("svg", "png", *command.format))) if command.pictures else ()
@@ -99,6 +97,18 @@ def _duration(seconds):
     return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{minutes / 60 / 24:.0f} days"
 
 
+def _range(seconds):
+    """A pair of seconds, (at least, at most), in words."""
+    least, most = map(_duration, seconds)
+    return least if least == most else f"{least} to {most}"
+
+
+def _known_costs(store: Store, device: torch.device) -> Costs:
+    """The `Costs` of the runs in the store; if none was on this kind of device, of all that are published."""
+    costs = costs_of(store.runs(), device)
+    return costs if costs.rates else costs_of(every_published_run("results"), device)
+
+
 def _counted(number, thing):
     """As in "1 run", "2 runs"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
@@ -106,16 +116,15 @@ def _counted(number, thing):
 
 def _print_jobs(jobs, store, device):
     """A line for each network that would be trained or measured, then all of them together."""
-    rates, total = measured_rates(store, device), 0
+    costs = _known_costs(store, device)
     for job in jobs:
-        seconds, e = seconds_for(job, rates, device), job.experiment
-        total += seconds
+        e, seconds = job.experiment, _range(seconds_for(job, costs, device))
         verb = "prune" if e.schedule == "magnitude" else "train"
         todo = ", ".join([verb] * job.train + [evaluation.measure for evaluation in job.evaluations])
         most = f"at most {e.recipe.epochs} epochs"
-        print(f"{experiment_hash(e)} {words(e)}, {most}: {todo}; about {_duration(seconds)}")
-    where = f"in one process on the {device.type}" + ("" if rates else ", a guess, since nothing was run yet")
-    print(f"{_counted(len(jobs), 'network')} to do, about {_duration(total)} at most {where}")
+        print(f"{experiment_hash(e)} {words(e)}, {most}: {todo}; about {seconds}")
+    where = f"in one process on the {device.type}" + ("" if costs.rates else ", a guess, since nothing was run yet")
+    print(f"{_counted(len(jobs), 'network')} to do, about {_range(seconds_together(jobs, costs, device))} {where}")
 
 # %% ../../nbs/cli/02_commands.ipynb #693f738b
 @contextmanager
@@ -170,18 +179,22 @@ def _finished_figures(command, figures):
 
 def _render(command, figures, pictures):
     """Run the notebooks of `figures`, or of "claims", with the `pictures` that can be drawn; says what to open."""
+    from sparse_nb.results.rendering import draw_figures
+
     parameters = notebook_parameters(command) | {"pictures": " ".join(pictures)}
     form = "drawing {n_fmt} of {total_fmt} figures |{bar:20}| {elapsed} gone"
     with tqdm(total=len(figures), disable=None, bar_format=form) as bar:
         for _ in draw_figures(figures, command.notebooks, parameters, command.out):
             bar.update()
     endings = ", ".join((*pictures, "csv", "ipynb"))
-    page = command.out / command.preset / f"{figures[0]}.html"
+    page = command.out / narrowed(command).name / f"{figures[0]}.html"
     print(f"{_counted(len(figures), 'figure')} in {page.parent}, to hover over as html and as {endings}; open {page}")
 
 
 def figures_command(command: options.Figures) -> None:
     """Train and measure what figures need, then run their notebooks."""
+    from sparse_nb.results.rendering import check_drawing, notebook_of
+
     figures = _figures_of(command)
     _announce(f"Looking for what {_counted(len(figures), 'figure')} of {command.preset} need in {command.runs}")
     _wanted(command, figures), resolve_device(command.device)
@@ -200,20 +213,20 @@ def figures_command(command: options.Figures) -> None:
         _render(command, figures, pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
-def _progress(wanted, store, rates, device, failed):
-    """(networks wanted, there, failed; measurements wanted, there; seconds left). failed: names of runs."""
+def _progress(wanted, store, costs, device, failed):
+    """(networks wanted, there, failed; measurements wanted, there; seconds left, a pair). failed: names of runs."""
     jobs = missing_jobs(wanted, wanted, store)
     absent = sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs)
     measured = [store.has_records(e, evaluation) for e, evaluations in wanted.items() for evaluation in evaluations]
     bad = sum(experiment_hash(e) in failed for e in wanted)
-    left = sum(seconds_for(job, rates, device) for job in jobs)
+    left = seconds_together(jobs, costs, device)
     return len(wanted), len(wanted) - absent, bad, len(measured), sum(measured), left
 
 
 def status_command(command: options.Status) -> None:
     """Print how far the runs of each figure are."""
     store, device = Store(command.runs, write=False), resolve_device(command.device)
-    rates, failed = measured_rates(store, device), {failure["run"] for failure in load_failures(store)}
+    costs, failed = _known_costs(store, device), {failure["run"] for failure in load_failures(store)}
     wanted = {figure: _wanted(command, (figure,)) for figure in _figures_of(command)}
     if len(wanted) > 1:
         every: dict = {}
@@ -223,8 +236,8 @@ def status_command(command: options.Status) -> None:
         wanted["all"] = every
     print(f"{'':8}{'networks':>14}{'failed':>8}{'measurements':>16}   left, in one process on the {device.type}")
     for name, of_figure in wanted.items():
-        nets, there, bad, evaluations, measured, seconds = _progress(of_figure, store, rates, device, failed)
-        left = f"about {_duration(seconds)} at most" if seconds else "done"
+        nets, there, bad, evaluations, measured, seconds = _progress(of_figure, store, costs, device, failed)
+        left = f"about {_range(seconds)}" if any(seconds) else "done"
         print(f"{name:8}{f'{there} of {nets}':>14}{bad or '–':>8}{f'{measured} of {evaluations}':>16}   {left}")
 
 # %% ../../nbs/cli/02_commands.ipynb #fae51227
@@ -334,6 +347,10 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 # %% ../../nbs/cli/02_commands.ipynb #e3bf701d
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
+    from sparse_nb.claims.forest import effects_of_store
+    from sparse_nb.claims.verdicts import claims_table, judge_store
+    from sparse_nb.results.rendering import OF_CLAIMS, check_drawing, notebook_of
+
     store, preset = Store(command.runs, write=False), narrowed(command)
     for name in OF_CLAIMS:
         notebook_of(name, command.notebooks)
@@ -361,6 +378,8 @@ def zoo_command(command: options.Zoo) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #d585d63f
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
+    from sparse_nb.results import provenance
+
     made = provenance.read(command.figure)
     print(*provenance.trace_lines(made, command.runs), sep="\n")
 

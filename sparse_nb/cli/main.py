@@ -6,17 +6,30 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/03_main.ipynb #e18a974f
+import atexit
 import difflib
 import io
 import os
+import shutil
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
 from .. import __version__
 from . import options
+
+# %% ../../nbs/cli/03_main.ipynb #8448acd7
+def _ensure_home():
+    """Give a user without a home an empty one for as long as this process lives."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.mkdtemp(prefix="sparse-nb-home-")
+        atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 # %% ../../nbs/cli/03_main.ipynb #65e3f658
 _OPTIONS: dict = {
@@ -50,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
             stream.reconfigure(errors="replace")
+    _ensure_home()
     args = sys.argv[1:] if args is None else args
     if list(args) == ["--version"]:
         print(f"sparse-nb {__version__}")

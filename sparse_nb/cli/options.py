@@ -151,7 +151,8 @@ class Explore(OfFile):
     address: str = "127.0.0.1"
     """On which address; one that others can reach needs --public."""
     public: bool = False
-    """Let others in: everybody who reaches the address can use the explorer, and train networks with it."""
+    """Let others in: everybody who has the address that is printed, with its token, can use the explorer, and train
+    networks with it."""
     notebooks: Path = Path("nbs")
     """Where explore.ipynb is."""
 

@@ -6,8 +6,10 @@
 __all__ = ['start_server', 'serve']
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #877903bd
+import hmac
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -18,9 +20,9 @@ from pathlib import Path
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #dfd290be
 _OPEN_TO_OTHERS = (
-    "the page has no password: anybody who reaches it can look at every run, start trainings on this machine with the "
-    "page's button, and have a Python process for each visit; code cannot be typed or read, but do this only in a "
-    "network of people whom you trust"
+    "anybody who has the address with its token, which travels unencrypted, can look at every run, start trainings on "
+    "this machine with the page's button, and have a Python process for each visit; code cannot be typed or read, but "
+    "do this only in a network of people whom you trust"
 )
 
 
@@ -44,15 +46,18 @@ def _check_address(address, public=False, port=8866):
 _MOST_KERNELS = 10
 
 
-def _refusal(headers):
-    """Why a visit with these request headers is refused, in words; None if it is not."""
+def _refusal(headers, given="", token=""):
+    """Why a visit with these request headers is refused, in words; None if it is not. given: the token that the visitor
+    has, of the one that is needed if it is not empty."""
+    if token and not hmac.compare_digest(given.encode(), token.encode()):
+        return "open the whole address that the command has printed, with its token"
     site = headers.get("Sec-Fetch-Site", "none").strip().lower()
     if site in ("none", "same-origin"):
         return None
     return "another web page asked for this one; type or paste its address into the browser instead"
 
 
-def _limits(most):
+def _limits(most, token):
     """Voilà's settings that check each visit with `_refusal` and start at most so many kernels at once."""
     from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
     from tornado.web import HTTPError
@@ -71,7 +76,7 @@ def _limits(most):
                 self.begun -= 1
 
     def check_visit(handler, notebook, cwd):
-        if reason := _refusal(handler.request.headers):
+        if reason := _refusal(handler.request.headers, handler.get_argument("token", ""), token):
             raise HTTPError(403, reason=reason)
 
     return Config(VoilaConfiguration={"prelaunch_hook": check_visit, "multi_kernel_manager_class": Kernels})
@@ -91,11 +96,12 @@ def _end_with(pipe):
 
 
 def _run_voila(most, arguments):
-    """What the server's process does: Voilà with `arguments`, at most so many kernels, as long as stdin is open."""
+    """What the server's process does: Voilà with `arguments`, at most so many kernels, as long as stdin is open. The
+    token is in its environment, which everybody else's list of processes does not show."""
     from voila.app import Voila
 
     _end_with(open(os.dup(0), "rb", buffering=0))
-    Voila.launch_instance(arguments, config=_limits(most))
+    Voila.launch_instance(arguments, config=_limits(most, os.environ.pop("SPARSE_NB_TOKEN", "")))
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #bdc00f0d
 _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
@@ -153,11 +159,13 @@ def start_server(
     port: int = 8866,
     address: str = "127.0.0.1",
     public: bool = False,
+    token: str = "",
     most_kernels: int = _MOST_KERNELS,
 ) -> subprocess.Popen:
     """Begin to serve `notebook` with the runs folder `runs`; returns the process, which ends with this one.
 
-    folder: empty, for what the server needs. most_kernels: how many visits it serves at once.
+    folder: empty, for what the server needs. token: what visitors need in the address, as `?token=…`; empty if nothing.
+    most_kernels: how many visits it serves at once.
     Raises ValueError for an address that others can reach without `public`, FileNotFoundError without the notebook.
     """
     _check_address(address, public, port)
@@ -166,7 +174,8 @@ def start_server(
         raise FileNotFoundError(f"the page {notebook} is not there; it is nbs/explore.ipynb of the project's folder")
     _write_template(folder)
     others = [os.environ["JUPYTER_PATH"]] if os.environ.get("JUPYTER_PATH") else []
-    added = {"SPARSE_NB_RUNS": str(Path(runs).absolute()), "JUPYTER_PATH": os.pathsep.join([str(folder), *others])}
+    path = os.pathsep.join([str(folder), *others])
+    added = {"SPARSE_NB_TOKEN": token, "SPARSE_NB_RUNS": str(Path(runs).absolute()), "JUPYTER_PATH": path}
     command = _voila_command(notebook, port=port, address=address, public=public, most_kernels=most_kernels)
     return subprocess.Popen(command, env=os.environ | added, cwd=folder, stdin=subprocess.PIPE)
 
@@ -187,11 +196,13 @@ def serve(
         signal.signal(
             signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
         )  # so that what follows is cleaned up
+    token = secrets.token_urlsafe(16) if public else ""
     with tempfile.TemporaryDirectory() as folder:
-        process = start_server(notebook, folder, runs=runs, port=port, address=address, public=public)
+        process = start_server(notebook, folder, runs=runs, port=port, address=address, public=public, token=token)
         try:
             host = f"[{address}]" if ":" in address else address
-            print(f"the explorer of {Path(runs).absolute()}: http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+            place = f"http://{host}:{port}/" + (f"?token={token}" if token else "")
+            print(f"the explorer of {Path(runs).absolute()}: {place} (Ctrl-C ends it)", flush=True)
             if public:
                 print(_OPEN_TO_OTHERS, flush=True)
             status = process.wait()

@@ -253,9 +253,7 @@ def panel_grid(
 def empty_panels(grid: Grid, gap: int | None = None) -> go.Figure:
     """The `panel_grid` of a `Grid`. gap: pixels between its rows, if not as much as their texts need."""
     text = 90 if len({growth for _, growth, _ in grid.places}) > 1 else 60
-    return panel_grid(
-        list(grid.places.values()), grid.headings, grid.titles, gap=gap or (text if grid.titles else 45)
-    )
+    return panel_grid(list(grid.places.values()), grid.headings, grid.titles, gap=gap or (text if grid.titles else 45))
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10004
 def drawn_range(points: pd.DataFrame) -> list[float]:

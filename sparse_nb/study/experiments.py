@@ -85,7 +85,7 @@ def accept(name, value, accepted):
 
 @cache
 def _check_budget(shapes, budget):
-    """Raise ValueError for a budget that the layers cannot have; that does not depend on the rule."""
+    """Raise ValueError unless layers of these shapes can keep the budget, which does not depend on the rule."""
     allocation.allocate(shapes, budget, allocation.RULES[0])
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'KEEP_EVERY', 'resolve_device', 'with_threads', 'keep_freed_memory', 'environment', 'Job', 'missing_jobs',
-           'sound_kernels', 'Outcome', 'NoTimeLeft', 'train_on', 'make_network', 'measure', 'words', 'run_job',
-           'images_of', 'Terms', 'run_elsewhere']
+           'sound_kernels', 'Outcome', 'NoTimeLeft', 'crosses_processors', 'train_on', 'make_network', 'measure',
+           'words', 'run_job', 'images_of', 'Terms', 'run_elsewhere']
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #d4735e3a
 import ctypes
@@ -188,10 +188,21 @@ class NoTimeLeft(Exception):
     """The sweep's time is over; the training state is kept."""
 
 
+_ALIKE = ("AVX2", "AVX512")  # instructions of processors on which an MLP has the same bits
+
+
+def crosses_processors(experiment: Experiment, *environments: Mapping) -> bool:
+    """Whether the bits of a network are the same on all processors of these `environment`s: those of an MLP are, on
+    CPUs with AVX2 or AVX-512; what is not recorded counts as such a CPU."""
+    alike = all(w["device"] == "cpu" and w.get("cpu", _ALIKE[0]) in _ALIKE for w in environments)
+    return is_portable(experiment) and alike
+
+
 def _of_state(experiment, where):
-    """The part of an `environment` on which a training state depends: one of an MLP goes on on any processor."""
-    portable = is_portable(experiment) and where["device"] == "cpu"
-    return {name: where[name] for name in ("device", "torch", "numba")} if portable else where
+    """The part of an `environment` on which a training state depends."""
+    return (
+        {name: where[name] for name in ("device", "torch", "numba")} if crosses_processors(experiment, where) else where
+    )
 
 
 def train_on(experiment, store, images, device, *, report, deadline, keep_every):
@@ -227,7 +238,7 @@ def _check_same_kind(store, experiment, device):
     """Raise ValueError if a finished run was made on another kind of device or processor, so that making it again here
     cannot give its bits."""
     made, here = read_about(store.folder(experiment))["environment"], environment(device)
-    decide = ("device",) if is_portable(experiment) else ("device", "cpu")
+    decide = ("device",) if crosses_processors(experiment, made, here) else ("device", "cpu")
     if any(made.get(key, here[key]) != here[key] for key in decide):
         raise other_weights(store.folder(experiment), "as is known before it begins", here)
 

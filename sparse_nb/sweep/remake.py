@@ -18,7 +18,7 @@ from ..runs.files import read_about, read_manifest, sha256
 from ..runs.store import Store, described_experiment, pack, what_differs
 from ..study import versions
 from ..study.experiments import Experiment, dense_parent, is_portable, prune, train
-from .jobs import environment, sound_kernels, with_threads, words
+from .jobs import crosses_processors, environment, sound_kernels, with_threads, words
 
 # %% ../../nbs/6_sweep/05_remake.ipynb #716f2633
 _DECIDE = ("device", "device_name", "cpu", "torch", "numba")  # threads are set as they were
@@ -33,7 +33,7 @@ def can_be_remade(store: Store) -> list[Experiment]:
         if code != versions.TRAINING or made["device"] != "cpu":
             continue
         experiment = described_experiment(about)
-        if is_portable(experiment) or all(made.get(key) == here[key] for key in _DECIDE):
+        if crosses_processors(experiment, made, here) or all(made.get(key) == here[key] for key in _DECIDE):
             found.append(experiment)
     return found
 

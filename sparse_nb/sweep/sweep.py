@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, check_version, dense_parent
 from ..study.your_own import checked_texts
-from .costs import Rates, job_work, measured_rates, seconds_for
+from .costs import Costs, Epochs, Rates, costs_of, job_work, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
     KEEP_EVERY,
@@ -46,8 +46,8 @@ from sparse_nb.sweep.jobs import (
 class Board:
     """What has become of the jobs of a sweep. running: {job: slot}; done: {job: Outcome}; failed: {job: reason}; late:
     those that cannot end in time;
-    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; rates: how fast
-    trainings are."""
+    tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; costs: what is known
+    of trainings."""
 
     waiting: list
     running: dict = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Board:
     late: list = field(default_factory=list)
     tries: Counter = field(default_factory=Counter)
     not_before: dict = field(default_factory=dict)
-    rates: Rates = field(default_factory=Rates)
+    costs: Costs = field(default_factory=lambda: Costs(Rates(), Epochs()))
 
     def __str__(self):
         left = len(self.waiting) + len(self.late)
@@ -159,8 +159,15 @@ def settle(board, store, job, future):
         board.late.append(job)
     else:
         board.done[job] = future.result()
-        if board.done[job].trained:
-            board.rates.add(job.experiment, *board.done[job].trained)
+        if trained := board.done[job].trained:
+            _remember(board.costs, job.experiment, *trained)
+
+
+def _remember(costs, experiment, epochs, seconds):
+    """A training is over, which took so many epochs and seconds."""
+    ended = "converged" if epochs < experiment.recipe.epochs else "epochs"
+    costs.rates.add(experiment, epochs, seconds)
+    costs.epochs.add(asdict(experiment), ended, epochs, epochs)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #6b51d431
 def carry_out(board, engine, submit, store, progress, in_time=lambda job: True):
@@ -351,7 +358,7 @@ def run(
     texts = own_texts(board.waiting, store)
     deadline = time.time() + 60 * minutes if minutes is not None else None
     if deadline:
-        board.rates = measured_rates(store, device)
+        board.costs = costs_of(store.runs(), device)
     where = (str(store.root.absolute()), root, device.type, versions.fingerprint())
     terms = Terms(*where, threads, deadline, keep_every, engine == "local", own.permissions(), texts)
     with (
@@ -376,7 +383,7 @@ def run(
             return place.submit(run_elsewhere, job, terms, gpu)
 
         def in_time(job):
-            return deadline is None or time.time() + seconds_for(job, board.rates, device) < deadline
+            return deadline is None or time.time() + seconds_for(job, board.costs, device)[1] < deadline
 
         carry_out(board, place, elsewhere if remote else here, store, progress, in_time)
     return summarise(experiments, board, store)

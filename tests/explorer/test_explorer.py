@@ -16,7 +16,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -556,3 +556,49 @@ def test_one_more_point_from_the_page(browser, served, store):
             "y => document.querySelector('.js-plotly-plot').data[1].y.includes(y)", arg=expected_last(store)
         )
         keep_picture(page, "grown")
+
+
+def own_addresses():
+    """Addresses of this machine that are not its loopback, IPv4."""
+    found = [each for interface in psutil.net_if_addrs().values() for each in interface]
+    return [each.address for each in found if each.family == socket.AF_INET and not each.address.startswith("127.")]
+
+
+@pytest.mark.skipif(not own_addresses(), reason="needs an address that is not the loopback")
+def test_on_a_public_address_a_kernel_needs_the_token(store):
+    """As `explore --public` prints it; over plain http a browser does not say from where a request comes."""
+    host, port = own_addresses()[0], free_port()
+    words = [
+        "explore",
+        "--runs",
+        str(store.root),
+        "--notebooks",
+        str(PAGE.parent),
+        "--address",
+        host,
+        "--port",
+        str(port),
+    ]
+    start = [sys.executable, "-c", "import sys; from sparse_nb.cli.main import main; main(sys.argv[1:])", *words]
+    refused = subprocess.run(start, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "--public says that you want it" in refused.stderr
+    with ended(subprocess.Popen([*start, "--public"], cwd=ROOT, stdout=subprocess.PIPE, text=True)) as command:
+        place = re.search(rf"http://{host}:{port}/\?token=([\w-]{{16,}})", command.stdout.readline())
+        deadline = time.time() + PATIENCE
+        while time.time() < deadline and command.poll() is None:
+            with suppress(OSError):
+                socket.create_connection((host, port), 1).close()
+                break
+            time.sleep(0.1)
+        before = len(family(command))
+        page = f"http://{host}:{port}/"
+        for address in (page, f"{page}?token=", f"{page}?token={place[1]}x", f"{page}voila/render/explore.ipynb"):
+            assert answer(address)[0] in (403, 404), address
+        assert answer(place[0], **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+        assert len(family(command)) == before and place[1] not in " ".join(map(str, shown(command)))
+        assert answer(place[0])[0] == 200 and len(family(command)) == before + 1
+
+
+def shown(process):
+    """What a list of processes shows of those below a process."""
+    return [each.cmdline() for each in family(process)]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 
 import pytest
@@ -210,8 +211,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+FULL = os.environ.get("SPARSE_NB_FAULTS") == "full"
 shared = settings(
-    max_examples=500 if os.environ.get("SPARSE_NB_FAULTS") == "full" else 60,
+    max_examples=500 if FULL else 60,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -278,6 +280,50 @@ def test_any_description_is_either_sane_or_refused_by_name(part, odd, trained, t
     for value in runs.iloc[0]:
         assert value is None or value != value or sane(value)
     assert len(runs) == 1 and not [problem for problem in verify(store).problems if "experiment.json" in problem]
+
+
+ODD_VALUES = [None, True, -1, 7.0, 0.5, 10**40, 2**63, math.nan, -math.inf, "\ud800", "\x1b[2J", "<img>", "", [], {}]
+
+
+def mutated(value, chance):
+    """Plain data with one value in it replaced, taken away, or laid beside another."""
+    if not isinstance(value, dict) or not value or chance.random() < 0.1:
+        return chance.choice(ODD_VALUES)
+    name, how = chance.choice(list(value)), chance.random()
+    if how < 0.1:
+        return {key: item for key, item in value.items() if key != name}
+    if how < 0.2:
+        return value | {chance.choice(["more", "\udc00", "a" * 10**6]): chance.choice(ODD_VALUES)}
+    return value | {name: mutated(value[name], chance)}
+
+
+def test_mutated_files_are_sane_or_refused_by_name(trained, tmp_path, report):
+    """Records and descriptions, with checksums that match: what merge takes, every reader can read."""
+    count, chance, refused = 150 if FULL else 30, random.Random(0), {"records": 0, "descriptions": 0}
+    for kind in refused:
+        for number in range(count):
+            store = Store(shutil.copytree(trained.root, tmp_path / f"{kind}{number}"))
+            if kind == "records":
+                path = offer_records(store, [mutated(GOOD, chance)])
+            else:
+                path = offer_about(
+                    store, mutated(json.loads((store.folder(ONE) / "experiment.json").read_bytes()), chance)
+                )
+            target = Store(tmp_path / f"{kind}{number}-target")
+            said, taken = verify(store).problems, merge(target, store.root)
+            assert bool(said) == bool(taken.problems) and all(str(path) in sentence for sentence in said)
+            assert verify(target).problems == () and not target.table().empty and len(target.runs()) + bool(said) >= 2
+            assert all(sane(value) for value in target.table().value)
+            if said:
+                with pytest.raises(ValueError, match=str(path)):
+                    Records(store.root, write=False).table()
+            refused[kind] += bool(said)
+            shutil.rmtree(store.root), shutil.rmtree(target.root)
+        report(
+            f"{count} mutated {kind}, checksums matching",
+            f"{refused[kind]} refused by name by merge, verify and tables; {count - refused[kind]} sane; 0 tracebacks",
+        )
+    assert min(refused.values()) > count / 2
 
 
 @pytest.mark.parametrize(

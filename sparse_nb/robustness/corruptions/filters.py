@@ -18,7 +18,6 @@ from functools import cache, partial, reduce
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import poisson
 
 from ...networks.lanes import cached_njit
 from ...randomness import generator
@@ -339,6 +338,8 @@ def _poisson_tables(photons, intervals=4096):
     """For the 256 levels: distribution functions, each raised by its level, float64 (256·photons,), ascending; and the
     counts (256, intervals), int16, at intervals of u, −1 where two counts share one."""
     levels = np.arange(256)[:, None] / 255 * photons
+    from scipy.stats import poisson  # takes a second to import, which most commands need not wait for
+
     function = torch.from_numpy(poisson.cdf(np.arange(photons), levels))
     bounds = torch.arange(intervals + 1, dtype=torch.float64).div(intervals).expand(256, -1).contiguous()
     counts = torch.searchsorted(function, bounds, right=True).to(torch.int16)
