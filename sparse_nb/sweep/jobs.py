@@ -380,7 +380,7 @@ def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) 
         raise FileNotFoundError(f"the runs folder {terms.runs} is not there on {platform.node()}; {needs}")
     device, store, e = torch.device(terms.device), Store(terms.runs), job.experiment
     own.permit(terms.own)
-    checked_texts((e.family,), (e.dataset,), terms.texts, store.root / "own.json")
+    checked_texts((e.family,), (e.dataset,), terms.texts, store.root / ".own.json")
     if gpu and device.type == "cuda":
         device = torch.device("cuda", gpu[0])
         torch.cuda.set_device(device)

@@ -295,11 +295,11 @@ def check_code(remote):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #7d88f84b
 def own_texts(jobs, store):
-    """`your_own.checked_texts` of the families and datasets of some `Job`s, remembered in the store's `own.json`.
+    """`your_own.checked_texts` of the families and datasets of some `Job`s, remembered in the store's `.own.json`.
 
     Raises ValueError, with what to do, if one of them is not what the store remembers.
     """
-    file, experiments = store.root / "own.json", [job.experiment for job in jobs]
+    file, experiments = store.root / ".own.json", [job.experiment for job in jobs]
     if not any(own.is_own(name) for e in experiments for name in (e.family, e.dataset)):
         return {}
     known = load_json(read_bytes(file)) if file.exists() else {}
