@@ -74,16 +74,20 @@ body { margin: 0 auto; padding: 1.5rem 1rem 2rem; max-width: 66rem; background: 
   font: 1rem/1.45 Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.4rem; } p { margin: .3rem 0; } .soft, small, footer { color: var(--soft); }
 .note { margin: .8rem 0; padding: .6rem .8rem; background: var(--panel); border-left: .25rem solid var(--warn); }
-table { width: 100%; margin-top: 1rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { width: 100%; table-layout: fixed; margin-top: 1rem; border-collapse: collapse; }
+td { font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 tbody th { font-weight: normal; } thead th { border-bottom: 2px solid var(--line); }
+thead th:first-child { width: 30%; }
 td small, th small { white-space: nowrap; } .difference { display: block; color: var(--soft); font-size: .85rem; }
 .bar { display: block; position: relative; height: .4rem; margin: .2rem 0; background: var(--track); }
 .bar::before, .bar::after { content: ""; position: absolute; top: 0; bottom: 0; }
 .bar::before { left: calc(var(--low) * 1%); width: calc((var(--high) - var(--low)) * 1%); background: var(--span); }
 .bar::after { left: calc(var(--value) * 1% - 1px); width: 2px; background: var(--ink); }
 footer { margin-top: 1.2rem; font-size: .8rem; } footer p { max-width: 50rem; }
-@media (max-width: 40rem) { thead { display: none; } table, tbody, tr, th, td { display: block; width: 100%; }
+@media (max-width: 40rem) { table { min-width: 0 !important; } thead { display: none; }
+  table, tbody, tr, th, td { display: block; width: 100%; }
   tr { padding: .5rem 0; border-bottom: 1px solid var(--line); } th, td { padding: .15rem 0; border: 0; }
   tbody th { font-weight: bold; } td::before { content: attr(data-network) ": "; color: var(--soft); } }
 """
@@ -108,7 +112,8 @@ def _html_cell(row: pd.Series) -> str:
 
 def page(table: pd.DataFrame, title: str, warnings: Sequence[str], notes: Sequence[str]) -> str:
     """The table of a `report.Report` as an HTML page of its own. warnings: stand above the table; notes: below it."""
-    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.network.unique())
+    names = table.network.unique()
+    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
     rows = [
         f'<tr><th scope="row">{_text(measure)}</th>{"".join(map(_html_cell, rows))}</tr>'
         for measure, rows in _lines(table)
@@ -116,9 +121,10 @@ def page(table: pd.DataFrame, title: str, warnings: Sequence[str], notes: Sequen
     body = [
         f'<h1>Robustness report</h1>\n<p class="soft">{_text(title)}</p>',
         *(f'<p class="note">{_text(warning)}</p>' for warning in warnings),
-        f'<table>\n<thead><tr><th scope="col">in %</th>{heads}</tr></thead>\n<tbody>',
+        f'<div class="scroll"><table style="min-width: {14 + 9 * len(names)}rem">',
+        f'<thead><tr><th scope="col">in %</th>{heads}</tr></thead>\n<tbody>',
         *rows,
-        "</tbody>\n</table>\n<footer>",
+        "</tbody>\n</table></div>\n<footer>",
         *(f"<p>{_text(note)}</p>" for note in notes),
         "</footer>",
     ]

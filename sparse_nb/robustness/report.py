@@ -320,7 +320,7 @@ def _capacity_warnings(kept: Mapping[str, int]) -> Iterator[str]:
     )
     alike = [name for name in unlike if _is_as_large(kept[name], kept[unlike[0]])]
     if len(alike) > 1:
-        yield f"The same capacity have {', '.join(alike)}; put one of them first to see their differences."
+        yield f"Of the same capacity: {', '.join(alike)}. Put one of them first to see their differences."
 
 # %% ../../nbs/3_robustness/09_report.ipynb #8e576317
 def _notes(bench: _Bench, quick: bool, epsilon: float | None, disturbances: Sequence) -> Iterator[str]:
