@@ -124,21 +124,21 @@ class Convolution:
         outputs, _, kernel, _ = shape
         self.shape, self.stride, self.positions = tuple(shape), stride, positions
         self.source, self.target = (height, width), (height // stride, width // stride)
-        self.walks = positions is not None and len(positions) < DENSE_FROM * np.prod(shape)
-        kept, self.starts = positions if self.walks else None, None
+        few = positions is not None and len(positions) < DENSE_FROM * np.prod(shape)
+        self.walked = kept = positions if few else None
         self.forward = _Table(_forward_pass(kernel, stride), shape, kept, False, self.source, self.target)
         self.backward = [
             _Table(one, shape, kept, True, self.target, self.target) for one in _backward_passes(kernel, stride)
         ]
         self.offsets = _Table(_forward_pass(kernel, stride), shape, None, False, self.source, self.target).offsets
-        if self.walks:
-            self.starts = np.searchsorted(positions, np.arange(outputs + 1) * len(self.offsets))
-            self.offsets = self.offsets[positions % len(self.offsets)]
+        if kept is not None:
+            self.starts = np.searchsorted(kept, np.arange(outputs + 1) * len(self.offsets))
+            self.offsets = self.offsets[kept % len(self.offsets)]
 
     def values(self, weight: torch.Tensor) -> np.ndarray:
         """The numbers that the tables take: the kept weights, or the complete kernel."""
         flat = weight.detach().contiguous().numpy().ravel()
-        if self.positions is None or self.walks:
+        if self.positions is None or self.walked is not None:
             return flat
         complete = np.zeros(int(np.prod(self.shape)), np.float32)
         complete[self.positions] = flat
@@ -146,8 +146,8 @@ class Convolution:
 
     def weight_gradient(self, x: np.ndarray, g: np.ndarray) -> np.ndarray:
         """The gradient to the weights that are kept, flat."""
-        if self.walks:
-            made = np.empty(len(self.positions), np.float32)
+        if self.walked is not None:
+            made = np.empty(len(self.walked), np.float32)
             sparse_weights(x, self.offsets, self.starts, g, self.stride, made)
             return made
         made = np.empty((self.shape[0], len(self.offsets)), np.float32)

@@ -257,7 +257,7 @@ def under_attack(curves: pd.DataFrame, attack: str) -> pd.DataFrame:
     return curves[(curves.quantity == "accuracy") & (curves.name == attack) | curves.quantity.isna()]
 
 
-def _draw_radii_panel(figure: go.Figure, panel: pd.DataFrame, lines: dict, bounds: Sequence[float], **at: int) -> None:
+def _draw_radii_panel(figure: go.Figure, panel: pd.DataFrame, lines: dict, bounds: Sequence[float], **at) -> None:
     """One panel of `draw_radii`. panel: its points; lines: {rule: {density: `Line`}}; bounds: of the vertical axis; at:
     row and col.
     """

@@ -9,7 +9,7 @@ __all__ = ['RULE_STYLES', 'Line', 'strength_lines', 'on_lines', 'lines_of_rules'
 
 # %% ../../nbs/7_results/05_plots.ipynb #d4735e3a
 import textwrap
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -79,8 +79,10 @@ def lines_of_rules(lines: Sequence[Line], rules: Collection[str]) -> dict[str, t
     """{rule: `lines` in its style}; as they are where there is only one rule."""
     if len(rules) == 1:
         return dict.fromkeys(rules, tuple(lines))
-    styles = {rule: dict(zip(("dash", "symbol"), RULE_STYLES[rule], strict=True)) for rule in rules}
-    return {rule: tuple(replace(line, **style) for line in lines) for rule, style in styles.items()}
+    return {
+        rule: tuple(replace(line, dash=dash, symbol=symbol) for line in lines)
+        for rule, (dash, symbol) in ((rule, RULE_STYLES[rule]) for rule in rules)
+    }
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10002
 def _spread_words(point) -> str:
@@ -193,7 +195,8 @@ def grid_of(curves: pd.DataFrame) -> Grid:
     panels = dict.fromkeys(curves[["dataset", "growth", "family"]].itertuples(index=False, name=None))
     datasets, seeds = list(dict.fromkeys(dataset for dataset, *_ in panels)), seed_words(curves)
     kinds = sorted({panel[1:] for panel in panels}, key=_kind_order)
-    words = {kind: column_words(*kind, [growth for growth, _ in kinds]) for kind in kinds}
+    growths = [growth for growth, _ in kinds]
+    words = {(growth, family): column_words(growth, family, growths) for growth, family in kinds}
     here = {dataset: [kind for kind in kinds if (dataset, *kind) in panels] for dataset in datasets}
     places = {
         (dataset, *kind): (row, column)
@@ -265,7 +268,7 @@ def drawn_range(points: pd.DataFrame) -> list[float]:
 def draw_panel(
     figure: go.Figure,
     points: pd.DataFrame,
-    lines: dict[str, Sequence[Line]],
+    lines: Mapping[str, Sequence[Line]],
     *,
     bounds: Sequence[float],
     value: str,
@@ -361,7 +364,7 @@ def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = 
     )
 
 
-def add_rules(figure: go.Figure, styled: dict[str, Sequence[Line]]) -> go.Figure:
+def add_rules(figure: go.Figure, styled: Mapping[str, Sequence[Line]]) -> go.Figure:
     """Say in the legend which dash is which rule, if there are several; returns `figure`. styled: of
     `lines_of_rules`.
     """

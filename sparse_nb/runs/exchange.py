@@ -181,7 +181,7 @@ def merge(store: Store, other: Path | str, on_file: Callable[[Path], object] | N
 
 # %% ../../nbs/5_runs/07_exchange.ipynb #adb77868
 _VALUES = {"experiment": str, "evaluation": str, "value": float, **KIND_COLUMNS}
-EXPORTED = {
+EXPORTED: dict[str, dict[str, type]] = {
     "runs": {column: kind for column, kind in RUN_COLUMNS.items() if column != "stamp"},
     "records": {column: _VALUES[column] for column in RECORD_COLUMNS},
     "evaluations": dict.fromkeys(("evaluation", "measure", "settings", "code"), str),
