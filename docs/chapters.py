@@ -65,9 +65,12 @@ def _target(link, folder, suffix):
     return f"https://github.com/{repository}/{kind}/{branch}/{path}"
 
 
-def with_links(text, folder):
-    """Markdown or HTML `text` of a file in `folder`, with links that hold in the book."""
-    text = LINK.sub(lambda link: _target(link, folder, ""), text)
+def with_links(text, folder, suffix=""):
+    """Markdown or HTML `text` of a file in `folder`, with links that hold in the book.
+
+    suffix: of pages in Markdown; ".html" where Sphinx does not resolve them, as in outputs.
+    """
+    text = LINK.sub(lambda link: _target(link, folder, suffix), text)
     return HTML_LINK.sub(lambda link: _target(link, folder, ".html"), text)
 
 
@@ -83,9 +86,7 @@ def read(text):
             continue
         for output in cell.get("outputs", ()):
             for kind in {"text/html", "text/markdown"} & set(output.get("data", {})):
-                output.data[kind] = HTML_LINK.sub(lambda link: _target(link, folder, ".html"), output.data[kind])
-                if kind == "text/markdown":
-                    output.data[kind] = with_links(output.data[kind], folder)
+                output.data[kind] = with_links(output.data[kind], folder, ".html")
         said = {match[1] for match in DIRECTIVE.finditer(cell.source)}
         cell.source = DIRECTIVE.sub("", cell.source)
         if said & {"hide", "default_exp"} or not cell.source.strip():

@@ -183,7 +183,7 @@ def draw(name):
 def _interactive(figure, name):
     """A figure as HTML for figures.js: as wide as the page, but not narrower than can be read."""
     layout = figure.layout
-    height, width = int(layout.height) - 35, min(int(layout.width), 1000)
+    height, width = int(layout.height) - 35, min(int(layout.width), 720)
     layout.width, layout.height, layout.margin.t, layout.margin.b = None, None, 45, 60
     data = figure.to_json().replace("</", "<\\/")  # which would end the script
     return (
