@@ -16,13 +16,18 @@ from sparse_nb.study.studies import PRESETS
 ROOT = Path(__file__).parents[2]
 
 
+def has_points(trace):
+    """Whether a trace is more than an entry of the legend, or a line that has no points in its panel."""
+    return trace.x is not None and len(trace.x) > 0 and trace.x[0] is not None
+
+
 def ends_of(figure):
     """(ends of everything drawn, ends of its intervals): (x, y, x axis, y axis) of each."""
     everything, intervals = [], []
     for trace in figure.data:
-        axes = [getattr(figure.layout, f"{a}axis{(trace[f'{a}axis'] or a)[1:]}") for a in "xy"]
-        if trace.x is None or trace.x[0] is None:
+        if not has_points(trace):
             continue
+        axes = [getattr(figure.layout, f"{a}axis{(trace[f'{a}axis'] or a)[1:]}") for a in "xy"]
         x, y = (np.asarray(values, float) for values in (trace.x, trace.y))
         everything += [(*place, *axes) for place in zip(x, y, strict=True) if not np.isnan(place).any()]
         if trace.error_y.array is not None:
@@ -87,7 +92,7 @@ def test_nothing_that_a_figure_draws_leaves_its_frame(figure, runs, monkeypatch,
     for name, (made, curves) in drawn_by(figure, runs, 3, monkeypatch).items():
         cut, impossible, ends = outside(made)
         assert (name, cut, impossible) == (name, 0, 0) and ends > 0
-        assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if trace.x[0] is not None})
+        assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if has_points(trace)})
         shares = curves[~curves.quantity.isin(["loss_increase", "loss"])]
         assert shares.low.ge(0).all() and shares.high.le(1).all()
         assert (shares.low.le(shares["mean"]) & shares["mean"].le(shares.high)).all()
@@ -98,7 +103,7 @@ def test_two_seeds_are_dots_and_inside(runs, monkeypatch, capsys):
     cut, _, ends = outside(made)
     assert (cut, ends) == (0, 0) and set(curves.seeds) == {2}
     dots = [y for trace in made.data if trace.mode == "markers" for y in trace.y]
-    strengths = {trace.name for trace in made.data if trace.mode == "lines+markers" and trace.x[0] is not None}
+    strengths = {trace.name for trace in made.data if trace.mode == "lines+markers" and has_points(trace)}
     shown = curves[
         (curves.quantity == "accuracy") & curves.strength.isin([float(name.split()[0]) for name in strengths])
     ]
