@@ -81,7 +81,8 @@ def capacity(model: nn.Module, image_shape: tuple[int, int, int]) -> Capacity:
     if not kept:
         raise ValueError(f"all of its {counted:,} counted weights are zero")
     try:
-        found = connectivity(network, masks, image_shape=image_shape)
+        # a copy: a pass that fails may leave shared weights on the meta device
+        found = connectivity(copy.deepcopy(network), masks, image_shape=image_shape)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return Capacity(counted, kept, None, str(error).splitlines()[0])
     return Capacity(counted, kept, sum(found.live_weights.values()))
