@@ -41,7 +41,7 @@ publish: $(BROWSER) ## after a sweep: figures, claims and runs that are finished
 	@$(BIN)/sparse-nb claims --preset $(PRESET) --runs $(RUNS)
 	@$(BIN)/sparse-nb export --preset $(PRESET) --runs $(RUNS)
 	@$(BIN)/python .ci/book.py explorer
-	@$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/published.ipynb nbs/index.ipynb
 	@$(MAKE) --no-print-directory prepare
 
 prepare: $(INSTALLED) ## before a commit: export, clean, README.md; what `make test` then finds in step

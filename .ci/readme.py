@@ -26,6 +26,9 @@ def readme(notebook):
         }
     )
     cells = nbformat.read(notebook, as_version=4)
+    for cell in cells.cells:
+        if "outputs" in cell:  # of a progress bar nothing is shown
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     cells.metadata.language_info = {"name": "python"}  # nbdev_clean takes it away
     text, resources = MarkdownExporter(config=leave_out).from_notebook_node(cells)
     if resources.get("outputs"):

@@ -291,12 +291,12 @@ def gain(disturbance, rule, contrast="gain"):
 
 
 def stored_table(header):
-    """The Markdown table that begins with `header`, from the front page's stored outputs: making it takes torch."""
-    for cell in nbformat.read(ROOT / "nbs/index.ipynb", as_version=4).cells:
+    """The Markdown table that begins with `header`, from the stored outputs of what is published: making it takes torch."""
+    for cell in nbformat.read(ROOT / "nbs/published.ipynb", as_version=4).cells:
         for output in cell.get("outputs", ()):
             if (text := output.get("data", {}).get("text/markdown", "")).startswith(header):
                 return text
-    raise ValueError(f"nbs/index.ipynb has no stored output that begins with {header!r}, which docs/*.md shows")
+    raise ValueError(f"nbs/published.ipynb has no stored output that begins with {header!r}, which docs/*.md shows")
 
 
 def figure_list():

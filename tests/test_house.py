@@ -95,6 +95,8 @@ def test_every_chapter_has_its_module_and_every_module_its_chapter():
     assert exported == modules and {path.name for path, found in chapters.items() if not found} == {
         "explore.ipynb",
         "index.ipynb",
+        "published.ipynb",
+        "your_mask.ipynb",
         "your_network.ipynb",
     }
     for path, found in chapters.items():
@@ -231,16 +233,18 @@ def test_no_file_in_git_is_large():
     assert [path.name for path in there if path.stat().st_size > 2**20] == []
 
 
-def test_front_page_shows_what_is_published():
-    """Its tables are those of the claims and runs that lie in figures/rendered and results."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_pages_show_what_is_published():
+    """The tables of nbs/published.ipynb and the figures of the front page are those that lie in figures/rendered and
+    results."""
+    cells = json.loads((ROOT / "nbs/published.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    page = "\n".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     claims = pd.read_csv(ROOT / "figures/rendered/laptop/claims.csv", dtype={"claim": str})
     published = published_runs(ROOT / "results/laptop")
     for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
-        assert as_markdown(table) in page, "run nbs/index.ipynb, then make prepare"
-    assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, (
-        "run nbs/index.ipynb, then make prepare"
-    )
+        assert as_markdown(table) in page, "run nbs/published.ipynb"
+    assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, "run nbs/published.ipynb"
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
     for figure in FIGURES:
         preset = next(

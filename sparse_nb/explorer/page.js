@@ -53,18 +53,18 @@ function chooseQuestion() {
 
 const percent = hundredths => hundredths === null ? "–" : (hundredths / 100).toFixed(1) + "\u00a0%";
 const weights = density => +(100 * density).toPrecision(3) + "\u00a0%";
-const interval = p => p.half === null ? "no interval"
-  : `${((p.mean - p.half) / 100).toFixed(1)} to ${((p.mean + p.half) / 100).toFixed(1)}`;
+const interval = p => p.low === null ? "no interval"
+  : `${(p.low / 100).toFixed(1)} to ${(p.high / 100).toFixed(1)}`;
 const shape = p => p.depth + (p.repeat > 1 ? " × " + p.repeat : "");
 
 // The one place where text from the data becomes markup: plotly reads tags. All other text is set as textContent.
 const escaped = words => String(words).replace(/[&<>"']/g, sign => `&#${sign.charCodeAt(0)};`);
 
-function pointsOf(curve, means, halves) {
+function pointsOf(curve, means, lows, highs) {
   return curve.places.map((number, i) => {
     const [width, depth, repeat, density, colour, ended, networks, converged, diverged, runs] = data.places[number];
     return {
-      x: data.axes[curve.axis].type === "log" ? 100 * density : i, mean: means[i], half: halves[i],
+      x: data.axes[curve.axis].type === "log" ? 100 * density : i, mean: means[i], low: lows[i], high: highs[i],
       clean: curve.clean[i], seeds: curve.seeds[i], width, depth, repeat, density, networks, converged, diverged,
       colour: text(colour), ended: text(ended), runs: runs.map(run => data.runs[run]),
     };
@@ -87,12 +87,12 @@ function hover(p) {
 // The best of several means is not by itself news: the sentence compares two intervals, and claims no more than that.
 function summary(base, best) {
   if (!best) return "Nothing could be measured: all networks diverged.";
-  const reach = p => `${percent(p.mean)}` + (p.half === null ? "" : ` (${interval(p)})`);
+  const reach = p => `${percent(p.mean)}` + (p.low === null ? "" : ` (${interval(p)})`);
   const where = `The best mean, ${reach(best)}, is at ${weights(best.density)} of the weights`;
   if (!base) return `${where}. The dense base is not there.`;
   if (base === best) return `The dense base is best: ${reach(base)}.`;
-  const apart = base.half === null || best.half === null ? "Without intervals from several seeds, that says little."
-    : best.mean - best.half > base.mean + base.half ? "The intervals do not overlap." : "The intervals overlap.";
+  const apart = base.low === null || best.low === null ? "Without intervals from several seeds, that says little."
+    : best.low > base.high ? "The intervals do not overlap." : "The intervals overlap.";
   return `${where}; the dense base has ${reach(base)}. ${apart}`;
 }
 
@@ -111,11 +111,11 @@ function band(points) {
   const x = [], y = [];
   let piece = [];
   for (const p of [...points, null]) {
-    if (p && p.mean !== null && p.half !== null) piece.push(p);
+    if (p && p.mean !== null && p.low !== null) piece.push(p);
     else if (piece.length) {
       const back = [...piece].reverse();
       x.push(...piece.map(q => q.x), ...back.map(q => q.x), null);
-      y.push(...piece.map(q => (q.mean + q.half) / 100), ...back.map(q => (q.mean - q.half) / 100), null);
+      y.push(...piece.map(q => q.high / 100), ...back.map(q => q.low / 100), null);
       piece = [];
     }
   }
@@ -123,8 +123,8 @@ function band(points) {
 }
 
 // The vertical axis holds all strengths of the question: the curve moves with the slider, the axis does not.
-function bounds(curve, means) {
-  const all = [...means.flat(), ...curve.clean].filter(mean => mean !== null).map(mean => mean / 100);
+function bounds(curve, ...values) {
+  const all = [...values.flat(2), ...curve.clean].filter(mean => mean !== null).map(mean => mean / 100);
   if (!all.length) return [0, 100];
   const low = Math.min(...all), high = Math.max(...all), room = Math.max(0.08 * (high - low), (10 - (high - low)) / 2);
   return [Math.max(low - room, -4), Math.min(high + room, 104)];
@@ -134,8 +134,9 @@ function bar(p) {
   return {
     x: [p.x], y: [p.mean === null ? null : p.mean / 100], name: "bar", mode: "markers", hoverinfo: "skip",
     marker: {size: 1, color: p.colour},
-    error_y: {array: [p.half === null ? 0 : p.half / 100], visible: p.half !== null, color: p.colour, thickness: 1.5,
-      width: 4},
+    error_y: {symmetric: false, array: [p.low === null ? 0 : (p.high - p.mean) / 100],
+      arrayminus: [p.low === null ? 0 : (p.mean - p.low) / 100], visible: p.low !== null, color: p.colour,
+      thickness: 1.5, width: 4},
   };
 }
 
@@ -183,8 +184,8 @@ function layoutOf(points, base, best, axis, range, value) {
 
 function plot() {
   const curve = chosenCurve(), stop = +slider.value;
-  const [value, name, , stops, means, halves] = curve.questions[question.selectedIndex];
-  const points = pointsOf(curve, means[stop], halves[stop]), measured = points.filter(p => p.mean !== null);
+  const [value, name, , stops, means, lows, highs] = curve.questions[question.selectedIndex];
+  const points = pointsOf(curve, means[stop], lows[stop], highs[stop]), measured = points.filter(p => p.mean !== null);
   const base = measured.find(p => p.density === 1);
   const best = measured.reduce((a, b) => a && a.mean >= b.mean ? a : b, null);
   const titles = curve.where.map(text), [, , asked, sign, method] = curve.words.map(text);
@@ -196,7 +197,7 @@ function plot() {
   find("value").textContent = text(stops[stop]);
   slider.setAttribute("aria-valuetext", text(stops[stop]));
   find("rows").replaceChildren(...points.map(row));
-  const range = bounds(curve, means), ink = inks[night.matches ? "dark" : "light"];
+  const range = bounds(curve, means, lows, highs), ink = inks[night.matches ? "dark" : "light"];
   Plotly.react("chart", traces(points, base, best, range[0], ink),
     layoutOf(points, base, best, data.axes[curve.axis], range, value), {responsive: true, displayModeBar: false});
 }

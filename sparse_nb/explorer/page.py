@@ -133,7 +133,7 @@ def _stop_text(measure, quantity, strength):
     return "0 (clean)" if strength == 0 else radius_text(strength) if measure == "attack" else f"{strength:g}"
 
 # %% ../../nbs/9_explorer/06_page.ipynb #e629fa65
-_NOTHING = (math.nan, math.nan)
+_NOTHING = (math.nan, math.nan, math.nan)
 
 
 def _hundredths(values):
@@ -142,19 +142,19 @@ def _hundredths(values):
 
 
 def _numbers_of(points):
-    """{(quantity, name): {strength: {place: (mean, half of the interval)}}} of the rows of one curve.
+    """{(quantity, name): {strength: {place: (mean, low, high)}}} of the rows of one curve.
 
     A place is (width, depth, repeat).
     """
     found, columns = {}, ["quantity", "name", "strength", "width", "depth", "repeat", "mean", "low", "high"]
     rows = points.dropna(subset="quantity")[columns].itertuples(index=False)
     for quantity, name, strength, *place, mean, low, high in rows:
-        found.setdefault((quantity, name), {}).setdefault(strength, {})[tuple(place)] = mean, (high - low) / 2
+        found.setdefault((quantity, name), {}).setdefault(strength, {})[tuple(place)] = mean, low, high
     return found
 
 
 def _clean_of(numbers):
-    """{place: (mean, half)} without disturbance, from `_numbers_of` a curve: an attack with ε = 0, or no name."""
+    """{place: (mean, low, high)} without disturbance, from `_numbers_of` a curve: an attack with ε = 0, or no name."""
     return next(
         by_strength[0]
         for (quantity, name), by_strength in numbers.items()
@@ -163,7 +163,7 @@ def _clean_of(numbers):
 
 # %% ../../nbs/9_explorer/06_page.ipynb #0cf66c3b
 def _stops_of(numbers, quantity, name, dataset, measure):
-    """The stops of a question as [(quantity, strength, {place: (mean, half)})], rising, and where to begin."""
+    """The stops of a question as [(quantity, strength, {place: (mean, low, high)})], rising, and where to begin."""
     stops = [(quantity, strength, means) for strength, means in sorted(numbers[quantity, name].items())]
     if measure == "corruption":
         stops.insert(0, ("clean", 0, _clean_of(numbers)))
@@ -183,19 +183,19 @@ def _asked_of(numbers, measure):
 
 # %% ../../nbs/9_explorer/06_page.ipynb #74b89832
 def _questions_of(numbers, places, dataset, measure):
-    """The questions of one curve as [quantity, words, first stop, stops, means, halves of the intervals].
+    """The questions of one curve as [quantity, words, first stop, stops, means, lows, highs].
 
-    numbers: of `_numbers_of`. Means and halves hold a list over `places` for each stop.
+    numbers: of `_numbers_of`. Means, and lows and highs of the intervals, hold a list over `places` for each stop.
     """
     questions = []
     for quantity, name in _asked_of(numbers, measure):
         stops, start = _stops_of(numbers, quantity, name, dataset, measure)
         words = [_stop_text(measure, q, strength) for q, strength, _ in stops]
-        means, halves = (
+        means, lows, highs = (
             [_hundredths(of_place.get(place, _NOTHING)[i] for place in places) for _, _, of_place in stops]
-            for i in (0, 1)
+            for i in range(3)
         )
-        questions.append([quantity, _question_text(quantity, name), start, words, means, halves])
+        questions.append([quantity, _question_text(quantity, name), start, words, means, lows, highs])
     return questions
 
 # %% ../../nbs/9_explorer/06_page.ipynb #e3c647e8
@@ -280,9 +280,10 @@ def _curve_data(points, where, texts, runs, places, axes):
                 start,
                 [texts[stop] for stop in stops],
                 means,
-                halves,
+                lows,
+                highs,
             ]
-            for quantity, words, start, stops, means, halves in _questions_of(numbers, keys, where[0], measure)
+            for quantity, words, start, stops, means, lows, highs in _questions_of(numbers, keys, where[0], measure)
         ],
     }
 

@@ -28,7 +28,9 @@ def _line(points, label, colour, *, axes="", **more):
 
     label: plain text. axes: "" for the first panel, "2" for the second …; more: settings of the trace.
     """
-    half = (50 * (points.high - points.low)).fillna(0).tolist()
+    above = (100 * (points.high - points["mean"])).fillna(0).tolist()
+    below = (100 * (points["mean"] - points.low)).fillna(0).tolist()
+    bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     symbols = ["circle" if done else "circle-open" for done in points.converged == points.networks]
     return {
         "type": "scatter",
@@ -39,7 +41,7 @@ def _line(points, label, colour, *, axes="", **more):
         "xaxis": f"x{axes}",
         "yaxis": f"y{axes}",
         "customdata": [" ".join(runs) for runs in points.runs],
-        "error_y": {"type": "data", "array": half, "color": colour, "thickness": 1.2, "width": 3},
+        "error_y": bars | {"color": colour, "thickness": 1.2, "width": 3},
         "line": {"color": colour, "width": 2.5},
         "hoverinfo": "text",
         "hovertext": hover_html(points, label),

@@ -11,7 +11,7 @@ import pytest
 from choreographer.browsers.chromium import Chromium
 from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
-from scipy import stats
+from scipy import special, stats
 
 from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
@@ -129,10 +129,15 @@ def drawn(page):
 
 
 def by_hand(rows):
-    """{width: (mean, half of the 95 % interval)} over seeds, in percent; first a mean over each network's records."""
+    """{width: (mean, what the 95 % interval reaches below it, and above)} over seeds, in percent: a t-interval of the
+    log-odds at the mean; first a mean over each network's records."""
     of_seed = rows.groupby(["width", "seed"]).value.mean().groupby("width").agg(["mean", "std", "size"])
-    half = stats.t.ppf(0.975, of_seed["size"] - 1) * of_seed["std"] / np.sqrt(of_seed["size"])
-    return {width: (100 * mean, 100 * h) for width, mean, h in zip(of_seed.index, of_seed["mean"], half, strict=True)}
+    found = {}
+    for width, mean, spread, seeds in of_seed.itertuples():
+        reach = stats.t.ppf(0.975, seeds - 1) * spread / np.sqrt(seeds) / (mean * (1 - mean)) if 0 < mean < 1 else 0
+        low, high = (special.expit(special.logit(mean) + sign * reach) for sign in (-1, 1))
+        found[width] = 100 * mean, 100 * (mean - low), 100 * (high - mean)
+    return found
 
 
 def assert_draws(page, rows, expected):
@@ -144,9 +149,10 @@ def assert_draws(page, rows, expected):
         places.width, places.density, found["points"]["x"], found["points"]["y"], found["bars"], strict=True
     ):
         assert x == pytest.approx(100 * density, rel=1e-5)
-        mean, half = expected.get(width, (None, None))
+        mean, below, above = expected.get(width, (None, None, None))
         assert y is None if mean is None else y == pytest.approx(mean, abs=0.0051)
-        assert bar["array"][0] == pytest.approx(half, abs=0.0051) if half is not None else not bar["visible"]
+        for side, reach in (("arrayminus", below), ("array", above)):
+            assert bar[side][0] == pytest.approx(reach, abs=0.0101) if reach is not None else not bar["visible"]
 
 
 def keyboard_to(page, name):
