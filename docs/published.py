@@ -291,7 +291,7 @@ def gain(disturbance, rule, contrast="gain"):
 
 
 def stored_table(header):
-    """The Markdown table that begins with `header`, from the stored outputs of what is published: making it takes torch."""
+    """The Markdown table that begins with `header`, as nbs/published.ipynb stores it: making it takes torch."""
     for cell in nbformat.read(ROOT / "nbs/published.ipynb", as_version=4).cells:
         for output in cell.get("outputs", ()):
             if (text := output.get("data", {}).get("text/markdown", "")).startswith(header):
