@@ -146,10 +146,12 @@ def _widths_in(points, setting):
     )
 
 
-def smaller_than_paper(preset, points: Sequence) -> list[str]:
-    """Sentences on where `points`, of a plan under a `Study`, are fewer or smaller than in the paper."""
+def smaller_than_paper(preset, points: Sequence, rules: Sequence[str] = ()) -> list[str]:
+    """Sentences on where `points`, of a plan under a `Study`, are fewer or smaller than in the paper. rules: those of
+    all parts of a figure that has one for each.
+    """
     used = {
-        "rules": tuple(dict.fromkeys(p.rule for p in points)),
+        "rules": tuple(dict.fromkeys(rules or (p.rule for p in points))),
         "datasets": tuple(dict.fromkeys(p.experiment.dataset for p in points)),
     }
     families = {
@@ -194,9 +196,9 @@ def seed_sentence(fewest: int, most: int) -> str:
     return f"Each point: {seeds}; {'; '.join(filter(None, drawn))}."
 
 # %% ../../nbs/7_results/04_captions.ipynb #111ebb3a
-def footer_lines(preset, points: Sequence, planned: Sequence = ()) -> list[str]:
+def footer_lines(preset, points: Sequence, planned: Sequence = (), parts: Sequence[str] = ()) -> list[str]:
     """The lines under a figure: size of the study, where it is narrower than the paper, what of the `planned`
-    points it still lacks.
+    points it still lacks. parts: the rules of all parts of a figure that has one for each.
     """
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     rules = " and ".join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))
@@ -204,7 +206,7 @@ def footer_lines(preset, points: Sequence, planned: Sequence = ()) -> list[str]:
         f"Preset {preset.name}, {rules} allocation. {seed_sentence(*_seed_range(points))} "
         f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
     ]
-    if smaller := smaller_than_paper(preset, points):
+    if smaller := smaller_than_paper(preset, points, parts):
         lines.append("Smaller than the preset paper: " + ". ".join(smaller) + ".")
     if missing := still_to_run(points, planned):
         lines.append("Planned and still to be run: " + "; ".join(missing) + ".")

@@ -211,7 +211,8 @@ class Rendering:
 
     def footer(self, *lines: str) -> list[str]:
         """The lines under the figure: the study, `lines`, and the provenance."""
-        return [*footer_lines(self.preset, self.points, self.planned), *lines, self.provenance.line]
+        parts = self.preset.rules if self.rule else ()
+        return [*footer_lines(self.preset, self.points, self.planned, parts), *lines, self.provenance.line]
 
     def publish(self, figure: go.Figure, curves: pd.DataFrame, name: str = "", made: Provenance | None = None):
         """`provenance.publish` the figure and its points, of the rule that it is about; returns the image, for the

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import safetensors
 
-from .. import data
+from .. import data, own
 from sparse_nb.runs.files import (
     RUN_FILES,
     parse_records,
@@ -225,6 +225,8 @@ def outdated_runs(root: Path | str) -> list[Leftover]:
         dataset = about["experiment"]["dataset"]
         if about["code"] != code:
             found += _leftover(folder, f"trained by code {about['code']}; the code is now {code}")
+        elif own.is_own(dataset):
+            continue  # only the study that brings it knows whether it has changed
         elif dataset not in data.DATASETS or about["data"] != data.checksum(dataset):
             found += _leftover(folder, f"trained on other data of the name {dataset}")
     return found
