@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from .. import data, own
-from ..networks import allocation, masks, models, portable, sparse_layers, training
+from ..networks import allocation, masks, models, sparse_layers, training
 from ..networks.training import Recipe
 from sparse_nb.robustness import (
     attacks,
@@ -474,7 +474,11 @@ def build(experiment):
 
 def as_executed(experiment, model):
     """A network of `experiment`, portable if its bits are to be."""
-    return portable.portable(model) if experiment.bits == "portable" else model
+    if experiment.bits == "native":
+        return model
+    from sparse_nb.networks.portable import portable  # needs numba, which drawing does not
+
+    return portable(model)
 
 
 def prepare(experiment):

@@ -91,7 +91,9 @@ class Progress:
         """What is beside the bar, at most 80 columns with it; how long the rest takes is said from 5 % on."""
         share, elapsed = self.bar.n / (self.bar.total or 1), self.bar.format_dict["elapsed"]
         left = elapsed * (1 - share) / share if share >= 0.05 else None
-        time_text = f"{tqdm.format_interval(elapsed)} gone" if left is None else f"{tqdm.format_interval(round(left))} left"
+        time_text = (
+            f"{tqdm.format_interval(elapsed)} gone" if left is None else f"{tqdm.format_interval(round(left))} left"
+        )
         failed = f", {len(self.board.failed)} failed" * bool(self.board.failed)
         return f"{len(self.board.done)} of {len(self.work)} networks{failed}, {time_text}{newest}"[:61]
 
