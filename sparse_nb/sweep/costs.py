@@ -63,7 +63,7 @@ def training_work(run, epochs: int) -> float:
 
 
 def job_work(job, epochs: int | None = None) -> tuple[float, float]:
-    """(operations of the training, of the measurements) of a [`Job`](02_jobs.ipynb). epochs: of the training, by
+    """(operations of the training, of the measurements) of a `jobs.Job`. epochs: of the training, by
     default as many as its recipe allows."""
     e, images = job.experiment, data.SIZES[job.experiment.dataset]["test"]
     passes = sum(evaluation.passes * (evaluation.test_images or images) for evaluation in job.evaluations)
