@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import nbformat
@@ -102,9 +102,10 @@ def notebook_of(name):
 
 
 def _statements(notebook):
-    """The statements of a notebook's code cells, but for its parameters."""
+    """The statements of a notebook's code cells, and of its loops, but for its parameters."""
     cells = (c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ()))
-    return [statement for cell in cells for statement in ast.parse(cell.source).body]
+    statements = [statement for cell in cells for statement in ast.parse(cell.source).body]
+    return [inner for outer in statements for inner in (outer.body if isinstance(outer, ast.For) else [outer])]
 
 
 def _assigned(statements):
@@ -114,13 +115,19 @@ def _assigned(statements):
 
 
 def drawing_calls(name):
-    """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`."""
+    """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`, those
+    of a `part` for each allocation rule."""
     statements, drawn = _statements(notebook_of(name)), {}
     assigned = _assigned(statements)
     for statement in statements:
         call = getattr(statement, "value", None)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "display":
+            call = call.args[0]
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "publish":
-            drawn[call.args[2].value if len(call.args) > 2 else name] = assigned[call.args[0].id]
+            first = call.args[2].value if len(call.args) > 2 else name
+            rules = ("water_filling", "proportional", "erk") if call.func.value.id == "part" else ()
+            parts = [part for rule in rules if (RENDERED / f"{(part := f'{first}_{rule}')}.svg").exists()]
+            drawn |= dict.fromkeys((first, *parts), assigned[call.args[0].id])
     return drawn
 
 
@@ -170,7 +177,11 @@ def draw(name):
     and footer are left to the page."""
     statements, figures = _statements(notebook_of(name)), {}
     for published, call in drawing_calls(name).items():
-        scope = dict.fromkeys(("curves", "found", "judged"), _published_rows(published))
+        rows = _published_rows(published)
+        scope = dict.fromkeys(("curves", "found", "judged"), rows)
+        scope["part"] = SimpleNamespace(rule=rows.rule.dropna().iloc[0]) if "rule" in rows else None
+        if published.startswith("fig03"):  # chosen from all radii, of which the published rows have the chosen ones
+            scope["radii"] = rows[rows.strength > 0].groupby("dataset").strength.max().to_dict()
         for statement in statements:
             if isinstance(statement, ast.ImportFrom) and statement.module.startswith("sparse_nb."):
                 scope |= _imported(statement)

@@ -142,7 +142,7 @@ def browse(book):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_address[1]}/"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=Chromium.find_browser(), args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=Chromium.find_browser(skip_local=False), args=FLAGS)
 
         def open_page(path, width=1366, height=768, scheme="light"):
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
