@@ -115,8 +115,8 @@ def _assigned(statements):
 
 
 def drawing_calls(name):
-    """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`, those
-    of a `part` for each allocation rule."""
+    """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`; of a
+    `part`, for each allocation rule."""
     statements, drawn = _statements(notebook_of(name)), {}
     assigned = _assigned(statements)
     for statement in statements:
