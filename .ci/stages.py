@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".stages"
 BIN = Path(sys.executable).parent
 WORKERS = 2
-SECONDS = 1500  # a stage that takes longer hangs
+SECONDS = 2400  # a stage that takes longer hangs
 
 
 def run(command, log, cwd=ROOT, **variables):
