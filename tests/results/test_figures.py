@@ -171,10 +171,12 @@ def test_svg_says_what_it_shows_and_where_it_comes_from(drawn):
         tree.getroot().remove(metadata)
     text = " ".join(" ".join(tree.getroot().itertext()).split())
     code = json.loads(next(drawn.glob("runs/*/experiment.json")).read_bytes())["code"][:8]
-    panel = ["MLP, digits", "Figure 1.", "noise σ", "0 (clean)", "remaining weights (%)", "accuracy (%)"]
+    panel = ["Figure 1.", "noise σ", "0 (clean)", "remaining weights (%)", "accuracy (%)"]
+    panel += ["digits accuracy (%) MLP"]  # the heading of the row, with its axis, and that of the column
     footer = [
         "Preset smoke",
         "mean over 2 seeds",
+        "too few for an interval",
         "Smaller than the preset paper",
         "2 of 5 seeds",
         "at most 2 of 300 epochs",
@@ -391,6 +393,7 @@ def test_published_notebook_ran_whole_with_what_was_asked(drawn):
         engine="local",
         workers=None,
         data=None,
+        pictures="svg png",
     )
     assert {name: found[name] for name in asked} == asked and found.keys() - asked.keys() == {"runs", "out"}
     assert Path(found["runs"]) == drawn / "runs"
