@@ -44,6 +44,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NOTEBOOK = "fig01_weight_noise_width.ipynb"
 ENDINGS = ("csv", "html", "ipynb", "png", "svg")
+SCRIPT = "plotly.min.js"  # beside the HTML files of a folder
 SCRIPT = "plotly.min.js"  # one copy for all pages of a folder
 SMALL = ("--families", "mlp", "--epochs", "2", "--widths", "32", "128")  # four networks, trained in a second
 RUN = re.compile(r"[0-9a-f]{16}")
@@ -413,7 +414,10 @@ def test_second_command_trains_nothing(drawn, tmp_path):
         .read_text()
         .startswith("4 networks: 0 made now, 4 already there; 0 measurements made now\n")
     )
-    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [
+        *(f"fig01.{ending}" for ending in ENDINGS),
+        SCRIPT,
+    ]
     after = contents(drawn / "runs")
     assert {name: after[name] for name in after if not name.startswith("index")} == {
         name: before[name] for name in before if not name.startswith("index")
@@ -458,7 +462,10 @@ def test_what_is_finished_of_a_larger_plan_is_drawn_and_nothing_is_trained(drawn
         "fig01: 4 of 6 points are finished in complete curves",
         "fig06: 0 of 12 points are finished",
     ]
-    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{ending}" for ending in ENDINGS]
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [
+        *(f"fig01.{ending}" for ending in ENDINGS),
+        SCRIPT,
+    ]
     assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
     assert "mean over 2 seeds" in " ".join((tmp_path / "out/smoke/fig01.svg").read_text(encoding="utf-8").split())
     assert {name: found for name, found in contents(drawn / "runs").items() if not name.startswith("index")} == before
@@ -479,7 +486,10 @@ def test_plain_papermill_draws_the_same_numbers(drawn, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/smoke/fig01.csv").read_bytes() == (drawn / "out/smoke/fig01.csv").read_bytes()
     assert "0 made now, 4 already there" in (tmp_path / "out.ipynb").read_text()
-    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [f"fig01.{e}" for e in ENDINGS if e != "ipynb"]
+    assert sorted(p.name for p in (tmp_path / "out/smoke").iterdir()) == [
+        *(f"fig01.{e}" for e in ENDINGS if e != "ipynb"),
+        SCRIPT,
+    ]
 
 
 def papermill(cwd, ran, **parameters):

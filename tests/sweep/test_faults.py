@@ -488,7 +488,7 @@ def test_a_name_changes_with_every_field():
         for described in (Experiment, Recipe, WeightNoise)
     }
     assert fields == {
-        Experiment: {*OTHERS, "pruning", "version"},
+        Experiment: {*OTHERS, "pruning", "bits", "version"},
         Recipe: {*RECIPES},
         WeightNoise: {*MEASUREMENTS, "version"},
     }
@@ -500,7 +500,9 @@ def test_a_name_changes_with_every_field():
         for family, depth in (("mlp", 18), ("vgg", 11), ("resnet", 18))
     )
     names += [experiment_hash(e) for e in (mlp, vgg, resnet, dataclasses.replace(vgg, batch_norm=False))]
+    names += [experiment_hash(dataclasses.replace(vgg, bits="portable"))]
     assert experiment_hash(dataclasses.replace(mlp, batch_norm=False)) == experiment_hash(mlp)  # an MLP has none
+    assert experiment_hash(dataclasses.replace(mlp, bits="portable")) == experiment_hash(mlp)  # it is in any case
     names += [
         experiment_hash(dataclasses.replace(ONE, schedule="magnitude", pruning="global"))
     ]  # of no meaning for other schedules
