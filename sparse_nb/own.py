@@ -61,7 +61,7 @@ def _module(path, folders):
     except Exception as error:  # whatever somebody's module does
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
 
-
+# %% ../nbs/1_data/03_own.ipynb #42047818
 def find(name: str, folders: tuple[str, ...] = ()) -> tuple[str, Callable]:
     """(the name with its version, the function) of an import path, which somebody who names it permits.
 

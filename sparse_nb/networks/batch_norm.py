@@ -149,7 +149,7 @@ def _cleared(chunks, images):
 def _like(x):
     return empty_chunks(*x.shape[:2], x.shape[2] - 2, x.shape[3] - 2)
 
-
+# %% ../../nbs/2_networks/17_batch_norm.ipynb #010a6ff7
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, added, mean, variance, eps, gates, images, batch):

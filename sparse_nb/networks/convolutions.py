@@ -61,10 +61,30 @@ def _backward_passes(kernel, stride):
         if rows and columns
     ]
 
-# %% ../../nbs/2_networks/16_convolutions.ipynb #15068cd2
+# %% ../../nbs/2_networks/16_convolutions.ipynb #d7d3a4d1
 _GROUP, _IN_GROUP = 16, 4  # channels whose rows fit the first-level cache; weights of a result that pay for a group
 
 
+def _in_order(one, shape, positions, backward):
+    """The kept weights that a pass reads, in the order of its chains.
+
+    Returns (order: which of the `positions`; sources: the number of each one's source, channel by channel and tap by
+    tap; starts: where those of each group and result channel begin, and the last end).
+    """
+    outputs, inputs, kernel, _ = shape
+    tap = np.full(kernel**2, -1)
+    tap[list(one.places)] = np.arange(len(one.places))
+    o, i, t = positions // (inputs * kernel**2), positions // kernel**2 % inputs, tap[positions % kernel**2]
+    target, channel, targets, channels = (i, o, inputs, outputs) if backward else (o, i, outputs, inputs)
+    groups = -(-channels // _GROUP)
+    groups = groups if len(positions) >= _IN_GROUP * groups * targets else 1
+    group = channel // _GROUP if groups > 1 else np.zeros_like(channel)
+    order = np.lexsort((t, channel, target, group))
+    order = order[t[order] >= 0]
+    starts = np.searchsorted((group * targets + target)[order], np.arange(groups * targets + 1))
+    return order, channel[order] * len(one.taps) + t[order], starts
+
+# %% ../../nbs/2_networks/16_convolutions.ipynb #15068cd2
 class _Table:
     """What a pass reads: of all weights of a kernel of `shape`, or of those at the flat `positions`.
 
@@ -78,23 +98,10 @@ class _Table:
         height, width = source
         taps = np.array([(row * (width + 2) + column) * WIDTH for row, column in one.taps])
         self.offsets = (np.arange(channels)[:, None] * ((height + 2) * (width + 2) * WIDTH) + taps).ravel()
-        self.order = None if positions is None else self._sort(positions, channels)
-
-    def _sort(self, positions, channels):
-        """The order of the kept weights of this pass among all; offsets and starts are set to it."""
-        _, inputs, kernel, _ = self.shape
-        tap = np.full(kernel**2, -1)
-        tap[list(self.one.places)] = np.arange(len(self.one.places))
-        o, i, t = positions // (inputs * kernel**2), positions // kernel**2 % inputs, tap[positions % kernel**2]
-        target, channel = (i, o) if self.backward else (o, i)
-        groups = -(-channels // _GROUP)
-        groups = groups if len(positions) >= _IN_GROUP * groups * self.outputs else 1
-        group = channel // _GROUP if groups > 1 else np.zeros_like(channel)
-        order = np.lexsort((t, channel, target, group))
-        order = order[t[order] >= 0]
-        self.offsets = self.offsets[channel[order] * len(self.one.taps) + t[order]]
-        self.starts = np.searchsorted((group * self.outputs + target)[order], np.arange(groups * self.outputs + 1))
-        return order
+        self.order = None
+        if positions is not None:
+            self.order, sources, self.starts = _in_order(one, shape, positions, backward)
+            self.offsets = self.offsets[sources]
 
     def run(self, x, weights, y):
         """Write the pass to the chunks y. weights: flat, all of the kernel or the kept ones."""

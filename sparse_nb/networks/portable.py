@@ -50,7 +50,7 @@ def _pool(x, y, g, to_x, backward):
                 else:
                     _largest(x, at + 2 * j * WIDTH, row, y, to + j * WIDTH)
 
-
+# %% ../../nbs/2_networks/18_portable_networks.ipynb #5c239451
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

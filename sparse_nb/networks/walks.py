@@ -200,7 +200,7 @@ class _WalkedPair(torch.autograd.Function):
                 _unblock(to_block, number * BLOCK, made[0].numpy())
         return (*(t if need else None for t, need in zip(made, needs, strict=True)), None)
 
-
+# %% ../../nbs/2_networks/14_walks.ipynb #816a4cec
 def walked_pair(
     x: torch.Tensor,
     weights: torch.Tensor,

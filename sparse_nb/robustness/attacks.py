@@ -332,6 +332,21 @@ def _numbers(parts, images, clean):
         "largest_perturbation": float(furthest.max()),
     }
 
+# %% ../../nbs/3_robustness/03_attacks.ipynb #bd2efd99
+def _attacked(model, images, attacks, epsilons, *, seed, restarts, batch_size, **how):
+    """{(attack, ε): what `_attack_batch` finds for each batch of `images`}, empty for ε = 0. how: steps, step_size."""
+    parts = {(attack, epsilon): [] for attack in attacks for epsilon in epsilons}
+    with under_attack(model):
+        network = _attackable(model)
+        for start in range(0, len(images), batch_size):
+            batch = slice(start, start + batch_size)
+            climb = _Climb(network, as_float(images.pixels[batch]), images.labels[batch])
+            seeds = [generator(seed, "attack", start, restart).initial_seed() for restart in range(restarts)]
+            for epsilon in filter(None, epsilons):
+                for attack, part in _attack_batch(model, climb, attacks, epsilon, seeds=seeds, **how).items():
+                    parts[attack, epsilon].append(part)
+    return parts
+
 # %% ../../nbs/3_robustness/03_attacks.ipynb #eb91c964
 def evaluate(
     model: nn.Module,
@@ -368,18 +383,8 @@ def evaluate(
     accuracy, loss = accuracy_and_loss(clean, images.labels)
     untouched = dict(accuracy=accuracy, loss=loss, mean_perturbation=0.0, largest_perturbation=0.0)
     _check_classes(attacks, clean.shape[1])
-    parts = {(attack, epsilon): [] for attack in attacks for epsilon in epsilons}
-    with under_attack(model):
-        network = _attackable(model)
-        for start in range(0, len(images), batch_size):
-            batch = slice(start, start + batch_size)
-            climb = _Climb(network, as_float(images.pixels[batch]), images.labels[batch])
-            seeds = [generator(seed, "attack", start, restart).initial_seed() for restart in range(restarts)]
-            how = dict(seeds=seeds, steps=steps, step_size=step_size)
-            for epsilon in filter(None, epsilons):
-                for attack, part in _attack_batch(model, climb, attacks, epsilon, **how).items():
-                    parts[attack, epsilon].append(part)
-    records = []
+    how = dict(seed=seed, steps=steps, step_size=step_size, restarts=restarts, batch_size=batch_size)
+    parts, records = _attacked(model, images, attacks, epsilons, **how), []
     for (attack, epsilon), of_batches in parts.items():
         numbers = _numbers(of_batches, images, clean) if epsilon else untouched
         records += [Record("attack", quantity, value, attack, epsilon) for quantity, value in numbers.items()]

@@ -86,7 +86,7 @@ def _settings_of(description):
     values = {name: getattr(description, name) for name, _ in _defaults(type(description))}
     return {name: _settings_of(v) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #c9d8c8cb
 def _at_default(description):
     """Names of the fields of a dataclass that hold their defaults, as "rule" or, inside another dataclass,
     "recipe.decay"."""
@@ -99,7 +99,7 @@ def _at_default(description):
             found.append(name)
     return found
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #162fe823
 def identity(what, description, version, **more):
     """Everything that a name is made of, as plain data: the complete settings, the version, and `more`.
 

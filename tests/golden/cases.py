@@ -2,6 +2,10 @@
 
 Golden bits prove nothing about a number being right. They tell whether a change of code, or another machine, changes
 it.
+
+    python tests/golden/cases.py
+
+prints {case: what it comes to}.
 """
 
 import dataclasses
@@ -228,3 +232,7 @@ def compare(name, found, golden):
         if max(apart, default=0) <= TOLERANCE
         else f"{name}: losses differ by {max(apart):.1e} from golden ones, {TOLERANCE:g} is allowed"
     )
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: compute(name) for name in NAMES}))
