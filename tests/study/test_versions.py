@@ -210,7 +210,7 @@ def test_a_worker_with_other_code_refuses(monkeypatch):
 def test_a_new_field_at_its_default_renames_nothing_from_version_2_on():
     @dataclasses.dataclass(frozen=True)
     class Widened(experiments.Clean):
-        bits: str = "native"
+        colour: str = "red"
 
     for version, same in (("2", True), (versions.FIRST["clean"], False)):
         old, new = (
@@ -218,7 +218,7 @@ def test_a_new_field_at_its_default_renames_nothing_from_version_2_on():
             for e in (experiments.Clean(), Widened())
         )
         assert (old == new) == same
-    changed = versions.identity("evaluation", Widened(bits="portable"), "2", measure="clean")
+    changed = versions.identity("evaluation", Widened(colour="blue"), "2", measure="clean")
     assert versions.name_of("evaluation", changed) != versions.name_of(
         "evaluation", versions.identity("evaluation", Widened(), "2", measure="clean")
     )
