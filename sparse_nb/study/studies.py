@@ -20,6 +20,7 @@ from ..networks import allocation, models
 from ..networks.training import RECIPES, Recipe
 from ..robustness import attacks
 from sparse_nb.study.experiments import (
+    BITS,
     Attack,
     Calibration,
     ClassRecall,
@@ -205,6 +206,8 @@ def _check_names(study):
         raise Wrong(("name",), f"name is {study.name!r}; accepted: letters, digits, - and _, since folders get it")
     if not 1 <= study.seeds <= 10_000:
         raise Wrong(("seeds",), f"seeds is {study.seeds}; accepted: 1 to 10,000")
+    if study.bits not in BITS:
+        raise Wrong(("bits",), f"bits is {study.bits!r}; accepted: {', '.join(BITS)}")
     _check_list(study.datasets, data.DATASETS, ("datasets",))
     _check_list(study.rules, allocation.RULES, ("rules",))
     _check_list(study.beside, _MEASURES, ("beside",), least=0)
@@ -284,7 +287,9 @@ def check_budgets(study: Study) -> None:
 # %% ../../nbs/4_study/03_studies.ipynb #07c1cc7f
 def check_own(study: Study) -> None:
     """Raise `reading.Wrong` for a family of somebody's own whose base network does not turn two images of each dataset
-    into (2, classes) numbers."""
+    into (2, classes) numbers, or has no portable form if bits are to be portable."""
+    from sparse_nb.networks.portable import check_portable  # needs numba, which drawing does not
+
     for dataset in study.datasets:
         for family in filter(own.is_own, study.families):
             setting, path = study.families[family], ("families", family)
@@ -297,6 +302,8 @@ def check_own(study: Study) -> None:
                 model = models.build_model(family, shape, classes, width=setting.base, depth=depth)
                 with torch.no_grad():
                     given = model.eval()(torch.zeros(2, *shape))
+                if study.bits == "portable":
+                    check_portable(model)
             except Exception as error:  # whatever somebody's module does
                 raise Wrong(path, f"{dotted(path)}: images {(2, *shape)} of {dataset}: {error}") from error
             if not isinstance(given, torch.Tensor) or given.shape != (2, classes) or not given.is_floating_point():

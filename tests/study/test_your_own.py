@@ -119,6 +119,13 @@ MISTAKES = {
         "[3, 8]",
         'line 8: families."ourlab.nets:tiny".widths: the network of width 3',
     ),
+    "bits": ("stripes.toml", "seeds =", 'bits = "portble"\nseeds =', "bits is 'portble'; accepted: native, portable"),
+    "no portable form": (
+        "stripes.toml",
+        "seeds =",
+        'bits = "portable"\nseeds =',
+        "a portable network begins with models.Normalise",
+    ),
     "labels": ("ourlab/images.py", "% 2", "% 3", "labels lie in 0 .. 2; they must lie in 0 .. 1"),
     "pixels": ("ourlab/images.py", ", dtype=torch.uint8", "", "images are torch.float32"),
     "a broken module": (
