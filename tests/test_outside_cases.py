@@ -170,6 +170,7 @@ def test_a_sweep_that_waits_names_the_stopped_holder(tmp_path, monkeypatch):
             said.extend(words for _, words in shares.values() if "waiting" in words)
             if said and "stopped" in said[-1]:
                 holder.kill()
+                holder.wait()
             super().show(shares)
 
     monkeypatch.setattr(sweep, "Progress", Watched)

@@ -59,7 +59,7 @@ def drawn(tmp_path_factory):
 def test_both_views_are_published(drawn):
     names = {path.name for path in (drawn / "out/smoke").iterdir()}
     both = {f"{view}.{ending}" for view in ("fig03", "fig03_epsilon") for ending in ("csv", "html", "png", "svg")}
-    assert names == both | {"fig03.ipynb"}
+    assert names == both | {"fig03.ipynb", "plotly.min.js"}
     text = re.sub(
         r"</tspan><tspan[^>]*>", " ", (drawn / "out/smoke/fig03.svg").read_text(encoding="utf-8")
     )  # a line ends where it is full

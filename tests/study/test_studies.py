@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_the_template_is_a_study_and_so_are_its_examples(tmp_path):
     assert made.name == "new" and list(made.families) == ["mlp"] and shown_families("fig01", made) == ("mlp",)
     text = (tmp_path / "new.toml").read_text()
     for line in text.splitlines():
-        if line.startswith("# ") and " = " in line:  # an example
+        if re.match("# [^ ]", line) and " = " in line:  # an example; what is further in explains
             example = line[2:]
             before = (
                 "" if example.startswith(("extends", "without")) else text.split("recipe =")[0].split("[families")[1]
