@@ -222,7 +222,7 @@ class PortableNetwork(SparseSequential):
 
 def portable(network: nn.Sequential) -> PortableNetwork:
     """`network`, a VGG or ResNet of `build_model`, dense or sparse, with the same bits on every x86-64 processor with
-    FMA and for any number of threads, in float32 on a CPU; its layers become part of the result.
+    AVX2 or AVX-512 and for any number of threads, in float32 on a CPU; its layers become part of the result.
 
     Each pass runs in one thread. Raises ValueError, naming the layer, for what has no portable form.
     """

@@ -177,8 +177,8 @@ def dense_parent(experiment):
 
 
 def is_portable(experiment):
-    """Whether training on a CPU gives the same bits on every x86-64 processor and for any number of threads: from
-    version 2 on, for MLPs, and where `bits` says so."""
+    """Whether training on a CPU gives the same bits on every x86-64 processor with AVX2 or AVX-512 and for any number
+    of threads: from version 2 on, for MLPs, and where `bits` says so."""
     fixed = experiment.family == "mlp" or experiment.bits == "portable"
     return fixed and (experiment.version or versions.TRAINING) != versions.FIRST["training"]
 

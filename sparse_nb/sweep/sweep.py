@@ -362,7 +362,8 @@ def run(
     if deadline:
         board.costs = costs_of(store.runs(), device)
     where = (str(store.root.absolute()), root, device.type, versions.fingerprint())
-    terms = Terms(*where, threads, deadline, keep_every, engine == "local", own.permissions(), texts)
+    brought = dict(own=own.permissions(), texts=texts)
+    terms = Terms(*where, threads, deadline, keep_every, own_process=engine == "local", **brought)
     with (
         with_threads(None if remote else threads),
         Progress(board, show) as progress,
