@@ -26,7 +26,7 @@ from ..results.tables import finished
 from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
 from ..runs.store import Store
-from ..study.experiments import Experiment, accept, dense_parent, experiment_hash
+from ..study.experiments import Experiment, accept, ancestors, experiment_hash, is_trained
 from ..study.figures import FIGURES, measurements, plan, shown_families
 from ..study.studies import Study, load, narrow
 from ..sweep import sweep
@@ -119,7 +119,7 @@ def _print_jobs(jobs, store, device):
     costs = _known_costs(store, device)
     for job in jobs:
         e, seconds = job.experiment, _range(seconds_for(job, costs, device))
-        verb = "prune" if e.schedule == "magnitude" else "train"
+        verb = "train" if is_trained(e) else "prune"
         todo = ", ".join([verb] * job.train + [evaluation.measure for evaluation in job.evaluations])
         most = f"at most {e.recipe.epochs} epochs"
         print(f"{experiment_hash(e)} {words(e)}, {most}: {todo}; about {seconds}")
@@ -321,7 +321,7 @@ def export_command(command: options.Export) -> None:
     """Publish finished runs. Raises RuntimeError if none of what is asked for is there."""
     store, wanted = Store(command.runs, write=False), _wanted(command, _figures_of(command))
     there = [experiment for experiment in wanted if store.has_run(experiment)]
-    parents = [parent for parent in {dense_parent(e) for e in wanted} - {None} if store.has_run(parent)]
+    parents = [parent for parent in {a for e in wanted for a in ancestors(e)} if store.has_run(parent)]
     folder = command.out / narrowed(command).name
     if not there:
         published = exchange.published_folders(folder)

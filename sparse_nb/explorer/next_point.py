@@ -15,7 +15,7 @@ from pathlib import Path
 from ..runs.attempts import read_progress, save_failure
 from ..runs.store import Store, run_status
 from ..study import versions
-from ..study.experiments import dense_parent, experiment_hash
+from ..study.experiments import ancestors, experiment_hash
 from ..study.figures import FIGURES, plan, shown_rules
 from ..study.studies import PRESETS, narrow
 from ..sweep.costs import job_work
@@ -82,7 +82,7 @@ def next_jobs(
         points = [job for job in jobs if job.experiment in wanted]
         if points:
             point = min(points, key=lambda job: sum(job_work(job)))
-            return [*(job for job in jobs if job.experiment == dense_parent(point.experiment) and job.train), point]
+            return [*(job for job in jobs if job.experiment in ancestors(point.experiment) and job.train), point]
         if all(run_status(store, experiment) == "diverged" for experiment in wanted):
             return []
         more_seeds += 1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LANES_BELOW', 'SPARSE_BELOW', 'WALK_BELOW', 'CONVOLUTION_WALK_BELOW', 'executed_biases', 'SparseLinear',
-           'SparseSequential', 'walk_inputs', 'SparseConv2d', 'AnyLayoutNorm', 'sparse_network', 'pattern',
-           'dense_network']
+           'SparseSequential', 'walk_inputs', 'SparseConv2d', 'AnyLayoutNorm', 'sparse_network', 'forget_plans',
+           'pattern', 'dense_network']
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #2f32ffe0
 import copy
@@ -296,6 +296,15 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
         return module
 
     return converted(model)
+
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #51feb3f4
+def forget_plans(model: nn.Module) -> None:
+    """Let `model`, whose layers' `positions` were changed in place, work out again what follows from them."""
+    for module in model.modules():
+        getattr(module, "plans", {}).clear()
+        module.__dict__.pop("lane_plans", None)
+        if isinstance(module, SparseSequential):
+            _leave_out(list(module))
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #318bd61d
 def pattern(model: nn.Module) -> dict[str, torch.Tensor]:

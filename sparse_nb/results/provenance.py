@@ -34,7 +34,7 @@ from .captions import smaller_than_paper
 from ..runs.exchange import published_folders
 from ..runs.files import check_seal, read_about
 from ..runs.store import run_status
-from ..study.experiments import dense_parent, evaluation_hash, experiment_hash
+from ..study.experiments import ancestors, evaluation_hash, experiment_hash
 from ..study.versions import digest, name_of, versions_now
 from ..sweep.jobs import words
 
@@ -159,7 +159,7 @@ def of_points(preset, points: Sequence, store) -> Provenance:
         run = experiment_hash(point.experiment)
         if not store.has_run(point.experiment) and run_status(store, point.experiment) == "diverged":
             unmade.append(run)
-            run = experiment_hash(dense_parent(point.experiment))
+            run = experiment_hash(next(e for e in ancestors(point.experiment) if store.has_run(e)))
         runs.setdefault(run, {})[evaluation_hash(point.evaluation)] = None
     made = of_runs(runs, store.root, preset=preset.name, narrower=tuple(smaller_than_paper(preset, points)))
     return replace(made, runs=(*runs, *dict.fromkeys(unmade)))

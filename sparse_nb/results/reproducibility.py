@@ -16,7 +16,7 @@ from ..networks.training import RECIPES
 from .axes import WORDS
 from .captions import in_range
 from ..runs.exchange import EXPORTED, published_folders, published_rows
-from ..study.experiments import dense_parent
+from ..study.experiments import ancestors
 from ..study.figures import FIGURES, measurements, plan, recipe_on, shown_families
 from ..study.studies import PRESETS
 from ..sweep.costs import Costs, costs_of, seconds_together, training_work
@@ -119,7 +119,7 @@ def figure_cost(figure, preset, costs: Costs) -> tuple[int, float, float]:
     measures beside the figure included, as `sparse-nb status` counts them. costs: of runs on the CPU.
     """
     wanted = measurements(plan(figure, preset) if shown_families(figure, preset) else (), preset)
-    parents = {parent: () for parent in map(dense_parent, wanted) if parent}
+    parents = {ancestor: () for e in wanted for ancestor in reversed(ancestors(e))}
     jobs = [Job(experiment, True, evaluations) for experiment, evaluations in (parents | wanted).items()]
     least, most = seconds_together(jobs, costs, torch.device("cpu"))
     return len(jobs), least / 3600, most / 3600

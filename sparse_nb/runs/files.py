@@ -225,6 +225,13 @@ _EXPERIMENT_MORE = {
     "batch_norm": _FLAG,
     "repeat": _whole(1),
     "pruning": _TEXT,
+    "bits": _TEXT,
+    "drop": _number(0, 1),
+    "update_every": _whole(1),
+    "update_until": _whole(1),
+    "rewind": _whole(1),
+    "l1": _number(0),
+    "beta": _number(0),
 }
 _RESULT_MORE = {
     "diverged_at": _or_none(_whole(0)),

@@ -22,7 +22,7 @@ from torch import nn
 from ..data import IMAGE_SHAPES
 from ..networks.connectivity import connectivity
 from ..networks.models import counted_weights
-from ..networks.sparse_layers import pattern, sparse_network
+from ..networks.sparse_layers import dense_network, pattern, sparse_network
 from ..networks.training import Epoch, History, Recipe
 from ..own import is_own
 from ..robustness.evaluation import Record
@@ -44,11 +44,13 @@ from sparse_nb.study.experiments import (
     Experiment,
     as_executed,
     build,
-    dense_parent,
+    dense_of,
     evaluation_hash,
     evaluation_identity,
     experiment_hash,
     experiment_identity,
+    is_trained,
+    parent_of,
     prepare,
 )
 
@@ -146,10 +148,21 @@ def described_experiment(about: Mapping) -> Experiment:
         raise ValueError(f"this release knows no such experiment ({error})") from error
 
 # %% ../../nbs/5_runs/03_store.ipynb #5ab1724e
+def _same_positions(one, other):
+    """Whether two networks keep the same weights."""
+    there = pattern(other)
+    return all(torch.equal(kept.cpu(), there[name].cpu()) for name, kept in pattern(one).items())
+
+
 def distance_from_start(experiment: Experiment, model: nn.Module) -> float:
-    """How far training has moved the counted weights of a network, ‖w − w₀‖; the initial ones follow from its seed."""
-    start = counted_weights(prepare(experiment))
-    moved = [(w.detach().cpu() - start[name].detach()).double() for name, w in counted_weights(model).items()]
+    """How far training has moved the counted weights of a network, ‖w − w₀‖; the initial ones follow from its seed.
+    A weight that is not kept is zero. Of a network that began dense, all weights have moved that it has lost."""
+    begun = dense_of(experiment) if experiment.schedule in ("imp", "beta_lasso") else experiment
+    start = prepare(begun)
+    if not _same_positions(start, model):
+        start, model = dense_network(start)[0], dense_network(model)[0]
+    first = counted_weights(start)
+    moved = [(w.detach().cpu() - first[name].detach()).double() for name, w in counted_weights(model).items()]
     return math.sqrt(math.fsum(float(part.flatten().square().cumsum(0)[-1]) for part in moved if part.numel()))
 
 
@@ -165,7 +178,7 @@ def _effective_density(experiment, kept):
 
 def _result_of(experiment, model, history):
     """How a training ended. The training figures of a pruned network are its parent's, so they are None."""
-    last, trained = history.epochs[-1], dense_parent(experiment) is None
+    last, trained = history.epochs[-1], is_trained(experiment)
     kept = {name: positions.cpu() for name, positions in pattern(model).items()}
     return {
         "status": history.status,
@@ -223,7 +236,7 @@ def _load_network(folder, experiment, device):
 def run_status(store: Store, experiment: Experiment) -> str | None:
     """How a run ended: "converged", "epochs" or "diverged", the last also for one whose dense parent diverged; None if
     it is not there."""
-    parent = dense_parent(experiment)
+    parent = parent_of(experiment)
     if store.has_run(experiment):
         return read_about(store.folder(experiment))["result"]["status"]
     if parent and run_status(store, parent) == "diverged":

@@ -117,7 +117,9 @@ def identity(what, description, version, **more):
     return {what: known, **more, "code": version}
 
 
-LATER_FIELDS = ("parts", "bits")  # of experiments and evaluations, that the versions of 16 digits did not have
+LATER_FIELDS = (  # of experiments and evaluations, that the versions of 16 digits did not have
+    *("parts", "bits", "drop", "update_every", "update_until", "rewind", "l1", "beta"),
+)
 
 
 def _hashes_all_fields(version):
@@ -219,8 +221,11 @@ _PARTS = {
         *_NETWORK,
         "networks.training",
         "networks.training:captured",
+        "networks.dynamic",
+        "networks.dense_first",
         "robustness.evaluation:sample",
-        *(f"study.experiments:{name}" for name in ("build", "as_executed", "prepare", "train", "prune")),
+        *(f"study.experiments:{name}" for name in ("build", "as_executed", "prepare", "train", "prune", "parent_of")),
+        *(f"study.experiments:_{name}" for name in ("split", "train_ticket", "train_lasso", "train_moving")),
         "sweep.jobs:sound_kernels",
     ),
     "clean": (*_MEASURING, "study.experiments:Clean.run"),

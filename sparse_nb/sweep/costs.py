@@ -21,7 +21,7 @@ from torch import nn
 from .. import data
 from ..networks import models
 from ..networks.sparse_layers import CONVOLUTION_WALK_BELOW, WALK_BELOW
-from ..study.experiments import Experiment, counted_shapes, dense_parent
+from ..study.experiments import Experiment, counted_shapes, dense_of, is_trained
 
 # %% ../../nbs/6_sweep/01_costs.ipynb #5955afab
 @cache
@@ -67,8 +67,10 @@ def job_work(job, epochs: int | None = None) -> tuple[float, float]:
     default as many as its recipe allows."""
     e, images = job.experiment, data.SIZES[job.experiment.dataset]["test"]
     passes = sum(evaluation.passes * (evaluation.test_images or images) for evaluation in job.evaluations)
-    trains = job.train and dense_parent(e) is None
-    return training_work(e, epochs or e.recipe.epochs) if trains else 0, (passes + 1) * _pass_cost(e)
+    epochs, trains = epochs or e.recipe.epochs, job.train and is_trained(e)
+    dense = {"imp": e.rewind, "beta_lasso": min(e.update_until, epochs)}.get(e.schedule, 0)  # epochs of all weights
+    training = training_work(e, epochs - dense) + training_work(dense_of(e), dense) if trains else 0
+    return training, (passes + 1) * _pass_cost(e)
 
 # %% ../../nbs/6_sweep/01_costs.ipynb #ca855419
 _GUESSED_RATE = {"cpu": 3e10, "cuda": 3e12}  # operations per second, a guess where nothing was measured yet
@@ -103,7 +105,8 @@ class Rates:
 def rates_of(runs: pd.DataFrame) -> Rates:
     """The `Rates` of trainings. runs: rows of `Store.runs` of one kind of device."""
     rates, alike = Rates(), ["dataset", "family", "width", "depth", "repeat", "batch_norm", "density", "train_images"]
-    together = runs[runs.seconds > 0].groupby(alike, dropna=False)[["epochs", "seconds"]].sum()
+    trained = runs[(runs.seconds > 0) & (runs.schedule == "static")]
+    together = trained.groupby(alike, dropna=False)[["epochs", "seconds"]].sum()
     for run in together.reset_index().itertuples():
         rates.add(run, run.epochs, run.seconds)
     return rates

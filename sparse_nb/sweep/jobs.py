@@ -9,6 +9,7 @@ __all__ = ['DEVICES', 'KEEP_EVERY', 'resolve_device', 'with_threads', 'keep_free
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #d4735e3a
 import ctypes
+import itertools
 import platform
 import re
 import time
@@ -40,11 +41,13 @@ from sparse_nb.runs.store import (
 from ..study import versions
 from sparse_nb.study.experiments import (
     Experiment,
+    ancestors,
     check_measurable,
     check_version,
-    dense_parent,
     experiment_hash,
     is_portable,
+    is_trained,
+    parent_of,
     prune,
     train,
 )
@@ -135,7 +138,7 @@ def missing_jobs(experiments, evaluations, store):
         wanted = evaluations[experiment] if isinstance(evaluations, Mapping) else evaluations
         for measurement in wanted:
             check_measurable(experiment, measurement)
-        if experiment_hash(experiment) not in there and dense_parent(experiment) is None:
+        if experiment_hash(experiment) not in there and parent_of(experiment) is None:
             jobs[experiment] = Job(experiment, True, tuple(wanted))  # thousands of these are listed in a second
             continue
         wanted = tuple(e for e in wanted if not store.has_records(experiment, e))
@@ -143,9 +146,10 @@ def missing_jobs(experiments, evaluations, store):
             continue
         if run_status(store, experiment) == "diverged":
             continue
-        make, parent = not store.has_checkpoint(experiment), dense_parent(experiment)
-        if parent and make and not store.has_checkpoint(parent):
-            jobs.setdefault(parent, Job(parent, True, ()))
+        make = not store.has_checkpoint(experiment)
+        unmade = itertools.takewhile(lambda e: not store.has_checkpoint(e), ancestors(experiment) if make else ())
+        for ancestor in reversed(list(unmade)):
+            jobs.setdefault(ancestor, Job(ancestor, True, ()))
         jobs[experiment] = Job(experiment, make, wanted)
     return list(jobs.values())
 
@@ -205,8 +209,8 @@ def _of_state(experiment, where):
     )
 
 
-def train_on(experiment, store, images, device, *, report, deadline, keep_every):
-    """Train an `Experiment` from its last state to its end, keeping states.
+def train_on(experiment, store, images, device, *, parent=None, report, deadline, keep_every):
+    """Train an `Experiment` from its last state to its end, keeping states. parent: see `experiments.train`.
 
     Raises NoTimeLeft, after a last state, when `deadline` (of `time.time`) is over; ValueError if the run is finished
     and went another way.
@@ -231,7 +235,8 @@ def train_on(experiment, store, images, device, *, report, deadline, keep_every)
                 raise other_weights(store.folder(experiment), found, where)
         report(epoch.epoch / experiment.recipe.epochs, f"epoch {epoch.epoch} loss {epoch.loss:.3f}")
 
-    return train(experiment, images, on_epoch=on_epoch, resume=load_state(store, experiment, kind), keep=keep)
+    state = load_state(store, experiment, kind)
+    return train(experiment, images, parent=parent, on_epoch=on_epoch, resume=state, keep=keep)
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #b17ef6d1
 def _check_same_kind(store, experiment, device):
@@ -244,24 +249,27 @@ def _check_same_kind(store, experiment, device):
 
 
 def make_network(experiment, store, load, device, **how):
-    """Train a network, or prune its dense parent, and keep it, or its checkpoint if the run is finished.
+    """Train a network, or prune its parent, and keep it, or its checkpoint if the run is finished.
 
     how: of `train_on`. Returns an `Outcome`; nothing is made if there is nothing to prune or it was there before.
     Raises ValueError if the run is finished and has other weights.
     """
-    parent, finished = dense_parent(experiment), store.has_run(experiment)
+    parent, finished = parent_of(experiment), store.has_run(experiment)
     if finished:
         _check_same_kind(store, experiment, device)
-    if parent is None:
-        model, history = train_on(experiment, store, load(experiment.dataset, "train"), device, **how)
-    elif run_status(store, parent) == "diverged":
+    if parent and run_status(store, parent) == "diverged":
         return Outcome("done")
+    pruned = load_run(store, parent, device) if parent else None
+    if is_trained(experiment):
+        images = load(experiment.dataset, "train")
+        model, history = train_on(experiment, store, images, device, parent=pruned, **how)
     else:
-        model, history = prune(experiment, load_run(store, parent, device)), load_history(store, parent)
+        model, history = prune(experiment, pruned), load_history(store, parent)
     if finished:
         restore_checkpoint(store, experiment, model, environment(device))
     made = finished or save_run(store, experiment, model, history, environment(device) | versions.source_provenance())
-    trained = (len(history.epochs), sum(epoch.seconds for epoch in history.epochs)) if parent is None else None
+    seconds = sum(epoch.seconds for epoch in history.epochs)
+    trained = (len(history.epochs), seconds) if is_trained(experiment) else None
     return Outcome("done", made, trained=trained)
 
 

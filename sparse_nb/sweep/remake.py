@@ -17,7 +17,7 @@ from ..data import ImageSet
 from ..runs.files import read_about, read_manifest, sha256
 from ..runs.store import Store, described_experiment, pack, what_differs
 from ..study import versions
-from ..study.experiments import Experiment, dense_parent, is_portable, prune, train
+from ..study.experiments import Experiment, ancestors, is_portable, is_trained, prune, train
 from .jobs import crosses_processors, environment, sound_kernels, with_threads, words
 
 # %% ../../nbs/6_sweep/05_remake.ipynb #716f2633
@@ -54,8 +54,9 @@ def remake(store: Store, experiment: Experiment, load: Callable[[str, str], Imag
     folder, device = store.folder(experiment), torch.device("cpu")
     threads = None if is_portable(experiment) else read_about(folder)["environment"].get("threads")
     with sound_kernels(experiment, device), with_threads(threads):
-        model, _ = train(dense_parent(experiment) or experiment, load(experiment.dataset, "train"))
-        model = prune(experiment, model) if dense_parent(experiment) else model
+        model, images = None, load(experiment.dataset, "train")
+        for each in (*reversed(ancestors(experiment)), experiment):
+            model = train(each, images, parent=model)[0] if is_trained(each) else prune(each, model)
         here = environment(device)
     found = sha256(safetensors.torch.save(pack(model)))
     return Remade(experiment, found == read_manifest(folder)["model.safetensors"], what_differs(folder, here))

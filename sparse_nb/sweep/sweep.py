@@ -25,7 +25,7 @@ from ..runs.attempts import holder, read_progress, save_failure
 from ..runs.files import load_json, read_bytes, write_whole
 from ..runs.store import run_status
 from ..study import versions
-from ..study.experiments import accept, check_version, dense_parent
+from ..study.experiments import accept, check_version, parent_of
 from ..study.your_own import checked_texts
 from .costs import Costs, Epochs, Rates, costs_of, job_work, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
@@ -118,10 +118,10 @@ def ready(board, most, in_time):
     jobs, failed, late = [], {job.experiment for job in board.failed}, {job.experiment for job in board.late}
     unmade = {job.experiment for job in [*board.waiting, *board.running]}
     for job in list(board.waiting) if most else ():
-        parent = dense_parent(job.experiment) if job.train else None
+        parent = parent_of(job.experiment) if job.train else None
         if parent in failed:
             board.waiting.remove(job)
-            board.failed[job] = f"its dense network failed: {words(parent)}"
+            board.failed[job] = f"its {'dense network' if parent.density == 1 else 'parent'} failed: {words(parent)}"
         elif parent in late or not in_time(job):
             board.waiting.remove(job)
             board.late.append(job)
@@ -168,7 +168,8 @@ def settle(board, store, job, future):
 def _remember(costs, experiment, epochs, seconds):
     """A training is over, which took so many epochs and seconds."""
     ended = "converged" if epochs < experiment.recipe.epochs else "epochs"
-    costs.rates.add(experiment, epochs, seconds)
+    if experiment.schedule == "static":
+        costs.rates.add(experiment, epochs, seconds)
     costs.epochs.add(asdict(experiment), ended, epochs, epochs)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #6b51d431

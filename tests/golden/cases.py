@@ -73,6 +73,10 @@ TRAININGS = {
         "mlp", 64, 1, 2000, augment=True, decay="cosine", weight_decay=1e-3
     ),
     "mlp that converges": _experiment("mlp", 64, 1, 2000, epochs=9, stop_loss=2.0, momentum=0.0),
+    "mlp, SET": _experiment("mlp", 128, 1, 2000, schedule="set", update_every=3),
+    "mlp, RigL": _experiment("mlp", 128, 1, 2000, schedule="rigl", update_every=3),
+    "mlp, iterative pruning": _experiment("mlp", 64, 1, 10_000, schedule="imp"),
+    "mlp, β-Lasso": _experiment("mlp", 64, 1, 3000, schedule="beta_lasso", epochs=3, update_until=2),
     "vgg dense": _experiment("vgg", 4, 11, experiments.counted_total("digits", "vgg", 4, 11), images=64),
     "vgg walked, water-filling": _experiment("vgg", 16, 11, 12_000, images=64, epochs=1),
     "vgg walked, proportional, CSR at the end": _experiment(
@@ -94,6 +98,9 @@ TRAININGS = {
         "vgg", 6, 11, 9000, "water_filling", "magnitude", 64, 1, bits="portable"
     ),
     "portable resnet, water-filling": _experiment("resnet", 12, 18, 12_000, images=40, epochs=1, bits="portable"),
+    "portable vgg, RigL": _experiment(
+        "vgg", 11, 11, 12_000, "proportional", "rigl", 72, bits="portable", update_every=2
+    ),
     "portable resnet50": _experiment("resnet", 8, 50, 12_000, images=32, epochs=1, bits="portable"),
 }
 MEASUREMENTS = {
@@ -113,10 +120,14 @@ MEASUREMENTS = {
 
 def train(experiment):
     """(model, losses of the epochs) of an `Experiment`, made as a sweep makes it."""
-    parent = experiments.dense_parent(experiment)
+    model, history = None, None
     with jobs.sound_kernels(experiment, torch.device("cpu")):
-        model, history = experiments.train(parent or experiment, data.load_images("digits", "train"))
-    return experiments.prune(experiment, model) if parent else model, [epoch.loss for epoch in history.epochs]
+        for each in (*reversed(experiments.ancestors(experiment)), experiment):
+            if experiments.is_trained(each):
+                model, history = experiments.train(each, data.load_images("digits", "train"), parent=model)
+            else:
+                model = experiments.prune(each, model)
+    return model, [epoch.loss for epoch in history.epochs]
 
 
 def _numbers(size):

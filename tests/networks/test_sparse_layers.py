@@ -12,7 +12,7 @@ from sparse_nb.networks.training import Recipe
 from sparse_nb.robustness import weight_noise
 from sparse_nb.robustness.evaluation import sample
 from sparse_nb.runs.store import Store, load_run
-from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total, dense_parent, train
+from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total, parent_of, train
 from sparse_nb.sweep import sweep
 
 NOISE = WeightNoise(sigmas=(0.0, 0.2), draws=2, test_images=300)
@@ -84,14 +84,14 @@ def test_a_pruned_network_is_sparse_and_a_dense_one_dense(tmp_path):
     sweep.run([pruned], [NOISE], store=store, device="cpu", show=False)
     kinds = [
         [type(m).__name__ for m in load_run(store, e) if isinstance(m, torch.nn.Linear)]
-        for e in (pruned, dense_parent(pruned))
+        for e in (pruned, parent_of(pruned))
     ]
     assert kinds == [
         ["SparseLinear", "PortableLinear"],
         ["PortableLinear", "PortableLinear"],
     ]  # the classifier's 640 weights are all kept
     assert counted_total("digits", "mlp", 64, 1) == sum(
-        w.numel() for w in counted_weights(load_run(store, dense_parent(pruned))).values()
+        w.numel() for w in counted_weights(load_run(store, parent_of(pruned))).values()
     )
 
 

@@ -21,7 +21,7 @@ from sparse_nb.runs.files import run_folders, sha256
 from sparse_nb.runs.index import RECORD_COLUMNS
 from sparse_nb.runs.store import Store
 from sparse_nb.runs.verify import leftovers, verify
-from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, dense_parent
+from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, parent_of
 from sparse_nb.study.versions import name_of
 from sparse_nb.sweep import sweep
 from sparse_nb.sweep.jobs import missing_jobs
@@ -326,7 +326,7 @@ def test_a_network_without_its_checkpoint_is_made_again_to_be_measured(workers, 
     merge(empty, published)
     jobs = missing_jobs(NETWORKS, [Clean(), MORE], empty)
     assert {(job.experiment, job.train, job.evaluations) for job in jobs} == {(e, True, (MORE,)) for e in NETWORKS} | {
-        (dense_parent(PRUNED), True, ())
+        (parent_of(PRUNED), True, ())
     }
     done = sweep.run(NETWORKS, [Clean(), MORE], store=empty, device="cpu", workers=workers, show=False)
     assert (done.made, done.measured, done.failed) == (5, 4, ())
@@ -339,7 +339,7 @@ def test_a_network_without_its_checkpoint_is_made_again_to_be_measured(workers, 
 @pytest.mark.parametrize("how", ["another history", "the same history"])
 def test_other_weights_get_no_records_and_others_go_on(how, published, empty):
     merge(empty, published)
-    for network in (ONE, dense_parent(PRUNED)):
+    for network in (ONE, parent_of(PRUNED)):
         folder = empty.folder(network)
         if how == "another history":
             forge(
@@ -363,7 +363,7 @@ def test_other_weights_get_no_records_and_others_go_on(how, published, empty):
             and "to which its records do not belong" in said
             and "merge a runs folder that has the checkpoint" in said
         )
-    for network in (ONE, PRUNED, dense_parent(PRUNED)):
+    for network in (ONE, PRUNED, parent_of(PRUNED)):
         assert not empty.has_checkpoint(network) and not empty.has_records(network, MORE)
     assert before.items() <= contents(empty.root).items() and verify(empty).problems == ()
 
@@ -373,4 +373,4 @@ def test_new_prunings_of_a_network_without_its_checkpoint(published, empty):
     more = dataclasses.replace(PRUNED, budget=1024)
     done = sweep.run([PRUNED, more], [Clean()], store=empty, device="cpu", show=False)
     assert (done.made, done.measured) == (2, 1)  # the dense network again, and the new pruning
-    assert empty.has_checkpoint(dense_parent(PRUNED)) and not empty.has_checkpoint(PRUNED)
+    assert empty.has_checkpoint(parent_of(PRUNED)) and not empty.has_checkpoint(PRUNED)
