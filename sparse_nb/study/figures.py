@@ -8,28 +8,21 @@ __all__ = ['FIGURES', 'Figure', 'shown_families', 'shown_rules', 'networks', 'Po
 
 # %% ../../nbs/4_study/04_figures.ipynb #adb385ee
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 from .. import data, own
 from ..networks import models
 from ..robustness.corruptions import corruptions
-from sparse_nb.study.experiments import (
-    Attack,
-    ClassRecall,
-    Clean,
-    Corruption,
-    Experiment,
-    WeightNoise,
-    accept,
-    counted_total,
-)
+from .experiments import Evaluation, Experiment, accept, counted_total
 from .studies import MANY_PASSES, load, sample_size
 
 # %% ../../nbs/4_study/04_figures.ipynb #670671cd
 @dataclass(frozen=True)
 class Figure:
     """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
-    rules: None for the preset's."""
+    growths: "width", "depth", "control", or "schedule", which puts several schedules beside each other. rules: None for
+    the preset's. also: measures beside the main one."""
 
     notebook: str
     title: str
@@ -38,6 +31,7 @@ class Figure:
     measure: str
     families: tuple[str, ...] = models.FAMILIES
     rules: tuple[str, ...] | None = None
+    also: tuple[str, ...] = ()
 
 
 FIGURES = {
@@ -135,6 +129,24 @@ FIGURES = {
         ("mlp", "vgg"),
         ("water_filling", "proportional", "erk"),
     ),
+    "fig15": Figure(
+        "fig15_quantisation",
+        "Is weight noise a proxy for quantisation error?",
+        ("width",),
+        "static",
+        "quantisation",
+        also=("weight_noise",),
+    ),
+    "fig16": Figure(
+        "fig16_schedules",
+        "Six ways to a sparse network of the same budget",
+        ("schedule",),
+        "static",
+        "weight_noise",
+        ("mlp", "vgg"),
+        ("water_filling",),
+        also=("corruption",),
+    ),
 }
 
 # %% ../../nbs/4_study/04_figures.ipynb #c0de2302
@@ -153,8 +165,9 @@ def _shows(spec, family):
 
 def _growths(spec, setting):
     """The growths of a `Figure` that a `FamilySetting` has: no control without its budgets, no curve by depth with one
-    depth."""
-    absent = {growth for growth, there in (("control", setting.control), ("depth", setting.depths[1:])) if not there}
+    depth, nothing to compare without schedules."""
+    needed = {"control": setting.control, "depth": setting.depths[1:], "schedule": setting.compared.schedules}
+    absent = {growth for growth, there in needed.items() if not there}
     return tuple(growth for growth in spec.growths if growth not in absent)
 
 
@@ -175,12 +188,13 @@ def networks(setting, growth):
 
 @dataclass(frozen=True)
 class Point:
-    """One network's place on a curve, and the measurement wanted of it. rule: of the curve, also for its dense base."""
+    """One network's place on a curve, and the measurement wanted of it. growth: "width", "depth" or "control", or the
+    schedule where several are compared. rule: of the curve, also for its dense base."""
 
     growth: str
     rule: str
     experiment: Experiment
-    evaluation: Clean | WeightNoise | ClassRecall | Corruption | Attack
+    evaluation: Evaluation
 
 # %% ../../nbs/4_study/04_figures.ipynb #c0de2305
 def control_grid(dataset, family, setting):
@@ -218,8 +232,8 @@ def measurement_of(preset, measure, dataset, setting, root=None):
 
 # %% ../../nbs/4_study/04_figures.ipynb #e29c9c18
 def budgets(dataset, family, setting, growth):
-    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", or of the "control", networks as (width,
-    depth, repeat).
+    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", of the "control", or of a schedule that
+    is compared, networks as (width, depth, repeat).
 
     The dense network that sets the budget of a curve is among its networks only if the setting wants it there.
     """
@@ -252,9 +266,20 @@ def scheduled(setting, schedule, dataset=None):
     return dataclasses.replace(setting, widths=widths)
 
 
-def curve(spec, growth, rule, dataset, family, setting, seed, measurement, version="", bits="native"):
-    """The points of one curve, or of the control, of a `Figure`, for one seed, as a list. version: of
-    training; bits: of convolutional networks."""
+def _curves_of(spec, setting, dataset):
+    """(growth, schedule, `FamilySetting`) of each curve of a `Figure` for one dataset, as an iterator."""
+    for growth in _growths(spec, setting):
+        if growth != "schedule":
+            yield growth, spec.schedule, scheduled(setting, spec.schedule, dataset)
+            continue
+        widened = dataclasses.replace(setting, widths=(setting.base, *setting.compared.widths))
+        for schedule in dict(setting.compared.schedules).get(dataset, ()):
+            yield schedule, schedule, widened
+
+
+def curve(growth, schedule, rule, dataset, family, setting, seed, measurement, version="", bits="native"):
+    """The points of one curve, or of the control, for one seed, as a list. version: of training; bits: of convolutional
+    networks."""
     return [
         Point(
             growth,
@@ -268,11 +293,12 @@ def curve(spec, growth, rule, dataset, family, setting, seed, measurement, versi
                 seed,
                 recipe_on(setting, dataset, growth),
                 rule,
-                spec.schedule,
+                schedule,
                 train_images=sample_size(setting.train_images, dataset, "train"),
                 repeat=repeat,
                 bits=bits,
                 version=version,
+                **setting.compared.settings,
             ),
             measurement,
         )
@@ -303,13 +329,12 @@ def plan(figure, preset, *, root=None):
     for seed in range(preset.seeds):
         for dataset in preset.datasets:
             for family in families:
-                setting = scheduled(preset.families[family], spec.schedule, dataset)
-                measurement = measurement_of(preset, spec.measure, dataset, setting, root)
-                for growth in _growths(spec, setting):
-                    for rule in shown_rules(figure, preset):
-                        points += curve(
-                            spec, growth, rule, dataset, family, setting, seed, measurement, version, preset.bits
-                        )
+                setting = preset.families[family]
+                made = [measurement_of(preset, m, dataset, setting, root) for m in (spec.measure, *spec.also)]
+                for growth, schedule, of in _curves_of(spec, setting, dataset):
+                    for rule, measurement in itertools.product(shown_rules(figure, preset), made):
+                        how = growth, schedule, rule, dataset, family, of, seed, measurement
+                        points += curve(*how, version, preset.bits)
     return tuple(points)
 
 
