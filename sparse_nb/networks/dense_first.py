@@ -9,6 +9,7 @@ __all__ = ['cut_down', 'survivors', 'early_state', 'fit_rewound', 'shrink', 'che
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,7 +150,7 @@ def fit_beta_lasso(
     beta: float = 50.0,
     until: int = 15,
     resume: TrainingState | None = None,
-    **calls: Callable | None,
+    **calls: Any,
 ) -> tuple[nn.Module, History]:
     """Train a dense `model` with β-Lasso up to epoch `until`, at most three quarters of the recipe's, keep the `budget`
     largest weights and train these on; returns the sparse network, for which `model` is used up, and its `History`.

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -370,7 +370,7 @@ def fit(
         _restore_state(model, optimiser, resume)
     epochs, batches = list(resume.epochs) if resume else [], math.ceil(len(images.labels) / recipe.batch_size)
     model.train()
-    calls = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)
+    calls: dict[str, Any] = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)
     with nullcontext() if on_step else _recorded_steps(model, images, recipe):
         losses = _run_epochs(model, held, images, optimiser, recipe, epochs, seed=seed, **calls)
     status, diverged_at = _ending(epochs, recipe) or "epochs", None

@@ -46,6 +46,12 @@ WORDS = _Words(
         "longer_pgd": "PGD, 3 × the steps",
         "apgd": "APGD",
         "autoattack": "AutoAttack",
+        "static": "static random mask",
+        "magnitude": "pruned after training",
+        "set": "SET",
+        "rigl": "RigL",
+        "imp": "lottery ticket (IMP)",
+        "beta_lasso": "β-Lasso",
     }
 )
 

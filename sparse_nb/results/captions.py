@@ -166,6 +166,11 @@ def smaller_than_paper(preset, points: Sequence, rules: Sequence[str] = ()) -> l
     )
 
 # %% ../../nbs/7_results/04_captions.ipynb #55dd25d7
+def _growth_words(growth: str) -> str:
+    """As in " by width", or ", RigL" where schedules are compared."""
+    return f", {WORDS[growth]}" if growth in WORDS else f" by {growth}"
+
+
 def still_to_run(points: Sequence, planned: Sequence) -> list[str]:
     """What some `planned` points have and `points` lack, in words, one text for each dataset."""
     shown, panels, words = set(map(panel_of, points)), list(dict.fromkeys(map(panel_of, planned))), []
@@ -177,7 +182,7 @@ def still_to_run(points: Sequence, planned: Sequence) -> list[str]:
             rules, every = ([panel[1] for panel in of if panel[2:] == (family, growth)] for of in (missing, here))
             parts.append(
                 WORDS[family]
-                + f" by {growth}" * (len(growths) > 1)
+                + _growth_words(growth) * (len(growths) > 1)
                 + f" ({' and '.join(WORDS[rule] for rule in rules)})" * (rules != every)
             )
         if missing:
@@ -196,16 +201,23 @@ def seed_sentence(fewest: int, most: int) -> str:
     return f"Each point: {seeds}; {'; '.join(filter(None, drawn))}."
 
 # %% ../../nbs/7_results/04_captions.ipynb #111ebb3a
-def footer_lines(preset, points: Sequence, planned: Sequence = (), parts: Sequence[str] = ()) -> list[str]:
+def footer_lines(
+    preset, points: Sequence, planned: Sequence = (), parts: Sequence[str] = (), *, scattered: bool = False
+) -> list[str]:
     """The lines under a figure: size of the study, where it is narrower than the paper, what of the `planned`
-    points it still lacks. parts: the rules of all parts of a figure that has one for each.
+    points it still lacks. parts: the rules of all parts of a figure that has one for each. scattered: each point that
+    is drawn is one network, not a mean.
     """
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     rules = " and ".join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))
-    lines = [
-        f"Preset {preset.name}, {rules} allocation. {seed_sentence(*_seed_range(points))} "
+    fewest, most = _seed_range(points)
+    drawn = (
+        f"Each point: one network, of {in_range((fewest, most))} seed{'s' * (most > 1)}."
+        if scattered
+        else f"{seed_sentence(fewest, most)} "
         f"Filled markers: all networks reached the stopping loss{before}; open: at least one did not."
-    ]
+    )
+    lines = [f"Preset {preset.name}, {rules} allocation. {drawn}"]
     if smaller := smaller_than_paper(preset, points, parts):
         lines.append("Smaller than the preset paper: " + ". ".join(smaller) + ".")
     if missing := still_to_run(points, planned):

@@ -227,13 +227,13 @@ def panel_grid(
     headings: Sequence[str] = (),
     titles: Sequence[str] = (),
     *,
-    shared: str = "rows",
+    shared: str | bool = "rows",
     gap: int = 65,
 ) -> go.Figure:
     """A plotly `Figure` with a panel at each of `places`, (row, column) from 1, under `headings` of columns or `titles`
     of panels; its height is that of the panels together.
 
-    shared: which panels share a vertical axis, "rows" or "columns". gap: pixels between rows.
+    shared: which panels share a vertical axis, "rows" or "columns"; False for none. gap: pixels between rows.
     """
     rows, columns = (max(numbers) for numbers in zip(*places, strict=True))
     specs = [[{} if (i, j) in places else None for j in range(1, columns + 1)] for i in range(1, rows + 1)]

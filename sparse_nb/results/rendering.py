@@ -209,10 +209,11 @@ class Rendering:
         """Where the files of the figure go."""
         return self.parameters["out"] / self.preset.name
 
-    def footer(self, *lines: str) -> list[str]:
-        """The lines under the figure: the study, `lines`, and the provenance."""
+    def footer(self, *lines: str, scattered: bool = False) -> list[str]:
+        """The lines under the figure: the study, `lines`, and the provenance. scattered: each point is one network."""
         parts = self.preset.rules if self.rule else ()
-        return [*footer_lines(self.preset, self.points, self.planned, parts), *lines, self.provenance.line]
+        said = footer_lines(self.preset, self.points, self.planned, parts, scattered=scattered)
+        return [*said, *lines, self.provenance.line]
 
     def publish(self, figure: go.Figure, curves: pd.DataFrame, name: str = "", made: Provenance | None = None):
         """`provenance.publish` the figure and its points, of the rule that it is about; returns the image, for the

@@ -30,6 +30,7 @@ from sparse_nb.study.experiments import (
     CorrectImages,
     Corruption,
     Curvature,
+    Experiment,
     Quantisation,
     WeightNoise,
     accept,
@@ -52,12 +53,12 @@ class Compared:
 
     widths: tuple[int, ...] = ()
     schedules: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    drop: float = OF_SCHEDULES["drop"][0]
-    update_every: int = OF_SCHEDULES["update_every"][0]
-    update_until: int = OF_SCHEDULES["update_until"][0]
-    rewind: int = OF_SCHEDULES["rewind"][0]
-    l1: float = OF_SCHEDULES["l1"][0]
-    beta: float = OF_SCHEDULES["beta"][0]
+    drop: float = Experiment.drop
+    update_every: int = Experiment.update_every
+    update_until: int = Experiment.update_until
+    rewind: int = Experiment.rewind
+    l1: float = Experiment.l1
+    beta: float = Experiment.beta
 
     def __post_init__(self):
         for dataset, schedules in self.schedules:
