@@ -105,7 +105,7 @@ def ended(process, seconds=60):
     return process.exitcode
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"

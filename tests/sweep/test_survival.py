@@ -253,7 +253,7 @@ def test_poison_jobs_fail_after_three_tries_and_the_rest_goes_on(tmp_path, monke
     # What is compiled at first use comes from the cache afterwards, so that the limit below is not spent on compiling.
     sweep.run(NETS, MEASURES, store=Store(tmp_path / "compiled"), workers=1, show=False)
     store = Store(tmp_path / "runs")
-    summary = sweep.run(wanted, wanted, store=store, workers=2, limit=15 / 60, show=False)
+    summary = sweep.run(wanted, wanted, store=store, workers=2, limit=25 / 60, show=False)
     reasons = {failure["run"]: (failure["tries"], failure["reason"]) for failure in load_failures(store)}
     assert (
         len(summary.failed) == len(reasons) == 3 and summary.made == MADE - 3
