@@ -68,7 +68,8 @@ def measured_points(
     """
     plans, measured = {}, {}
     for name, figure in FIGURES.items():
-        if set(figure.growths) <= set(AXIS_TITLES) and shown_families(name, preset):
+        on_page = figure.measure in _QUANTITIES and set(figure.growths) <= set(AXIS_TITLES)
+        if on_page and shown_families(name, preset):
             plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=root)))
     for (schedule, measure), points in plans.items():
         there = [
