@@ -59,6 +59,14 @@ def _curves_of(points, schedule):
     ].drop_duplicates()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #82fabec2
+_QUANTITIES = {
+    "weight_noise": ["accuracy"],
+    "corruption": ["mean_accuracy", "accuracy"],
+    "attack": ["accuracy"],
+    "class_recall": ["lowest_recall", "recall"],
+}
+
+
 def measured_points(
     store: Store, preset: Study, *, root: str | Path | None = None
 ) -> dict[tuple[str, str], tuple[Point, ...]]:
@@ -98,14 +106,6 @@ def page_table(store: Store, points: Mapping[tuple[str, str], Sequence[Point]]) 
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #6b51d431
-_QUANTITIES = {
-    "weight_noise": ["accuracy"],
-    "corruption": ["mean_accuracy", "accuracy"],
-    "attack": ["accuracy"],
-    "class_recall": ["lowest_recall", "recall"],
-}
-
-
 def _page_curves(rows, measure):
     """`tables.summarise_curves` of the rows of a `page_table` with one schedule and `measure`: what the page shows."""
     if measure == "corruption":
