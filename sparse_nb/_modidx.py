@@ -36,6 +36,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'sparse_nb.claims.claims._onset': ('8_claims/claims.html#_onset', 'sparse_nb/claims/claims.py'),
                                          'sparse_nb.claims.claims._percent': ( '8_claims/claims.html#_percent',
                                                                                'sparse_nb/claims/claims.py'),
+                                         'sparse_nb.claims.claims._ranks_as_rounding': ( '8_claims/claims.html#_ranks_as_rounding',
+                                                                                         'sparse_nb/claims/claims.py'),
                                          'sparse_nb.claims.claims._rise_and_fall': ( '8_claims/claims.html#_rise_and_fall',
                                                                                      'sparse_nb/claims/claims.py'),
                                          'sparse_nb.claims.claims._small_depth': ( '8_claims/claims.html#_small_depth',

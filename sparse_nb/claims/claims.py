@@ -26,6 +26,7 @@ from sparse_nb.claims.evidence import (
     rises,
 )
 from ..data import IMAGE_SHAPES
+from ..results.proxy import loss_increases, rank_correlation
 from ..results.stats import mean_interval
 from ..results.tables import NETWORK, PANEL, panels, scores
 from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS
@@ -546,4 +547,36 @@ CLAIMS["12"] = Claim(
     "sparser by the same factor lose less, and less than one point.",
     ("fig12",),
     _capacity_not_sparsity,
+)
+
+# %% ../../nbs/8_claims/03_claims.ipynb #19bb512d
+_COSTLY_BITS = {"integer": (4, 3, 2), "integer_per_channel": (4, 3, 2), "float": (3, 2, 1)}
+
+
+def _ranks_as_rounding(tables):
+    """The `Finding`s of claim 13: does noise rank the networks of a curve as each way of rounding does?"""
+    findings = []
+    for curve, of_curve in loss_increases(tables["fig15"]).groupby(PANEL, sort=False):
+        parts, words = [], []
+        for form, bits in _COSTLY_BITS.items():
+            chosen = of_curve[(of_curve.format == form) & of_curve.bits.isin(bits)]
+            ranks = chosen.groupby(["seed", "bits"])[["under_noise", "rounded"]].apply(
+                lambda networks: rank_correlation(networks.under_noise, networks.rounded)
+            )
+            by_seed = ranks.groupby("seed").mean().dropna()
+            parts.append(above(by_seed))
+            words.append(f"{form.replace('_', ' ')} {by_seed.mean():.2f}")
+        numbers = f"rank correlation, mean over bits: {', '.join(words)}"
+        findings.append(Finding(*curve, of_curve.seed.nunique(), all_of(parts), numbers))
+    return findings
+
+
+CLAIMS["13"] = Claim(
+    "13",
+    "Robustness to weight perturbation could represent a proxy for quantization error.",
+    "section 2",
+    "Along each curve, the loss increases under noise and under rounding have a positive rank correlation, for "
+    "integers with one scale, integers with a scale per output, and floats.",
+    ("fig15",),
+    _ranks_as_rounding,
 )
