@@ -167,8 +167,10 @@ def smaller_than_paper(preset, points: Sequence, rules: Sequence[str] = ()) -> l
 
 # %% ../../nbs/7_results/04_captions.ipynb #55dd25d7
 def _growth_words(growth: str) -> str:
-    """As in " by width", or ", RigL" where schedules are compared."""
-    return f", {WORDS[growth]}" if growth in WORDS else f" by {growth}"
+    """As in " by width", or ", RigL" where schedules or learning rates are compared."""
+    if growth in WORDS or growth.startswith("learning rate"):
+        return f", {WORDS.get(growth, growth)}"
+    return f" by {growth}"
 
 
 def still_to_run(points: Sequence, planned: Sequence) -> list[str]:

@@ -21,7 +21,8 @@ from .studies import MANY_PASSES, load, sample_size
 @dataclass(frozen=True)
 class Figure:
     """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
-    growths: "width", "depth", "control", or "schedule", which puts several schedules beside each other. rules: None for
+    growths: "width", "depth", "control", or "schedule" and "rate", which put several schedules and learning rates beside
+    each other. rules: None for
     the preset's. also: measures beside the main one."""
 
     notebook: str
@@ -129,6 +130,14 @@ FIGURES = {
         ("mlp", "vgg"),
         ("water_filling", "proportional", "erk"),
     ),
+    "fig14": Figure(
+        "fig14_learning_rate",
+        "Does the fall survive each width's own learning rate?",
+        ("rate",),
+        "static",
+        "weight_noise",
+        ("mlp",),
+    ),
     "fig15": Figure(
         "fig15_quantisation",
         "Is weight noise a proxy for quantisation error?",
@@ -167,6 +176,7 @@ def _growths(spec, setting):
     """The growths of a `Figure` that a `FamilySetting` has: no control without its budgets, no curve by depth with one
     depth, nothing to compare without schedules."""
     needed = {"control": setting.control, "depth": setting.depths[1:], "schedule": setting.compared.schedules}
+    needed["rate"] = setting.rates.learning_rates
     absent = {growth for growth, there in needed.items() if not there}
     return tuple(growth for growth in spec.growths if growth not in absent)
 
@@ -189,7 +199,7 @@ def networks(setting, growth):
 @dataclass(frozen=True)
 class Point:
     """One network's place on a curve, and the measurement wanted of it. growth: "width", "depth" or "control", or the
-    schedule where several are compared. rule: of the curve, also for its dense base."""
+    schedule or the learning rate where several are compared. rule: of the curve, also for its dense base."""
 
     growth: str
     rule: str
@@ -269,12 +279,17 @@ def scheduled(setting, schedule, dataset=None):
 def _curves_of(spec, setting, dataset):
     """(growth, schedule, `FamilySetting`) of each curve of a `Figure` for one dataset, as an iterator."""
     for growth in _growths(spec, setting):
-        if growth != "schedule":
+        if growth == "schedule":
+            widened = dataclasses.replace(setting, widths=(setting.base, *setting.compared.widths))
+            for schedule in dict(setting.compared.schedules).get(dataset, ()):
+                yield schedule, schedule, widened
+        elif growth == "rate":
+            widened = dataclasses.replace(setting, widths=(setting.base, *setting.rates.widths))
+            for rate in setting.rates.learning_rates if dataset in setting.rates.datasets else ():
+                recipe = dataclasses.replace(setting.recipe, learning_rate=rate)
+                yield f"learning rate {rate:g}", spec.schedule, dataclasses.replace(widened, recipe=recipe)
+        else:
             yield growth, spec.schedule, scheduled(setting, spec.schedule, dataset)
-            continue
-        widened = dataclasses.replace(setting, widths=(setting.base, *setting.compared.widths))
-        for schedule in dict(setting.compared.schedules).get(dataset, ()):
-            yield schedule, schedule, widened
 
 
 def curve(growth, schedule, rule, dataset, family, setting, seed, measurement, version="", bits="native"):
