@@ -21,9 +21,8 @@ from .studies import MANY_PASSES, load, sample_size
 @dataclass(frozen=True)
 class Figure:
     """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
-    growths: "width", "depth", "control", or "schedule" and "rate", which put several schedules and learning rates beside
-    each other. rules: None for
-    the preset's. also: measures beside the main one."""
+    growths: "width", "depth", "control", or "schedule" and "rate", which put several schedules and learning rates
+    beside each other. rules: None for the preset's. also: measures beside the main one."""
 
     notebook: str
     title: str
