@@ -184,6 +184,29 @@ def test_a_point_names_its_runs(browse):
     assert first in said and wrong == []
 
 
+QUESTIONS = {  # the links that are followed from the front page, none of the side bar, and what is then seen
+    "What did they find?": (("five questions", "The answer in numbers"), "undisturbed"),
+    "How do I run it on my network?": (("Prune a network of your own",), "make_mask"),
+    "Which run is this point?": (("five questions", "From a point to its runs"), "sparse-nb trace"),
+    "How long does figure 2 take?": (("five questions", "What it costs"), "fig02"),
+    "Where do I change the corruption?": (("five questions", "Where to change what"), "MNIST-C"),
+}
+
+
+@pytest.mark.parametrize("width, height", ((1366, 768), (390, 844)), ids=("laptop", "phone"))
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_answered_within_two_clicks(browse, question, width, height):
+    clicks, answer = QUESTIONS[question]
+    page, wrong = browse("nbs/index.html", width, height)
+    for text in clicks:
+        page.locator("article a:visible", has_text=text).first.click()
+        page.wait_for_load_state("load")
+    found = page.locator("article").get_by_text(answer).first
+    found.wait_for()
+    found.scroll_into_view_if_needed()
+    assert len(clicks) <= 2 and wrong == []
+
+
 def test_the_search_finds_a_word_and_equations_are_set(browse):
     page, wrong = browse("search.html?q=quantisation")
     page.wait_for_selector("#search-results li a")
