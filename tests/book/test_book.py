@@ -186,7 +186,7 @@ def test_a_point_names_its_runs(browse):
 
 QUESTIONS = {  # the links that are followed from the front page, none of the side bar, and what is then seen
     "What did they find?": (("five questions", "The answer in numbers"), "undisturbed"),
-    "How do I run it on my network?": (("Prune a network of your own",), "make_mask"),
+    "How do I run it on my network?": (("Prune a network of your own",), "The same number of weights"),
     "Which run is this point?": (("five questions", "From a point to its runs"), "sparse-nb trace"),
     "How long does figure 2 take?": (("five questions", "What it costs"), "fig02"),
     "Where do I change the corruption?": (("five questions", "Where to change what"), "MNIST-C"),
