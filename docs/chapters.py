@@ -76,7 +76,7 @@ def with_links(text, folder, suffix=""):
 
 def _is_progress(output):
     """Whether a stored output is a progress bar, of which a page would show every step."""
-    return output.get("name") == "stderr" and "%|" in output.text
+    return output.get("name") == "stderr" and bool(re.search(r"%\||\[\d+:\d\d[,<]", output.text))
 
 
 def read(text):
