@@ -74,6 +74,11 @@ def with_links(text, folder, suffix=""):
     return HTML_LINK.sub(lambda link: _target(link, folder, ".html"), text)
 
 
+def _is_progress(output):
+    """Whether a stored output is a progress bar, of which a page would show every step."""
+    return output.get("name") == "stderr" and bool(re.search(r"%\||\[\d+:\d\d[,<]", output.text))
+
+
 def read(text):
     """A notebook as the book shows it, for myst-nb."""
     notebook = nbformat.reads(text, as_version=4)
@@ -84,6 +89,8 @@ def read(text):
         if cell.cell_type == "markdown":
             cell.source = with_references(with_links(cell.source, folder), module)
             continue
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
         for output in cell.get("outputs", ()):
             for kind in {"text/html", "text/markdown"} & set(output.get("data", {})):
                 output.data[kind] = with_links(output.data[kind], folder, ".html")

@@ -28,6 +28,7 @@ exclude_patterns = ["nbs/explore.ipynb"]
 nb_execution_mode = "off"
 nb_custom_formats = {".ipynb": ["chapters.read", {}]}
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"  # tables in outputs
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "html_image"]
 myst_heading_anchors = 4
 myst_heading_slug_func = "chapters.slug"

@@ -116,7 +116,7 @@ def _assigned(statements):
 
 def drawing_calls(name):
     """{name of the published files: the call that draws them} of a figure's notebook, from its calls of `publish`; of a
-    `part`, for each allocation rule."""
+    `part`, for each allocation rule. Only files that are there."""
     statements, drawn = _statements(notebook_of(name)), {}
     assigned = _assigned(statements)
     for statement in statements:
@@ -126,9 +126,9 @@ def drawing_calls(name):
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "publish":
             first = call.args[2].value if len(call.args) > 2 else name
             rules = ("water_filling", "proportional", "erk") if call.func.value.id == "part" else ()
-            parts = [part for rule in rules if (RENDERED / f"{(part := f'{first}_{rule}')}.svg").exists()]
-            drawn |= dict.fromkeys((first, *parts), assigned[call.args[0].id])
-    return drawn
+            names = (first, *(f"{first}_{rule}" for rule in rules))
+            drawn |= dict.fromkeys(names, assigned[call.args[0].id])
+    return {published: call for published, call in drawn.items() if (RENDERED / f"{published}.svg").exists()}
 
 
 def _published_rows(name):
@@ -210,9 +210,11 @@ def _shown(name):
     except Exception as error:  # the drawing code has changed: its published picture is true all the same
         logger.warning("%s is shown as a picture, since it cannot be drawn here: %r", name, error)
         figures = {}
+    if not drawing_calls(name):
+        yield nbformat.v4.new_markdown_cell(
+            f"No runs of this figure are published yet. `sparse-nb figures {name}` draws it from digits, in minutes."
+        )
     for published in drawing_calls(name):
-        if not (RENDERED / f"{published}.svg").exists():
-            continue
         title, footer = said_by(published)
         picture = f'<img src="rendered/{PRESET}/{published}.svg" alt="{html.escape(title)}">'
         plot = _interactive(figures[published], published) if published in figures else picture

@@ -1390,6 +1390,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sparse_nb/results/rendering.py'),
                                              'sparse_nb.results.rendering.notebook_of': ( '7_results/rendering.html#notebook_of',
                                                                                           'sparse_nb/results/rendering.py'),
+                                             'sparse_nb.results.rendering.own_notebooks': ( '7_results/rendering.html#own_notebooks',
+                                                                                            'sparse_nb/results/rendering.py'),
                                              'sparse_nb.results.rendering.read_parameters': ( '7_results/rendering.html#read_parameters',
                                                                                               'sparse_nb/results/rendering.py')},
             'sparse_nb.results.reproducibility': { 'sparse_nb.results.reproducibility.cost_table': ( '7_results/reproducibility.html#cost_table',

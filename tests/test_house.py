@@ -141,6 +141,11 @@ def test_conda_environment_has_the_packages_and_ranges_of_settings():
     assert {str(Requirement(r)) for r in from_conda + under_pip} == wanted
 
 
+def test_binder_installs_the_conda_environment():
+    assert (ROOT / ".binder/environment.yml").read_bytes() == (ROOT / "environment.yml").read_bytes()
+    assert "pip install --no-cache-dir --no-deps -e ." in (ROOT / ".binder/postBuild").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_lock_pins_each_requirement_once_within_its_range(python):
     environment = {"python_version": python.rpartition(".")[0], "python_full_version": python}
@@ -233,6 +238,25 @@ def test_no_file_in_git_is_large():
     assert [path.name for path in there if path.stat().st_size > 2**20] == []
 
 
+def test_every_environment_variable_is_on_its_page():
+    texts = [path for folder in ("nbs", "tests", ".ci", "docs") for path in (ROOT / folder).rglob("*.py")]
+    texts += [*NOTEBOOKS, ROOT / "Makefile"]
+    read = r"SPARSE_NB_[A-Z_]*[A-Z]|(?<=environ\.get\(.)[A-Z_]+|(?<=environ\[.)[A-Z_]+"
+    sources = (path.read_text(encoding="utf-8").replace('\\"', '"') for path in texts)
+    used = {name for source in sources for name in re.findall(read, source)}
+    page = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
+    of_others = {"HOME", "PATH", "PYTHONPATH", "HOSTILE"}
+    assert len(used) > 10 and {name for name in used - of_others if f"`{name}" not in page} == set()
+    assert {name for name in re.findall(r"SPARSE_NB_\w+", page)} <= used
+
+
+def test_the_front_page_is_short():
+    """Words that are read: without code, addresses and numbers."""
+    page = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    page = re.sub(r"<[^>]+>", " ", re.sub(r"\]\([^)]*\)", "]", page))
+    assert 600 <= sum(bool(re.search("[A-Za-z]", word)) for word in page.split()) <= 900
+
+
 def test_pages_show_what_is_published():
     """The tables of nbs/published.ipynb and the figures of the front page are those that lie in figures/rendered and
     results."""
@@ -246,8 +270,8 @@ def test_pages_show_what_is_published():
     assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, "run nbs/published.ipynb"
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
-    for figure in FIGURES:
-        preset = next(
-            preset for preset in ("paper", "laptop") if (ROOT / f"figures/rendered/{preset}/{figure}.svg").exists()
-        )
-        assert f'src="figures/rendered/{preset}/{figure}.svg"' in page, "run nbs/index.ipynb, then make prepare"
+    drawn = [path for preset in ("laptop", "paper") for path in (ROOT / f"figures/rendered/{preset}").glob("fig??.svg")]
+    newest = {path.stem: path.relative_to(ROOT).as_posix() for path in drawn}
+    shown = re.findall(r'src="(figures/rendered/\w+/fig\d\d\.svg)"', page)
+    assert len(newest) > 10 and sorted(shown) == sorted(newest.values()), "run nbs/index.ipynb, then make prepare"
+    assert set(newest) <= set(FIGURES)

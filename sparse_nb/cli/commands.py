@@ -434,13 +434,14 @@ def explore_command(command: options.Explore) -> None:
         )
         return
     from sparse_nb.explorer.serve import serve
+    from sparse_nb.results.rendering import own_notebooks
 
     usual = options.Explore()
     names = [name for name in ("preset", *_NARROWING, "data") if getattr(command, name) != getattr(usual, name)]
     if names:
         given = ", ".join(f"--{name}" for name in names)
         raise ValueError(f"{given} can only be given with --static; the explorer shows whatever is in {command.runs}")
-    notebook = command.notebooks / "explore.ipynb"
+    notebook = (command.notebooks or own_notebooks("nbs")) / "explore.ipynb"
     serve(notebook, runs=command.runs, port=command.port, address=command.address, public=command.public)
 
 # %% ../../nbs/cli/02_commands.ipynb #633c17aa

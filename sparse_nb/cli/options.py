@@ -98,8 +98,8 @@ class Figures(Drawing, Sweep):
     """Train nothing: draw what is finished, seeds of complete curves."""
     out: Path = Path("figures/rendered")
     """Where figures go, in a folder for each preset."""
-    notebooks: Path = Path("figures")
-    """Where the figures' notebooks are."""
+    notebooks: Path | None = None
+    """Folder of the figures' notebooks; default: those of this project."""
 
 # %% ../../nbs/cli/01_options.ipynb #55c154c7
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Claims(Drawing, OfFile):
 
     out: Path = Path("figures/rendered")
     """Where the folder of the preset is."""
-    notebooks: Path = Path("figures")
-    """Where claims.ipynb is."""
+    notebooks: Path | None = None
+    """Folder of claims.ipynb; default: that of this project."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Explore(OfFile):
     public: bool = False
     """Let others in: everybody who has the address that is printed, with its token, can use the explorer, and train
     networks with it."""
-    notebooks: Path = Path("nbs")
-    """Where explore.ipynb is."""
+    notebooks: Path | None = None
+    """Folder of explore.ipynb; default: that of this project."""
 
 # %% ../../nbs/cli/01_options.ipynb #92962de5
 @dataclass(frozen=True)

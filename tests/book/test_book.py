@@ -40,11 +40,11 @@ def book():
 
 
 class Page(HTMLParser):
-    """What a page links to, what it loads, its anchors, and the text of its code cells."""
+    """What a page links to, what it loads, its anchors, and its text: of code, and of all else."""
 
     def __init__(self, path):
         super().__init__()
-        self.links, self.loads, self.anchors, self.code, self._pre = [], [], {""}, "", 0
+        self.links, self.loads, self.anchors, self.code, self.prose, self._pre = [], [], {""}, "", "", 0
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
@@ -62,7 +62,10 @@ class Page(HTMLParser):
         self._pre -= tag == "pre"
 
     def handle_data(self, data):
-        self.code += data if self._pre else ""
+        if self._pre:
+            self.code += data
+        else:
+            self.prose += data
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +101,13 @@ def test_no_directive_is_seen_on_a_page(pages):
     chapters = {path: page for path, page in pages.items() if "nbs" in path.parts}
     assert len(chapters) > 60 and any("import torch" in page.code for page in chapters.values())
     assert not [path.name for path, page in chapters.items() if re.search(r"^#\s*\|", page.code, re.MULTILINE)]
+
+
+def test_tables_are_tables_and_progress_bars_are_not_shown(book, pages):
+    index, chapters = pages[book / "nbs/index.html"], [page for path, page in pages.items() if "nbs" in path.parts]
+    assert "lowest class recall" in index.prose and "training.fit" in index.code
+    assert not [page.links[0] for page in chapters if re.search(r"\|\s*:?---|\|\s*$", page.prose, re.MULTILINE)]
+    assert not re.search(r"\d%\||\[\d\d:\d\d", index.code + index.prose)
 
 
 def test_names_in_prose_link_to_the_reference(book):
@@ -182,6 +192,29 @@ def test_a_point_names_its_runs(browse):
     said = page.locator(".plot .hoverlayer").text_content()
     first = (PUBLISHED / "fig01.csv").read_text(encoding="utf-8").splitlines()[1].split(",")[13].split()[0]
     assert first in said and wrong == []
+
+
+QUESTIONS = {  # the links that are followed from the front page, none of the side bar, and what is then seen
+    "What did they find?": (("five questions", "The answer in numbers"), "undisturbed"),
+    "How do I run it on my network?": (("Prune a network of your own",), "The same number of weights"),
+    "Which run is this point?": (("five questions", "From a point to its runs"), "sparse-nb trace"),
+    "How long does figure 2 take?": (("five questions", "What it costs"), "fig02"),
+    "Where do I change the corruption?": (("five questions", "Where to change what"), "MNIST-C"),
+}
+
+
+@pytest.mark.parametrize("width, height", ((1366, 768), (390, 844)), ids=("laptop", "phone"))
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_answered_within_two_clicks(browse, question, width, height):
+    clicks, answer = QUESTIONS[question]
+    page, wrong = browse("nbs/index.html", width, height)
+    for text in clicks:
+        page.locator("article a:visible", has_text=text).first.click()
+        page.wait_for_load_state("load")
+    found = page.locator("article").get_by_text(answer).first
+    found.wait_for()
+    found.scroll_into_view_if_needed()
+    assert len(clicks) <= 2 and wrong == []
 
 
 def test_the_search_finds_a_word_and_equations_are_set(browse):
