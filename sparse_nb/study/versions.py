@@ -20,20 +20,27 @@ from pathlib import Path
 import sparse_nb
 
 # %% ../../nbs/4_study/01_versions.ipynb #1510174d
+def _plain(value):
+    """A dataclass, or plain data, as what JSON has, with whole numbers as integers."""
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical(description):
     """The one JSON text of a dataclass, or of plain data: sorted keys, 1.0 written as 1. Raises ValueError for NaN and
     infinity."""
-
-    def plain(value):
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    return json.dumps(plain(description), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(_plain(description))
 
 
 def digest(description):
