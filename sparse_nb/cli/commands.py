@@ -9,6 +9,7 @@ __all__ = ['narrowed', 'notebook_parameters', 'sweep_command', 'figures_command'
 
 # %% ../../nbs/cli/02_commands.ipynb #1be1f535
 import dataclasses
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -209,18 +210,20 @@ def figures_command(command: options.Figures) -> None:
         return
     if not command.dry_run:
         # reads new record files, so that a damaged one is found before a notebook needs it
-        Store(command.runs, write=not command.finished).table()
+        Store(command.runs, write=not command.finished).runs()
         _render(command, figures, pictures)
 
 # %% ../../nbs/cli/02_commands.ipynb #5bdb4bd6
 def _progress(wanted, store, costs, device, failed):
     """(networks wanted, there, failed; measurements wanted, there; seconds left, a pair). failed: names of runs."""
-    jobs = missing_jobs(wanted, wanted, store)
+    there = set(os.listdir(store.root))
+    jobs = missing_jobs(wanted, wanted, store, there)
     absent = sum(job.experiment in wanted and not store.has_run(job.experiment) for job in jobs)
-    measured = [store.has_records(e, evaluation) for e, evaluations in wanted.items() for evaluation in evaluations]
+    asked = [(e, evaluation) for e, evaluations in wanted.items() for evaluation in evaluations]
+    measured = sum(experiment_hash(e) in there and store.has_records(e, evaluation) for e, evaluation in asked)
     bad = sum(experiment_hash(e) in failed for e in wanted)
     left = seconds_together(jobs, costs, device)
-    return len(wanted), len(wanted) - absent, bad, len(measured), sum(measured), left
+    return len(wanted), len(wanted) - absent, bad, len(asked), measured, left
 
 
 def status_command(command: options.Status) -> None:

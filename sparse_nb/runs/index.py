@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
-from itertools import groupby
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from .files import is_name, kind_of, read_about, read_records, sha256
+from .files import Kinds, is_name, read_about, read_values, sha256
 from ..study.versions import canonical, digest
 
 # %% ../../nbs/5_runs/02_index.ipynb #4c838750
@@ -66,26 +66,28 @@ def run_row(folder: Path, stamp: int | None) -> list:
 # %% ../../nbs/5_runs/02_index.ipynb #22a63b1b
 _SCHEMA = (
     "CREATE TABLE folders (folder INTEGER PRIMARY KEY, seen TEXT, summary TEXT, checksum TEXT, numbers BLOB)",
-    "CREATE TABLE layouts (layout INTEGER PRIMARY KEY, kinds TEXT)",
+    "CREATE TABLE shared (number INTEGER PRIMARY KEY, text TEXT)",
 )
-_VERSION = int(digest([_SCHEMA, list(RUN_COLUMNS), list(KIND_COLUMNS)])[:7], 16)
+_OWN = ("seed", "effective_density", "epochs", "train_loss", "train_accuracy", "seconds", "stamp")
+_COMMON = tuple(column for column in RUN_COLUMNS if column not in ("experiment", "description", *_OWN))
+_VERSION = int(digest([_SCHEMA, list(RUN_COLUMNS), list(KIND_COLUMNS), _OWN, "summary 2"])[:7], 16)
 
 
 class _File(NamedTuple):
-    """What the index knows of a record file. stamp: when it was written; layout: a number; count: of its records."""
+    """What the index knows of a record file. stamp: when it was written; about: number of the shared text that is its
+    [measure, number of the layout, count of its records]."""
 
     stamp: int
-    measure: str
-    layout: int
-    count: int  # type: ignore[assignment]  # no tuple's count() is meant
+    about: int
 
 
 class _Folder(NamedTuple):
-    """What the index knows of a run folder. seen: of `_seen`; row: of `run_row`; files: {evaluation: _File};
-    numbers: SHA-256 of the values of all files, in the order of the evaluations."""
+    """What the index knows of a run folder. seen: of `_seen`; own: its values of `_OWN`; common: number of the shared
+    text with its other values; files: {evaluation: _File}, sorted; numbers: SHA-256 of the values of all files."""
 
     seen: str
-    row: list
+    own: list
+    common: int
     files: dict
     numbers: str
 
@@ -99,14 +101,27 @@ def _name_of(number):
     return f"{number % 2**64:016x}"
 
 
-def _layout_of(kinds):
-    """(number, text) of a sorted list of kinds."""
-    text = json.dumps(kinds, separators=(",", ":"))
+def _shared_text(value):
+    """(number, text) of plain data that is stored once."""
+    text = json.dumps(value, separators=(",", ":"))
     return int(sha256(text.encode())[:15], 16), text
 
 
 def _checksum(number, seen, summary):
     return sha256(f"{number} {seen} {summary}".encode())
+
+
+def _split_row(row):
+    """(own values, what it has in common with other runs) of a row of `run_row`. The seed is in the description too,
+    which is cut there."""
+    named = dict(zip(RUN_COLUMNS, row, strict=True))
+    parts = named["description"].split(f'"seed":{named["seed"]}', 1)
+    return [named[name] for name in _OWN], [*(named[name] for name in _COMMON), parts]
+
+
+def _description(own, common):
+    """The description of a run from its two parts."""
+    return f'"seed":{own[0]}'.join(common[-1])
 
 # %% ../../nbs/5_runs/02_index.ipynb #20b62302
 @contextmanager
@@ -153,34 +168,50 @@ _DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # SQLite's own words may 
 
 def _read_folders(index, where="", values=()):
     """{name of a run: _Folder} of what is in the index. Raises sqlite3.DatabaseError for a row that was altered."""
-    rows, found = index.execute(f"SELECT folder, seen, summary, checksum FROM folders {where}", values), {}
+    rows = index.execute(f"SELECT folder, seen, summary, checksum FROM folders {where}", values).fetchall()
     for number, seen, summary, checksum in rows:
         if _checksum(number, seen, summary) != checksum:
             raise _Damaged(f"row {number} is not as it was entered")
-        row, files, numbers = json.loads(summary)
-        files = {evaluation: _File(*about) for evaluation, *about in files}
-        found[_name_of(number)] = _Folder(seen, row, files, numbers)
+    summaries = json.loads(f"[{','.join(row[2] for row in rows)}]")  # faster than one by one
+    found = {}
+    for (number, seen, _, _), (common, own, files, numbers) in zip(rows, summaries, strict=True):
+        of_folder = {evaluation: _File(stamp, about) for evaluation, stamp, about in files}
+        found[_name_of(number)] = _Folder(seen, own, common, of_folder, numbers)
     return found
 
 # %% ../../nbs/5_runs/02_index.ipynb #aa6c0c8f
-def _read_numbers(index, name, folder):
-    """{evaluation: its values} of a run folder. Raises sqlite3.DatabaseError if they are not as they were entered."""
-    found = index.execute("SELECT numbers FROM folders WHERE folder = ?", (_number_of(name),)).fetchone()
-    if found is None or not isinstance(found[0], bytes) or sha256(found[0]) != folder.numbers:
-        raise _Damaged(f"the values of {name} are not as they were entered")
-    values, start, parts = np.frombuffer(found[0], "<f8"), 0, {}
-    for evaluation, file in folder.files.items():
-        parts[evaluation] = values[start : start + file.count]
-        start += file.count
-    return parts
+class _Shared(dict):
+    """{number: plain data} of the texts that are stored once, each read when it is asked for. Raises
+    sqlite3.DatabaseError for one that is not as it was entered."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def __missing__(self, number):
+        found = self.index.execute("SELECT text FROM shared WHERE number = ?", (number,)).fetchone()
+        if found is None or int(sha256(str(found[0]).encode())[:15], 16) != number:
+            raise _Damaged(f"the shared text {number} is not as it was entered")
+        return self.setdefault(number, json.loads(found[0]))
 
 
-def _read_layout(index, number):
-    """The list of kinds of a layout. Raises sqlite3.DatabaseError if it is not as it was entered."""
-    found = index.execute("SELECT kinds FROM layouts WHERE layout = ?", (number,)).fetchone()
-    if found is None or int(sha256(str(found[0]).encode())[:15], 16) != number:
-        raise _Damaged(f"layout {number} is not as it was entered")
-    return [tuple(kind) for kind in json.loads(found[0])]
+def _read_numbers(index, folders, names):
+    """The values of the folders `names`, one after the other. Raises sqlite3.DatabaseError if they are not as they were
+    entered."""
+    for start in range(0, len(names), 500):
+        some = names[start : start + 500]
+        asked = f"SELECT folder, numbers FROM folders WHERE folder IN ({','.join('?' * len(some))})"
+        found = dict(index.execute(asked, list(map(_number_of, some))))
+        for name in some:
+            content = found.get(_number_of(name))
+            if not isinstance(content, bytes) or sha256(content) != folders[name].numbers:
+                raise _Damaged(f"the values of {name} are not as they were entered")
+            yield np.frombuffer(content, "<f8")
+
+
+def _cut(shared, files, values):
+    """{evaluation: its values} of the `values` of a folder with these `files`."""
+    ends = np.cumsum([shared[file.about][2] for file in files.values()], dtype=int)
+    return dict(zip(files, np.split(values, ends[:-1]), strict=True)) if files else {}
 
 # %% ../../nbs/5_runs/02_index.ipynb #406ded4d
 _FRESH = 60 * 10**9  # nanoseconds
@@ -236,44 +267,51 @@ def _changes(root, known):
         stamp, files = _look_into(f"{root}/{name}")
         now, then = (seen, stamp, files), None
         if folder:
-            then = folder.seen, folder.row[-1], {e: file.stamp for e, file in folder.files.items()}
+            then = folder.seen, folder.own[-1], {e: file.stamp for e, file in folder.files.items()}
         if now != then and (folder or stamp is not None):
             changes.append(_Change(name, *now, folder))
     return changes
 
 # %% ../../nbs/5_runs/02_index.ipynb #28ff20c3
+@lru_cache(maxsize=256)
+def _shared_of(kinds: Kinds, measure: str) -> dict[int, str]:
+    """What is stored once for files with these kinds, {number: text}: the list of kinds, then what refers to it."""
+    rows = [[kind(value) for value, kind in zip(row, KIND_COLUMNS.values(), strict=True)] for row in kinds.kinds]
+    layout, text = _shared_text(rows)
+    return {layout: text, **dict([_shared_text([measure, layout, len(rows)])])}
+
+
 class _Entry(NamedTuple):
-    """A record file, read: what the index keeps of it, the text of its layout, its values as bytes."""
+    """A record file, read: what the index keeps of it, {number: shared text}, its values as bytes."""
 
     file: _File
-    layout: str
+    shared: dict
     values: bytes
 
 
 def _read_entry(path, stamp):
     """The `_Entry` of the record file at `path`. Raises ValueError naming it."""
-    header, records = read_records(path)
-    rows = sorted((kind_of(record), record["value"]) for record in records)
-    kinds = [[kind(value) for value, kind in zip(row, KIND_COLUMNS.values(), strict=True)] for row, _ in rows]
-    layout, text = _layout_of(kinds)
-    values = np.array([value for _, value in rows], "<f8")
-    return _Entry(_File(stamp, header["measure"], layout, len(values)), text, values.tobytes())
+    header, kinds, values = read_values(path)
+    shared = _shared_of(kinds, header["measure"])
+    return _Entry(_File(stamp, list(shared)[-1]), shared, np.array(values, "<f8").tobytes())
 
 # %% ../../nbs/5_runs/02_index.ipynb #c32dfb83
 def _enter(index, change, row, new):
-    """Enter a changed folder, in a transaction. row: of `run_row`, None if it is gone; new: {evaluation: _Entry}."""
-    number, known = _number_of(change.name), change.known
-    now = _read_folders(index, "WHERE folder = ?", (number,)).get(change.name)  # perhaps another process was first
+    """Enter a changed folder, in a transaction. row: of `_split_row`, None if it is gone; new: {evaluation: _Entry}."""
+    number, known, shared = _number_of(change.name), change.known, _Shared(index)
+    folders = _read_folders(index, "WHERE folder = ?", (number,))
+    now = folders.get(change.name)  # perhaps another process was first
     if row is None:
-        if now and now.row == known.row:
+        if now and (now.own, now.common) == (known.own, known.common):
             index.execute("DELETE FROM folders WHERE folder = ?", (number,))
         return
     kept = {}
-    for name, values in _read_numbers(index, change.name, now).items() if now else ():
-        file, then = now.files[name], known.files.get(name) if known else None
-        if file != then or change.files.get(name) == file.stamp:
-            kept[name] = file, values.tobytes()
-    index.executemany("INSERT OR IGNORE INTO layouts VALUES (?, ?)", {(e.file.layout, e.layout) for e in new.values()})
+    if now and now.files:
+        (values,) = _read_numbers(index, folders, [change.name])
+        for name, values_of_file in _cut(shared, now.files, values).items():
+            file, then = now.files[name], known.files.get(name) if known else None
+            if file != then or change.files.get(name) == file.stamp:
+                kept[name] = file, values_of_file.tobytes()
     _write_row(index, change, row, kept | {name: (entry.file, entry.values) for name, entry in new.items()})
 
 
@@ -281,29 +319,45 @@ def _write_row(index, change, row, files):
     """Write the row of a folder. files: {evaluation: (_File, its values as bytes)}."""
     numbers = b"".join(values for _, (_, values) in sorted(files.items()))
     described = [[name, *file] for name, (file, _) in sorted(files.items())]
-    summary = json.dumps([row, described, sha256(numbers)], separators=(",", ":"))
+    own, common = row
+    summary = json.dumps([common, own, described, sha256(numbers)], separators=(",", ":"))
     number = _number_of(change.name)
     checksum = _checksum(number, change.seen, summary)
     values = number, change.seen, summary, checksum, numbers
     index.execute("INSERT OR REPLACE INTO folders VALUES (?, ?, ?, ?, ?)", values)
 
 # %% ../../nbs/5_runs/02_index.ipynb #98c544bd
+def _read_change(root, change):
+    """((own values, number of the common ones), or None for a folder that is gone; {evaluation: _Entry} of its new
+    files; {number: text} of what is shared) of a `_Change`. Raises ValueError naming a file that was altered."""
+    if change.stamp is None:
+        return None, {}, {}
+    known, folder, shared = change.known.files if change.known else {}, f"{root}/{change.name}", {}
+    if change.known and change.known.own[-1] == change.stamp:
+        row = change.known.own, change.known.common
+    else:
+        own, common = _split_row(run_row(Path(folder), change.stamp))
+        number, text = _shared_text(common)
+        row, shared = (own, number), {number: text}
+    new = {
+        name: _read_entry(f"{folder}/evaluations/{name}.jsonl", stamp)
+        for name, stamp in change.files.items()
+        if name not in known or known[name].stamp != stamp
+    }
+    for entry in new.values():
+        shared |= entry.shared
+    return row, new, shared
+
+
 def _enter_changes(index, root, changes):
     """Enter `changes` into the index, a hundred folders at a time. Raises ValueError naming a file that was altered."""
     for start in range(0, len(changes), 100):
-        ready = []
-        for change in changes[start : start + 100]:
-            known, folder = change.known.files if change.known else {}, Path(root, change.name)
-            same = change.known and change.known.row[-1] == change.stamp
-            row = None if change.stamp is None else change.known.row if same else run_row(folder, change.stamp)
-            new = {
-                name: _read_entry(folder / "evaluations" / f"{name}.jsonl", stamp)
-                for name, stamp in change.files.items()
-                if name not in known or known[name].stamp != stamp
-            }
-            ready.append((change, row, new))
+        some = changes[start : start + 100]
+        ready = [_read_change(root, change) for change in some]
+        texts = {number: text for _, _, shared in ready for number, text in shared.items()}
         with _writing(index):
-            for change, row, new in ready:
+            index.executemany("INSERT OR IGNORE INTO shared VALUES (?, ?)", texts.items())
+            for change, (row, new, _) in zip(some, ready, strict=True):
                 _enter(index, change, row, new)
 
 # %% ../../nbs/5_runs/02_index.ipynb #9b1c6b8f
@@ -437,56 +491,115 @@ def _frame(rows, columns):
     return pd.DataFrame.from_records(rows, columns=list(columns), coerce_float=True)
 
 
-def _chosen_files(folders, wanted):
-    """[(name of a run, evaluation)] of the record files that may have what is `wanted`, sorted."""
-    of_run, of_file = _matching(RUN_COLUMNS, wanted), _matching(("evaluation",), wanted)
-    return [
-        (name, evaluation)
-        for name, folder in sorted(folders.items())
-        if of_run(folder.row)
-        for evaluation in sorted(folder.files)
-        if of_file((evaluation,))
-    ]
+def _chosen_runs(shared, folders, wanted):
+    """The names, sorted, of the runs that have what is `wanted` of them."""
+    of_common, of_own, fits = _matching(_COMMON, wanted), _matching(("experiment", *_OWN), wanted), {}
+    names, described = [], wanted.get("description")
+    for name in [n for n in wanted["experiment"] if n in folders] if "experiment" in wanted else folders:
+        folder = folders[name]
+        if folder.common not in fits:
+            fits[folder.common] = of_common(shared[folder.common])
+        if fits[folder.common] and of_own((name, *folder.own)):
+            if described is None or _description(folder.own, shared[folder.common]) in described:
+                names.append(name)
+    return sorted(names)
 
 
-def _chosen_kinds(index, layouts, wanted):
-    """{layout: (positions of the kinds that are `wanted`, those kinds)}."""
-    of_kind, found = _matching(KIND_COLUMNS, wanted), {}
-    for layout in layouts:
-        kinds = _read_layout(index, layout)
-        places = [place for place, kind in enumerate(kinds) if of_kind(kind)]
-        found[layout] = np.array(places, int), [kinds[place] for place in places]
-    return found
+def _run_table(shared, folders, names):
+    """The runs `names` as a DataFrame with `RUN_COLUMNS`."""
+    chosen = [folders[name] for name in names]
+    used = {number: place for place, number in enumerate(dict.fromkeys(folder.common for folder in chosen))}
+    common = _frame([shared[number][:-1] for number in used], _COMMON)
+    described = [(name, _description(f.own, shared[f.common])) for name, f in zip(names, chosen, strict=True)]
+    parts = (
+        _frame(described, ("experiment", "description")),
+        _frame([folder.own for folder in chosen], _OWN),
+        common.take([used[folder.common] for folder in chosen]).reset_index(drop=True),
+    )
+    return pd.concat(parts, axis=1)[list(RUN_COLUMNS)]
+
+# %% ../../nbs/5_runs/02_index.ipynb #4f37d992
+class _Choice(NamedTuple):
+    """Which values are wanted, and of what: places among the values; numbers of their evaluations and kinds."""
+
+    places: np.ndarray
+    evaluations: np.ndarray
+    kinds: np.ndarray
+
+
+class _Chooser:
+    """Which values of a run are `wanted`. kinds, evaluations: what was chosen so far; its numbers are positions in
+    these."""
+
+    def __init__(self, shared, wanted):
+        self.shared, self.of_kind = shared, _matching(KIND_COLUMNS, wanted)
+        self.of_file = _matching(("evaluation",), wanted)
+        self.kinds, self.evaluations, self._of_layout, self._of_files = [], {}, {}, {}
+
+    def _layout(self, number):
+        """(places, numbers of the kinds) of a layout."""
+        if number not in self._of_layout:
+            kinds, start = self.shared[number], len(self.kinds)
+            places = [place for place, kind in enumerate(kinds) if self.of_kind(kind)]
+            self.kinds += [tuple(kinds[place]) for place in places]
+            self._of_layout[number] = np.array(places, int), start + np.arange(len(places))
+        return self._of_layout[number]
+
+    def of(self, files):
+        """The `_Choice` from the values of a run with these files."""
+        alike = tuple((evaluation, file.about) for evaluation, file in files.items())
+        if alike not in self._of_files:
+            start, parts = 0, [(np.array([], int),) * 3]
+            for evaluation, about in alike:
+                _, layout, count = self.shared[about]
+                if self.of_file((evaluation,)):
+                    places, kinds = self._layout(layout)
+                    number = self.evaluations.setdefault(evaluation, len(self.evaluations))
+                    parts.append((start + places, np.full(len(places), number), kinds))
+                start += count
+            self._of_files[alike] = _Choice(*map(np.concatenate, zip(*parts, strict=True)))
+        return self._of_files[alike]
 
 # %% ../../nbs/5_runs/02_index.ipynb #eee0ec08
 def _read_table(index, folders, wanted):
     """The records that have what is `wanted`, with the columns of their runs, as a DataFrame sorted by `RECORD_KEY`."""
-    layout_of = {(name, e): folders[name].files[e].layout for name, e in _chosen_files(folders, wanted)}
-    chosen, starts, kinds = _chosen_kinds(index, dict.fromkeys(layout_of.values()), wanted), {}, []
-    for layout, (_, found) in chosen.items():
-        starts[layout] = len(kinds)
-        kinds += found
-    files = [file for file, layout in layout_of.items() if len(chosen[layout][0])]
-    parts, own = [(np.array([], float), np.array([], int), np.array([], int))], [*wanted.get("value", ())]
-    for name, of_run in groupby(enumerate(files), key=lambda numbered: numbered[1][0]):
-        values = _read_numbers(index, name, folders[name])
-        for number, file in of_run:
-            found = values[file[1]][chosen[layout_of[file]][0]]
-            kept = np.flatnonzero([value in own for value in found] if "value" in wanted else np.ones(len(found)))
-            parts.append((found[kept], np.full(len(kept), number), starts[layout_of[file]] + kept))
-    return _lay_out(folders, files, kinds, *map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _lay_out(folders, files, kinds, values, of_file, of_kind):
-    """The table of `values`, of which each belongs to the file and to the kind at these positions."""
-    used, place = np.unique(of_file, return_inverse=True)
-    rows = [(files[number][1], *folders[files[number][0]].row) for number in used]
-    parts = _frame(rows, ("evaluation", *RUN_COLUMNS)).take(place), _frame(kinds, KIND_COLUMNS).take(of_kind)
-    parts = (*parts, pd.DataFrame({"value": values}))
+    shared = _Shared(index)
+    chooser = _Chooser(shared, wanted)
+    choices = {name: chooser.of(folders[name].files) for name in _chosen_runs(shared, folders, wanted)}
+    choices = {name: choice for name, choice in choices.items() if len(choice.places)}
+    names = list(choices)
+    read = zip(choices.values(), _read_numbers(index, folders, names), strict=True)
+    values = np.concatenate([np.array([], float), *(values[choice.places] for choice, values in read)])
+    of_run = np.repeat(np.arange(len(names)), [len(choice.places) for choice in choices.values()])
+    nothing = np.array([], int)
+    of_evaluation = np.concatenate([nothing, *(choice.evaluations for choice in choices.values())])
+    of_kind = np.concatenate([nothing, *(choice.kinds for choice in choices.values())])
+    if "value" in wanted:
+        kept = [place for place, value in enumerate(values.tolist()) if value in wanted["value"]]
+        values, of_run, of_evaluation, of_kind = (part[kept] for part in (values, of_run, of_evaluation, of_kind))
+    used, of_run = np.unique(of_run, return_inverse=True)
+    asked, of_evaluation = np.unique(of_evaluation, return_inverse=True)
+    evaluations = list(chooser.evaluations)
+    parts = (
+        _run_table(shared, folders, [names[number] for number in used]).take(of_run),
+        _frame([(evaluations[number],) for number in asked], ("evaluation",)).take(of_evaluation),
+        _frame(chooser.kinds, KIND_COLUMNS).take(of_kind),
+        pd.DataFrame({"value": values}),
+    )
     table = pd.concat([part.reset_index(drop=True) for part in parts], axis=1)
     return table[[*RECORD_COLUMNS, *list(RUN_COLUMNS)[1:]]]
 
 # %% ../../nbs/5_runs/02_index.ipynb #51e0832e
+def _read_measurements(index, folders):
+    """The table of `Records.measurements`."""
+    shared, rows = _Shared(index), []
+    for name in sorted(folders):
+        for evaluation, file in folders[name].files.items():
+            measure, _, count = shared[file.about]
+            rows.append((name, evaluation, measure, count))
+    return _frame(rows, ("experiment", "evaluation", "measure", "records"))
+
+
 class Records:
     """The tables of the runs under `root`. A folder that is not there has no runs, and is not made.
 
@@ -506,15 +619,17 @@ class Records:
     def runs(self, **filters: Any) -> pd.DataFrame:
         """Every finished run, diverged ones too, one row each; `filters` as in `table`."""
         _check_columns(filters, RUN_COLUMNS)
-        matches = _matching(RUN_COLUMNS, _wanted(filters))
-        folders = self._ask(lambda index, folders: folders)
-        return _frame([folder.row for _, folder in sorted(folders.items()) if matches(folder.row)], RUN_COLUMNS)
+        wanted = _wanted(filters)
+
+        def question(index, folders):
+            shared = _Shared(index)
+            return _run_table(shared, folders, _chosen_runs(shared, folders, wanted))
+
+        return self._ask(question)
 
     def measurements(self) -> pd.DataFrame:
         """Every record file, one row each: experiment, evaluation, measure, and records, their number."""
-        folders = sorted(self._ask(lambda index, folders: folders).items())
-        rows = [(name, e, f.measure, f.count) for name, folder in folders for e, f in sorted(folder.files.items())]
-        return _frame(rows, ("experiment", "evaluation", "measure", "records"))
+        return self._ask(_read_measurements)
 
     def _ask(self, question):
         """What `question(index, {name of a run: _Folder})` finds in the index, after it was brought up to date."""

@@ -113,15 +113,16 @@ class Store(Records):
 
     def has_run(self, experiment: Experiment) -> bool:
         """Is the run finished?"""
-        return (self.folder(experiment) / "manifest.json").is_file()
+        return os.path.isfile(f"{self.root}/{experiment_hash(experiment)}/manifest.json")
 
     def has_checkpoint(self, experiment: Experiment) -> bool:
         """Is the run finished, and its trained network there? A run may have been merged without it."""
-        return self.has_run(experiment) and (self.folder(experiment) / "model.safetensors").exists()
+        return self.has_run(experiment) and os.path.exists(f"{self.folder(experiment)}/model.safetensors")
 
     def has_records(self, experiment: Experiment, evaluation) -> bool:
         """Is the measurement of the run finished?"""
-        return self.records_path(experiment, evaluation).is_file()
+        run, name = experiment_hash(experiment), evaluation_hash(evaluation)  # as text, since a study asks thousands
+        return os.path.isfile(f"{self.root}/{run}/evaluations/{name}.jsonl")
 
     def load(self, name: str, device: str | torch.device = "cpu") -> nn.Module:
         """The trained network of the run `name`, 16 hexadecimal digits, as `load_run` gives it."""

@@ -330,7 +330,7 @@ def plan(figure, preset, *, root=None):
     Raises ValueError for an unknown figure, families that it does not show, or a network that cannot hold its budget.
     """
     accept("figure", figure, FIGURES)
-    spec, points, families = FIGURES[figure], [], shown_families(figure, preset)
+    spec, points, families, found = FIGURES[figure], [], shown_families(figure, preset), {}
     version = dict(preset.versions).get("training", "")
     if not families:
         complete = load(preset.file or preset.name)
@@ -344,9 +344,11 @@ def plan(figure, preset, *, root=None):
         for dataset in preset.datasets:
             for family in families:
                 setting = preset.families[family]
-                made = [measurement_of(preset, m, dataset, setting, root) for m in (spec.measure, *spec.also)]
+                if (dataset, family) not in found:
+                    measures = spec.measure, *spec.also
+                    found[dataset, family] = [measurement_of(preset, m, dataset, setting, root) for m in measures]
                 for growth, schedule, of in _curves_of(spec, setting, dataset):
-                    for rule, measurement in itertools.product(shown_rules(figure, preset), made):
+                    for rule, measurement in itertools.product(shown_rules(figure, preset), found[dataset, family]):
                         how = growth, schedule, rule, dataset, family, of, seed, measurement
                         points += curve(*how, version, preset.bits)
     return tuple(points)
@@ -357,11 +359,14 @@ def measurements(points, preset=None, *, root=None):
 
     preset: where given, with what it measures beside the figures. root: as in `plan`.
     """
-    wanted = {}
+    wanted, beside = {}, {}
     for point in points:
         e = point.experiment
         wanted.setdefault(e, {})[point.evaluation] = None
         if preset and e.schedule == "static" and point.growth == "width":
-            setting = preset.families[e.family]
-            wanted[e] |= dict.fromkeys(measurement_of(preset, m, e.dataset, setting, root) for m in preset.beside)
+            if (e.dataset, e.family) not in beside:
+                setting = preset.families[e.family]
+                found = [measurement_of(preset, measure, e.dataset, setting, root) for measure in preset.beside]
+                beside[e.dataset, e.family] = dict.fromkeys(found)
+            wanted[e] |= beside[e.dataset, e.family]
     return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}

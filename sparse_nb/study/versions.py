@@ -20,20 +20,27 @@ from pathlib import Path
 import sparse_nb
 
 # %% ../../nbs/4_study/01_versions.ipynb #1510174d
+def _plain(value):
+    """A dataclass, or plain data, as what JSON has, with whole numbers as integers."""
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical(description):
     """The one JSON text of a dataclass, or of plain data: sorted keys, 1.0 written as 1. Raises ValueError for NaN and
     infinity."""
-
-    def plain(value):
-        if dataclasses.is_dataclass(value):
-            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-
-    return json.dumps(plain(description), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(_plain(description))
 
 
 def digest(description):
@@ -65,9 +72,12 @@ def is_finished(version):
     return not version.endswith("-dev")
 
 # %% ../../nbs/4_study/01_versions.ipynb #09322487
+_SIMPLE = {int, float, str, bool, type(None)}
+
+
 def _is_same(value, other):
     """Whether two values have one canonical text."""
-    if type(value) is type(other) and type(value) in (int, float, str, bool, type(None)):
+    if type(value) is type(other) and type(value) in _SIMPLE:
         return value == other  # thousands of networks are named in a second
     return value is other or canonical(value) == canonical(other)
 
@@ -84,7 +94,8 @@ def _defaults(kind):
 def _settings_of(description):
     """The fields of a dataclass, and of those inside it, as nested dicts."""
     values = {name: getattr(description, name) for name, _ in _defaults(type(description))}
-    return {name: _settings_of(v) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
+    parts = {n: _settings_of(v) for n, v in values.items() if type(v) not in _SIMPLE and dataclasses.is_dataclass(v)}
+    return values | parts
 
 # %% ../../nbs/4_study/01_versions.ipynb #c9d8c8cb
 def _at_default(description):
@@ -93,7 +104,7 @@ def _at_default(description):
     found = []
     for name, default in _defaults(type(description)):
         value = getattr(description, name)
-        if dataclasses.is_dataclass(value):
+        if type(value) not in _SIMPLE and dataclasses.is_dataclass(value):
             found += [f"{name}.{inner}" for inner in _at_default(value)]
         elif default is not dataclasses.MISSING and _is_same(value, default):
             found.append(name)
@@ -278,7 +289,8 @@ _LOADED_LOCK = json.loads(lock_file().read_text(encoding="utf-8"))
 @cache
 def code_now():
     """The code that this process has loaded: {"training" or a measure: {part: hash}}."""
-    return {key: {part: part_hash(part, _LOADED.__getitem__) for part in parts} for key, parts in _PARTS.items()}
+    hashes = {part: part_hash(part, _LOADED.__getitem__) for parts in _PARTS.values() for part in parts}
+    return {key: {part: hashes[part] for part in parts} for key, parts in _PARTS.items()}
 
 
 def changed_on_disk():

@@ -10,7 +10,6 @@ __all__ = ['forward_cost', 'training_work', 'job_work', 'Rates', 'rates_of', 'Ep
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from functools import cache
 from typing import NamedTuple
 
@@ -123,6 +122,12 @@ def _kinds_of(settings: Mapping) -> tuple:
     return tuple((*map(settings.get, names), recipe) for names in (_DECIDE_EPOCHS, _OF_RECIPE))
 
 
+@cache
+def _kinds_of_experiment(experiment):
+    """`_kinds_of` an `Experiment`."""
+    return _kinds_of(vars(experiment) | {"recipe": vars(experiment.recipe)})
+
+
 class Epochs:
     """How many epochs trainings took, as far as is known."""
 
@@ -139,7 +144,7 @@ class Epochs:
 
     def of(self, experiment: Experiment) -> tuple[int, int]:
         """(fewest, most) epochs that a training is expected to take."""
-        allowed, (same, alike) = experiment.recipe.epochs, _kinds_of(asdict(experiment))
+        allowed, (same, alike) = experiment.recipe.epochs, _kinds_of_experiment(experiment)
         if experiment.recipe.stop_loss is None:
             return allowed, allowed
         least, most, stopped = self._seen.get(same) or (*self._seen.get(alike, (1, 1))[:1], allowed, False)

@@ -10,11 +10,12 @@ __all__ = ['DEVICES', 'KEEP_EVERY', 'resolve_device', 'with_threads', 'keep_free
 # %% ../../nbs/6_sweep/02_jobs.ipynb #d4735e3a
 import ctypes
 import itertools
+import os
 import platform
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -127,17 +128,21 @@ class Job:
     evaluations: tuple
 
 
-def missing_jobs(experiments, evaluations, store):
+def missing_jobs(experiments, evaluations, store, there: Collection[str] | None = None):
     """The jobs left to do, in the order of `experiments`, each network once.
 
-    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. Diverged networks are not
-    measured. Raises ValueError as `check_measurable`.
+    evaluations: a sequence that every experiment gets, or a mapping {experiment: sequence}. there: the names in the
+    store's folder, if they were listed already. Diverged networks are not measured. Raises ValueError as
+    `check_measurable`.
     """
-    jobs, there = {}, {path.name for path in store.root.iterdir()}
+    jobs, checked = {}, set()
+    there = set(os.listdir(store.root)) if there is None else there
     for experiment in dict.fromkeys(experiments):
         wanted = evaluations[experiment] if isinstance(evaluations, Mapping) else evaluations
-        for measurement in wanted:
-            check_measurable(experiment, measurement)
+        if new := {(experiment.dataset, measurement) for measurement in wanted} - checked:
+            checked |= new
+            for _, measurement in new:
+                check_measurable(experiment, measurement)
         if experiment_hash(experiment) not in there and parent_of(experiment) is None:
             jobs[experiment] = Job(experiment, True, tuple(wanted))  # thousands of these are listed in a second
             continue

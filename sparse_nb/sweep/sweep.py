@@ -12,10 +12,12 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -45,7 +47,7 @@ from sparse_nb.sweep.jobs import (
 @dataclass
 class Board:
     """What has become of the jobs of a sweep. running: {job: slot}; done: {job: Outcome}; failed: {job: reason}; late:
-    those that cannot end in time;
+    those that cannot end in time; fate: {experiment: "unmade", or one of these three};
     tries: how often each began; not_before: {job: `time.monotonic` of when to look at it again}; costs: what is known
     of trainings."""
 
@@ -54,22 +56,34 @@ class Board:
     done: dict = field(default_factory=dict)
     failed: dict = field(default_factory=dict)
     late: list = field(default_factory=list)
+    fate: dict = field(init=False)
     tries: Counter = field(default_factory=Counter)
     not_before: dict = field(default_factory=dict)
     costs: Costs = field(default_factory=lambda: Costs(Rates(), Epochs()))
+
+    def __post_init__(self):
+        self.fate = {job.experiment: "unmade" for job in self.waiting}
 
     def __str__(self):
         left = len(self.waiting) + len(self.late)
         return f"{len(self.done)} done, {len(self.running)} running, {len(self.failed)} failed, {left} left"
 
+    def end(self, job, fate, found=None):
+        """A job is over: fate, "done", "failed" or "late"; found: its Outcome, or the reason of its failure."""
+        self.fate[job.experiment] = fate
+        if fate == "late":
+            self.late.append(job)
+        else:
+            getattr(self, fate)[job] = found
 
+# %% ../../nbs/6_sweep/04_sweep.ipynb #a513a1b2
 class Progress:
     """One progress bar over the jobs of a `Board`, in units of estimated work. A context manager; silent if there is
     nothing to do or `show` is false."""
 
     def __init__(self, board, show=True):
         self.board, self.work = board, {job: sum(job_work(job)) for job in board.waiting}
-        self.count, self.settled = 0, 0
+        self.counts, self.settled = [0, 0], 0
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
         self.bar = tqdm(
             total=sum(self.work.values()),
@@ -99,8 +113,9 @@ class Progress:
 
     def show(self, shares):
         """shares: {running job: (share of it that is done, words)}."""
-        if self.count != (count := len(self.board.done) + len(self.board.failed)):
-            self.count, self.settled = count, sum(self.work[job] for job in [*self.board.done, *self.board.failed])
+        for number, jobs in enumerate((self.board.done, self.board.failed)):
+            self.settled += sum(self.work[job] for job in islice(jobs, self.counts[number], None))  # those since then
+            self.counts[number] = len(jobs)
         underway = sum(self.work[job] * share for job, (share, _) in shares.items())
         told = [(job.experiment, said) for job, (_, said) in shares.items() if said]
         newest = [f", {e.dataset} {e.family} {e.width} seed {e.seed}: {said}" for e, said in told[-1:]]
@@ -115,18 +130,18 @@ TRIES, POLL, LOOK_AGAIN = 3, 0.2, 1.0  # the last two in seconds
 def ready(board, most, in_time):
     """At most so many jobs that can begin now. On the way, those that cannot end in time, or whose dense network cannot
     or failed, are taken off the list."""
-    jobs, failed, late = [], {job.experiment for job in board.failed}, {job.experiment for job in board.late}
-    unmade = {job.experiment for job in [*board.waiting, *board.running]}
+    jobs = []
     for job in list(board.waiting) if most else ():
         parent = parent_of(job.experiment) if job.train else None
-        if parent in failed:
+        fate = board.fate.get(parent)
+        if fate == "failed":
             board.waiting.remove(job)
-            board.failed[job] = f"its {'dense network' if parent.density == 1 else 'parent'} failed: {words(parent)}"
-        elif parent in late or not in_time(job):
+            what = "dense network" if parent.density == 1 else "parent"
+            board.end(job, "failed", f"its {what} failed: {words(parent)}")
+        elif fate == "late" or not in_time(job):
             board.waiting.remove(job)
-            board.late.append(job)
-            late.add(job.experiment)
-        elif parent not in unmade and board.not_before.get(job, 0) <= time.monotonic():
+            board.end(job, "late")
+        elif fate != "unmade" and board.not_before.get(job, 0) <= time.monotonic():
             jobs.append(job)
         if len(jobs) == most:
             break
@@ -142,7 +157,7 @@ def fail(board, store, job, error):
     if verdict == "again" and board.tries[job] < TRIES:
         board.waiting.append(job)
     else:
-        board.failed[job] = reason
+        board.end(job, "failed", reason)
         save_failure(store, job.experiment, words(job.experiment), reason, board.tries[job])
 
 
@@ -158,9 +173,9 @@ def settle(board, store, job, future):
         board.not_before[job] = time.monotonic() + LOOK_AGAIN
         board.waiting.append(job)
     elif future.result().status == "late":
-        board.late.append(job)
+        board.end(job, "late")
     else:
-        board.done[job] = future.result()
+        board.end(job, "done", future.result())
         if trained := board.done[job].trained:
             _remember(board.costs, job.experiment, *trained)
 
@@ -226,11 +241,18 @@ class Summary:
         return "; ".join(parts)
 
 
-def summarise(experiments, board, store):
+def _measured(experiment, evaluations, store):
+    """Whether the store has a measurement of an experiment. evaluations: as of `run`."""
+    asked = evaluations.get(experiment, ()) if isinstance(evaluations, Mapping) else evaluations
+    return any(store.has_records(experiment, evaluation) for evaluation in asked)
+
+
+def summarise(experiments, evaluations, board, store):
     """The `Summary` of a sweep over `experiments` whose `Board` is done."""
     jobs = [*board.done, *board.failed, *board.late]
     wanted = dict.fromkeys([*experiments, *(job.experiment for job in jobs)])
-    diverged = [experiment for experiment in wanted if run_status(store, experiment) == "diverged"]
+    perhaps = [e for e in wanted if not _measured(e, evaluations, store)]  # diverged networks are not measured
+    diverged = [experiment for experiment in perhaps if run_status(store, experiment) == "diverged"]
     return Summary(
         wanted=len(wanted),
         made=sum(outcome.made for outcome in board.done.values()),
@@ -348,7 +370,7 @@ def run(
     device, experiments = resolve_device(device), list(dict.fromkeys(experiments))
     board = Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:
-        return summarise(experiments, board, store)
+        return summarise(experiments, evaluations, board, store)
     for job in board.waiting:
         for description in ((job.experiment,) if job.train else ()) + job.evaluations:
             check_version(description)
@@ -390,4 +412,4 @@ def run(
             return deadline is None or time.time() + seconds_for(job, board.costs, device)[1] < deadline
 
         carry_out(board, place, elsewhere if remote else here, store, progress, in_time)
-    return summarise(experiments, board, store)
+    return summarise(experiments, evaluations, board, store)

@@ -160,7 +160,7 @@ def test_an_index_of_another_release_is_built_again(store):
     before = store.table()
     with closing(sqlite3.connect(index_path(store.root))) as index:
         index.executescript(
-            "DROP TABLE layouts; CREATE TABLE other (a); ALTER TABLE folders RENAME COLUMN numbers TO wrong; "
+            "DROP TABLE shared; CREATE TABLE other (a); ALTER TABLE folders RENAME COLUMN numbers TO wrong; "
             "PRAGMA user_version = 1"
         )
     pd.testing.assert_frame_equal(store.table(), before)
@@ -202,14 +202,14 @@ def test_no_flipped_bit_of_the_index_changes_a_table(write, filled, report):
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE folders SET summary = replace(summary, '0.5', '0.25')",
+        "UPDATE folders SET summary = replace(summary, '0.1', '0.25')",
         "UPDATE folders SET numbers = zeroblob(length(numbers))",
         "UPDATE folders SET numbers = NULL",
         "UPDATE folders SET seen = '1 1'",
         "UPDATE folders SET folder = folder + 1",
         "UPDATE folders SET checksum = NULL",
-        "UPDATE layouts SET kinds = replace(kinds, 'loss_increase', 'loss')",
-        "DELETE FROM layouts",
+        "UPDATE shared SET text = replace(text, 'loss_increase', 'loss')",
+        "DELETE FROM shared",
         "DELETE FROM folders WHERE folder = (SELECT max(folder) FROM folders)",
     ],
 )
