@@ -162,6 +162,11 @@ function titleOf(view) {
     + (strength ? ", " + strength : "");
 }
 
+function pinnedWords() {
+  const [schedule, rule] = pinned.curve.where.slice(3, 5).map(text);
+  return `${titleOf(pinned)}; weights removed ${schedule}, allocation rule: ${rule}`;
+}
+
 // The two ends of the curve, which nobody has picked. What the paper claims of it is judged over all strengths.
 function summary(view, measured) {
   const base = measured.find(p => p.density === 1), last = measured[measured.length - 1], strength = strengthOf(view);
@@ -220,7 +225,8 @@ function axisOf(view, other) {
   const lowest = Math.min(...densities), ticks = [];
   for (let tick = 100; tick > lowest / 1.1; tick /= 2) ticks.push(tick);
   return {type: "log", range: [2.06, Math.log10(lowest) - 0.06], tickvals: ticks,
-    ticktext: ticks.map(tick => String(+tick.toPrecision(tick >= 2 ? 4 : tick >= 1 ? 3 : 2))), title: "remaining weights (%)"};
+    ticktext: ticks.map(tick => String(+tick.toPrecision(tick >= 2 ? 4 : tick >= 1 ? 3 : 2))),
+    title: "remaining weights (%)"};
 }
 
 function comparedTrace(points, words, ink) {
@@ -316,13 +322,13 @@ function plot() {
   const view = chosenView(), {curve} = view, [, , , stops] = curve.questions[view.question];
   const figure = figureOf(view), {points} = figure;
   find("title").textContent = titleOf(view);
-  find("method").textContent = `${text(curve.words[4])}; the rest is split over layers by ${text(curve.where[4])}.`;
+  find("method").textContent = `${text(curve.words[4])}; allocation rule: ${text(curve.where[4])}.`;
   find("summary").textContent = summary(view, figure.measured);
   find("compare").textContent = pinned ? "Stop comparing" : "Compare with …";
   find("compare").setAttribute("aria-pressed", String(pinned !== null));
   find("compared").hidden = !pinned;
-  find("compared").textContent = pinned && `Compared with (diamonds): ${titleOf(pinned)}, weights removed `
-    + `${text(pinned.curve.where[3])}, ${text(pinned.curve.where[4])}. Choose the other curve in the menus.`;
+  find("compared").textContent = pinned && `Compared with (diamonds): ${pinnedWords()}. `
+    + "Choose the other curve in the menus.";
   find("value").textContent = text(stops[view.stop]);
   slider.setAttribute("aria-valuetext", text(stops[view.stop]));
   find("rows").replaceChildren(...points.map(row));
@@ -346,7 +352,7 @@ function wrapped(words, most) {
 // A saved plot goes without the page: it carries its title and where its numbers come from.
 function save() {
   const view = chosenView(), {data: drawn, layout} = figureOf(view), title = titleOf(view);
-  const method = find("method").textContent + (pinned ? ` Diamonds: ${titleOf(pinned)}.` : "");
+  const method = find("method").textContent + (pinned ? ` Diamonds: ${pinnedWords()}.` : "");
   const source = `sparse-nb. ${document.querySelector("footer").lastElementChild?.textContent ?? ""}`;
   const note = (words, y, more) => ({text: words, xref: "paper", yref: "paper", x: 0, y, xanchor: "left", align: "left",
     showarrow: false, font: {size: 11}, ...more});

@@ -456,6 +456,8 @@ def test_hostile_text_stays_text(table, open_page, tmp_path):
 
 def test_picture_is_saved_as_vectors(path, open_page, tmp_path):
     page = open_page(path)
+    page.click("#compare")
+    choose(page, "rule", "proportional")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "picture.svg")
@@ -463,6 +465,7 @@ def test_picture_is_saved_as_vectors(path, open_page, tmp_path):
     assert picture.startswith("<svg") and "<image" not in picture and "remaining weights (%)" in picture
     said = " ".join(ElementTree.fromstring(picture).itertext())
     assert page.inner_text("#title") in said and "sparse-nb. Chosen numbers." in said and "before training" in said
+    assert "allocation rule: proportional. Diamonds: " in said and "allocation rule: water-filling." in said
 
 
 def test_library_beside_the_page(table, open_page, tmp_path):
@@ -616,6 +619,12 @@ def test_words_are_explained_to_mouse_and_keyboard(path, open_page):
     page.evaluate("document.activeElement.blur()")
     page.hover("label[for=rule]")
     assert page.is_visible("#rule-hint")
+    on_top = """() => {
+        const hint = document.getElementById("rule-hint"), box = hint.getBoundingClientRect();
+        hint.style.pointerEvents = "auto";
+        return document.elementFromPoint(box.right - 5, box.bottom - 5) === hint;
+    }"""
+    assert page.evaluate(on_top)  # not below the plot
 
 
 def test_the_claim_of_the_panel_is_told(table, open_page, tmp_path):
