@@ -66,7 +66,9 @@ def build():
 
 
 def explorer():
-    """The explorer's page of all published runs, without plotly.js, which lies beside it in the book."""
+    """The explorer's page of all published runs and verdicts, without plotly.js, which lies beside it in the book."""
+    import pandas as pd
+
     from sparse_nb.explorer.page import store_page
     from sparse_nb.runs import exchange
     from sparse_nb.runs.store import Store
@@ -75,7 +77,9 @@ def explorer():
     with tempfile.TemporaryDirectory() as folder:
         store, page = Store(Path(folder, "runs")), Path(folder, "curves.html")
         exchange.merge(store, ROOT / "results" / PRESET)
-        store_page(store, PRESETS[PRESET], page, include_plotlyjs="directory")
+        judged = pd.read_csv(ROOT / PUBLISHED / "claims.csv", dtype={"claim": str}).fillna({"numbers": ""})
+        effects = pd.read_csv(ROOT / PUBLISHED / "effects.csv")
+        store_page(store, PRESETS[PRESET], page, judged=judged, effects=effects, include_plotlyjs="directory")
         shutil.copy(page, ROOT / "docs/static/curves.html")
     print("docs/static/curves.html")
     return 0

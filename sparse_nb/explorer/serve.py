@@ -110,8 +110,10 @@ _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
   {{ resources.include_js("static/voila-style.js") }}
   {{ spinner.css() }}
   <style>
-    .jp-mod-noOutputs.jp-mod-noInput { display: none; }
-    #rendered_cells { max-width: 1280px; margin: 0 auto; }
+    .jp-mod-noOutputs.jp-mod-noInput, .in-jupyterlab { display: none; }
+    #rendered_cells { margin: 0 auto; }
+    .jp-Cell, .jp-OutputArea-output { padding-left: 0; padding-right: 0; }
+    @media (max-width: 40rem) { .jp-OutputPrompt, .jp-InputPrompt { display: none; } }
   </style>
   {{ super.super() }}
 {%- endblock notebook_css -%}

@@ -16,15 +16,22 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 
 from sparse_nb.explorer.texts import (
+    GLOSSARY,
+    LABELS,
+    READING,
     choice_text,
+    curve_text,
+    first_strength,
+    kind_label,
     kind_text,
     networks_html,
     notices_html,
+    strength_label,
     strength_text,
     text_as_html,
     title_html,
 )
-from .views import VIEWS, kinds_of, percent_labels, strengths_of, views_of
+from .views import VIEWS, kinds_of, percent_labels, plot_compared, strengths_of, views_of
 from ..results.catalogue import CHOICES, add_failures, choose, failures_on, load_curve, read_catalogue
 from ..results.tables import points_of
 from ..runs.attempts import load_failures
@@ -72,34 +79,33 @@ def _widget_class():
         sys.meta_path.remove(_LazyFinder)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #5a7d76a4
-_LABELS = {
-    "dataset": "data",
-    "family": "family",
-    "growth": "grown by",
-    "schedule": "schedule",
-    "rule": "rule",
-    "measure": "measure",
-    "study": "study",
-    "evaluation": "measured as",
-    "name": "which",
-    "point": "a point",
-}
+_CONTROLS = ("dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation", "name", "point")
 
 
 def _new_controls():
-    """The controls of an explorer, by name."""
-    wide, orange = widgets.Layout(width="620px"), {"handle_color": "#d55e00"}
-    return {
-        name: widgets.Dropdown(description=label, layout=widgets.Layout(width="300px"))
-        for name, label in _LABELS.items()
-    } | {
-        "view": widgets.ToggleButtons(style={"button_width": "auto"}),
+    """The controls of an explorer, by name: as wide as there is room, on a phone one in a row."""
+    style, orange = {"description_width": "125px"}, {"handle_color": "#d55e00", "description_width": "125px"}
+    found = {
+        name: widgets.Dropdown(
+            description=LABELS[name],
+            tooltip=GLOSSARY.get(name, ""),
+            style=style,
+            layout=widgets.Layout(width="auto", flex="1 1 300px", max_width="420px"),
+        )
+        for name in _CONTROLS
+    }
+    return found | {
+        "view": widgets.ToggleButtons(style={"button_width": "auto"}, layout=widgets.Layout(width="auto")),
         "strength": widgets.SelectionSlider(
-            options=[("–", 0.0)], description="strength", continuous_update=True, layout=wide, style=orange
+            options=[("–", 0.0)],
+            description=LABELS["strength"],
+            continuous_update=True,
+            layout=widgets.Layout(width="auto", max_width="900px"),
+            style=orange,
         ),
     }
 
-
+# %% ../../nbs/9_explorer/04_widgets.ipynb #f49cfcab
 def _fill(control, options, value=None):
     """Give a selection widget its `options`, [(words, value)], and a value among them, if possible the one it has.
 
@@ -129,33 +135,46 @@ def _fill_choices(controls, catalogue):
 
 def _fill_strengths(controls, points, measure):
     """Give the slider the strengths that `points` have of the chosen disturbance, unless it has just these."""
-    strengths = strengths_of(points, controls["name"].value)
+    name = controls["name"].value
+    strengths = strengths_of(points, name)
     if strengths != [value for _, value in controls["strength"].options]:
-        _fill(controls["strength"], [(strength_text(measure, strength) or "–", strength) for strength in strengths])
+        base = points[(points.density == points.density.max()) & points.name.isin([name, "clean"])]
+        of_base = dict(zip(base.strength.where(base.name == name, 0.0), base["mean"], strict=True))
+        first = first_strength(measure, dict.fromkeys(strengths, 0.0) | of_base)
+        kept = controls["strength"].value if len(controls["strength"].options) > 1 else None
+        options = [(strength_text(measure, strength) or "–", strength) for strength in strengths]
+        _fill(controls["strength"], options, kept if kept in strengths else first)
 
-
+# %% ../../nbs/9_explorer/04_widgets.ipynb #eeaca156
 def _fill_curve(controls, points, measure):
     """Fill the controls for what a curve's `points` hold. points: None for no curve."""
     if points is None:
         for name in ("name", "view", "strength", "point"):
             _fill(controls[name], [])
         return
+    controls["name"].description, controls["name"].tooltip = kind_label(measure), GLOSSARY.get(measure, "")
+    controls["strength"].description = strength_label(measure)
     _fill(controls["name"], [(kind_text(name), name) for name in kinds_of(points)])
     _fill(controls["view"], [(view, view) for view in [*views_of(points, measure), "gallery"]])
     places = [(f"{label} % remaining", place) for place, label in percent_labels(points).items()]
-    _fill(controls["point"], [("choose one to list its networks", ""), *places])
+    _fill(controls["point"], [("choose one", ""), *places])
     _fill_strengths(controls, points, measure)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #cb4fef57
+_BUSY = "<span role='status'>{} …</span>"
+
+
 class _Selection:
     """The controls and the curve that they choose: `chosen`, `members`, `records`, `points`, None where there is none.
 
     failures: all that are remembered; failed: those on the curve. changed: called without arguments when a control was
-    moved, or the runs folder was read again.
+    moved, or the runs folder was read again. busy: a widget that says what takes time. pinned: (points of a line, its
+    growth, what it is) of a curve to compare with, or None.
     """
 
     def __init__(self, store, changed):
         self.store, self.changed, self.quiet, self.controls = store, changed, False, _new_controls()
+        self.busy, self.pinned = widgets.HTML(), None
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: None if self.quiet else self.follow(name in CHOICES), "value")
 
@@ -165,6 +184,7 @@ class _Selection:
 
     def load(self):
         """Read what the store has."""
+        self.busy.value = _BUSY.format("reading the runs folder")
         self.catalogue, self.failures = read_catalogue(self.store), load_failures(self.store)
         self.follow(True)
 
@@ -173,13 +193,30 @@ class _Selection:
         self.quiet = True
         try:
             if to_another_curve:
+                self.busy.value = _BUSY.format("reading the curve")
                 self.chosen = _fill_choices(self.controls, self.catalogue)
                 self.read_curve()
                 _fill_curve(self.controls, self.points, self.chosen.get("measure"))
             elif self.points is not None:
                 _fill_strengths(self.controls, self.points, self.chosen["measure"])
         finally:
-            self.quiet = False
+            self.quiet, self.busy.value = False, ""
+        self.changed()
+
+    def line(self):
+        """The points of the chosen curve under the chosen disturbance."""
+        return self.points[(self.points.name == self.value("name")) & (self.points.strength == self.value("strength"))]
+
+    def words(self):
+        """The chosen curve and disturbance, in words."""
+        kinds, measure = len(self.controls["name"].options), self.chosen["measure"]
+        parts = [kind_text(self.value("name"))] * (kinds > 1) + [strength_text(measure, self.value("strength"))]
+        return ", ".join([curve_text(self.chosen), *filter(None, parts)])
+
+    def pin(self, wanted):
+        """Keep the chosen curve to compare with, or none."""
+        rule, there = choice_text("rule", self.chosen.get("rule", "none")), wanted and self.points is not None
+        self.pinned = (self.line(), self.chosen["growth"], f"{self.words()}; {rule}") if there else None
         self.changed()
 
     def read_curve(self):
@@ -193,21 +230,23 @@ class _Selection:
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9da2bafc
 class _Canvas:
-    """Where the plot of a `_Selection` is. holder: the widget; clicked: called as plotly does."""
+    """Where the plot of a `_Selection` is. holder: the widget; clicked: called as plotly does; offer: called with the
+    jobs that train what a gallery lacks, returns a widget."""
 
-    def __init__(self, clicked):
-        self.clicked, self.holder, self.figure, self.plot, self.shown = clicked, widgets.VBox(), None, None, None
+    def __init__(self, clicked, offer):
+        self.clicked, self.offer, self.holder = clicked, offer, widgets.VBox()
+        self.figure, self.plot, self.shown = None, None, None
 
     def show(self, selection):
         """Show the chosen view, in place where that is possible."""
         view, chosen = selection.value("view"), selection.chosen
         if selection.points is None or view == "gallery":
             self.figure = None
-            self.holder.children = () if selection.points is None else (widgets.HTML(_gallery_html(selection)),)
+            self.holder.children = () if selection.points is None else (widgets.HTML(_BUSY.format("loading networks")),)
+            if selection.points is not None:
+                self.holder.children = _gallery(selection, self.offer)
             return
-        how = {name: chosen[name] for name in ("measure", "growth")}
-        how |= {name: selection.value(name) for name in ("name", "strength")}
-        plot = VIEWS[view](selection.points, **how, title=title_html(chosen))
+        plot = _plot(selection)
         if self.figure is None or self.shown != (view, chosen) or not _change(self.figure, plot, self.plot):
             self.figure = _widget_class()(plot)
             for trace in self.figure.data:
@@ -215,17 +254,30 @@ class _Canvas:
             self.holder.children = (self.figure,)
         self.plot, self.shown = plot, (view, dict(chosen))
 
+# %% ../../nbs/9_explorer/04_widgets.ipynb #05bf1bba
+def _plot(selection):
+    """The plot of the chosen view; its title is shown above it, where it can wrap."""
+    view = selection.value("view")
+    how = {name: selection.chosen[name] for name in ("measure", "growth")}
+    how |= {name: selection.value(name) for name in ("name", "strength")}
+    if view == "curves" and selection.pinned:
+        return plot_compared(selection.points, selection.pinned[:2], **how, title="")
+    return VIEWS[view](selection.points, **how, title="")
 
-def _gallery_html(selection):
-    """The [gallery](02_gallery.ipynb) of the chosen curve, as HTML, or why there is no gallery."""
-    from sparse_nb.explorer.gallery import wall_of_curve
+
+def _gallery(selection, offer):
+    """The [gallery](02_gallery.ipynb) of the chosen curve, or why there is none, and an offer to train the rest."""
+    from sparse_nb.explorer.gallery import missing_networks, wall_of_curve
 
     how = {name: selection.chosen[name] for name in ("dataset", "measure")}
     how |= {name: selection.value(name) for name in ("name", "strength")}
+    jobs = []
     try:
-        return wall_of_curve(selection.store, selection.members, **how)
+        jobs = missing_networks(selection.store, selection.members)
+        wall = wall_of_curve(selection.store, selection.members, **how)
     except (ValueError, OSError) as error:
-        return f"<p>There is no gallery: {text_as_html(error)}</p>"
+        wall = f"<p>There is no gallery: {text_as_html(error)}</p>"
+    return (widgets.HTML(f"<div style='overflow-x:auto'>{wall}</div>"), *([offer(jobs)] if jobs else []))
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9dfc2d58
 class _Training:
@@ -238,40 +290,51 @@ class _Training:
         self.store, self.wanted, self.done, self.stopped = store, wanted, done, threading.Event()
         wide, unseen = widgets.Layout(width="190px"), widgets.Layout(width="200px", visibility="hidden")
         self.train = widgets.Button(description="train one more point", icon="plus", layout=wide)
+        self.train.tooltip = "Trains and measures the smallest network that this curve lacks; it says first which"
         self.stop = widgets.Button(description="stop", icon="stop", disabled=True)
-        self.bar, self.told = widgets.FloatProgress(max=1.0, layout=unseen), widgets.Label()
-        self.train.on_click(lambda _: self.begin())
+        self.bar, self.told, self.what = widgets.FloatProgress(max=1.0, layout=unseen), widgets.Label(), widgets.HTML()
+        self.train.on_click(lambda _: self.begin(self.wanted))
         self.stop.on_click(lambda _: self.stopped.set())
-        self.row = widgets.HBox([self.train, self.stop, self.bar, self.told])
+        buttons = widgets.HBox([self.train, self.stop, self.bar], layout=widgets.Layout(flex_flow="row wrap"))
+        self.row = widgets.VBox([buttons, self.what, self.told])
 
-    def begin(self):
-        """Train, if it is known what."""
+    def offer(self, jobs):
+        """A button that trains `jobs`, which a gallery lacks."""
+        words = f"train {len(jobs)} network{'s' * (len(jobs) > 1)} for the gallery"
+        button = widgets.Button(description=words, icon="plus", layout=widgets.Layout(width="280px"))
+        button.on_click(lambda _: None if self.train.disabled else self.begin(lambda: jobs))
+        return button
+
+    def begin(self, wanted):
+        """Train what `wanted` returns, if it is known what."""
         self.stopped.clear()
         self.train.disabled = True
         self.told.value = "looking for what is missing …"  # the first time, torch has to be imported
-        threading.Thread(target=self.work, daemon=True).start()
+        threading.Thread(target=self.work, args=(wanted,), daemon=True).start()
 
-    def work(self):
+    def work(self, wanted):
         """Find what is wanted and make it, showing the progress."""
         try:
-            jobs = self.wanted()
+            jobs = wanted()
             outcome = self.make(jobs) if jobs else "no preset has this curve, so it is not known what is missing"
         except Exception as error:
             outcome = f"failed: {error}"
         self.done()
-        self.told.value = outcome
+        self.told.value, self.what.value = outcome, ""
         self.train.disabled, self.stop.disabled, self.bar.layout.visibility = False, True, "hidden"
 
     def make(self, jobs):
-        """Carry out `jobs`; returns what became of them, in words."""
-        from sparse_nb.explorer.next_point import make_point
+        """Say what `jobs` are, and carry them out; returns what became of them, in words."""
+        from sparse_nb.explorer.next_point import jobs_text, make_point
         from sparse_nb.runs.store import Store  # with torch, as it is needed to train
 
         def report(share, said):
             self.bar.value, self.told.value = share, said
 
+        store = Store(self.store.root)
+        self.what.value = f"training {text_as_html(jobs_text(store, jobs))}"
         self.stop.disabled, self.bar.value, self.bar.layout.visibility = False, 0.0, "visible"
-        return make_point(Store(self.store.root), jobs, report=report, stopped=self.stopped)
+        return make_point(store, jobs, report=report, stopped=self.stopped)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #28ad984f
 def _follow_click(selection, trace, where):
@@ -293,16 +356,18 @@ def _follow_click(selection, trace, where):
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #32aa87b7
 def _rows(explorer):
-    """The rows of the page of an `_Explorer`, from top to bottom."""
-    controls = explorer.selection.controls
+    """The rows of the page of an `_Explorer`, from top to bottom: slider and plot beside each other."""
+    controls, wrapped = explorer.selection.controls, widgets.Layout(flex_flow="row wrap", align_items="center")
     choices = [controls[name] for name in (*CHOICES, "name")]
     return [
         widgets.HBox(choices, layout=widgets.Layout(flex_flow="row wrap")),
-        controls["view"],
+        widgets.HBox([controls["view"], explorer.compare, explorer.selection.busy], layout=wrapped),
+        explorer.heading,
         controls["strength"],
-        explorer.notice,
         explorer.canvas.holder,
-        widgets.HBox([controls["point"], explorer.again]),
+        explorer.reading,
+        explorer.notice,
+        widgets.HBox([controls["point"], explorer.again], layout=wrapped),
         explorer.training.row,
         explorer.details,
     ]
@@ -313,8 +378,14 @@ class _Explorer:
 
     def __init__(self, store):
         self.store, self.notice, self.details = store, widgets.HTML(), widgets.HTML()
-        self.selection, self.canvas = _Selection(store, self.show), _Canvas(self.clicked)
+        self.heading, self.reading = widgets.HTML(), widgets.HTML()
+        self.selection = _Selection(store, self.show)
         self.training = _Training(store, self.wanted, self.selection.load)
+        self.canvas = _Canvas(self.clicked, self.training.offer)
+        self.compare = widgets.ToggleButton(
+            description="Compare with …", tooltip="Pins this curve beside the next ones"
+        )
+        self.compare.observe(lambda change: self.selection.pin(change.new), "value")
         self.again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again")
         self.again.layout.width = "120px"
         self.again.on_click(lambda _: self.selection.load())
@@ -333,6 +404,7 @@ class _Explorer:
         """Show what is chosen: the plot, what is to be said about it, and the networks of the chosen point."""
         s = self.selection
         self.notice.value = notices_html(self.store, s.members, s.failures, s.failed)
+        self.tell()
         self.canvas.show(s)
         if not (place := s.value("point")):
             self.details.value = ""
@@ -341,6 +413,16 @@ class _Explorer:
         self.details.value = self.details.value or "<p>looking for its networks …</p>"
         shown = s.records[(s.records.name == s.value("name")) & (s.records.strength == s.value("strength"))]
         self.details.value = networks_html(self.store.root, s.members, shown, place)
+
+    def tell(self):
+        """Say above the plot what it shows, and below it how it is read."""
+        s, view = self.selection, self.selection.value("view")
+        there, pinned = s.points is not None, s.pinned if view == "curves" else None
+        self.compare.description = "Stop comparing" if self.compare.value else "Compare with …"
+        self.compare.layout.display = "" if there and view == "curves" else "none"
+        compared = f"<br>compared with (diamonds): {text_as_html(pinned[2])}" if pinned else ""
+        self.heading.value = f"<div style='line-height:1.4'>{title_html(s.chosen)}{compared}</div>" if there else ""
+        self.reading.value = f"<div style='line-height:1.4;color:#666'>{READING[view]}</div>" if there else ""
 
     def clicked(self, trace, where, state):
         """plotly says that something in the plot was clicked."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from .axes import WORDS
 from .tables import PLACE, tidy
 from ..runs.index import Records
 from ..study.versions import canonical
@@ -91,22 +92,21 @@ def read_catalogue(store: Records) -> pd.DataFrame:
 
 # %% ../../nbs/7_results/11_catalogue.ipynb #6f4b6612
 MEASURES = ["weight_noise", "corruption", "attack", "class_recall", "clean"]
+_ORDER = [*WORDS, "width", "depth", "static", "magnitude", "none", *MEASURES]
 CHOICES = ["dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation"]
 
 
 def choose(catalogue: pd.DataFrame, wanted: dict) -> tuple[dict, dict]:
-    """(chosen, options): for each of `CHOICES` the value and all values that exist beside the choices before it.
+    """(chosen, options): for each of `CHOICES` the value and all values that exist beside the choices before it, in the
+    order of the figures, then the most frequent first.
 
     wanted: {choice: value}; one that does not exist is replaced by the first of them. Both empty if nothing was
     measured.
     """
     left, chosen, options = catalogue.dropna(subset="measure"), {}, {}
     for name in CHOICES if len(left) else ():
-        options[name] = (
-            [each for each in MEASURES if each in set(left.measure)]
-            if name == "measure"
-            else list(left[name].value_counts().index)
-        )
+        values = list(left[name].value_counts().index)
+        options[name] = sorted(values, key=lambda value: _ORDER.index(value) if value in _ORDER else len(_ORDER))
         chosen[name] = wanted.get(name) if wanted.get(name) in options[name] else options[name][0]
         left = left[left[name] == chosen[name]]
     return chosen, options

@@ -153,18 +153,18 @@ def expected(store, sigma):
 
 
 def expected_last(store):
-    """The height of the sparsest point at the first strength."""
-    table = store.table(strength=0.1, quantity="accuracy", measure="weight_noise", schedule="static")
+    """The height of the sparsest point at the strength where the slider begins."""
+    table = store.table(strength=0.5, quantity="accuracy", measure="weight_noise", schedule="static")
     return 100 * table[table.density == table.density.min()].groupby("seed").value.mean().mean()
 
 
 def move_slider(page, store):
     """Move the slider by keyboard through all strengths and back to the first, and see the curve follow."""
     page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
-    assert drawn(page) == pytest.approx(expected(store, 0.1))
+    assert drawn(page) == pytest.approx(expected(store, 0.5))  # where there is most to see, as on the page
     slider = page.locator("[role=slider]").first
     slider.focus()
-    for key, sigma in [("ArrowRight", 0.2), ("ArrowRight", 0.3), ("End", 0.5), ("Home", 0.1)]:
+    for key, sigma in [("Home", 0.1), ("ArrowRight", 0.2), ("ArrowRight", 0.3), ("End", 0.5)]:
         page.keyboard.press(key)
         wanted = expected(store, sigma)
         page.wait_for_function(
@@ -192,7 +192,7 @@ def test_served_page(browser, served, store):
         page.goto(served)
         move_slider(page, store)
         assert "load_run" not in page.content()
-        page.get_by_label("a point").select_option(index=1)
+        page.get_by_label("Networks at").select_option(index=1)
         page.wait_for_selector("pre:has-text('load_run(Store(')")
         at = page.evaluate(POINT)
         page.mouse.move(*at)
@@ -208,6 +208,43 @@ def test_served_page(browser, served, store):
         text=True,
     )
     assert loaded.returncode == 0 and int(loaded.stdout) > 1000, loaded.stderr  # what was shown, pasted
+
+
+@needs_browser
+@pytest.mark.parametrize("width, height", [(1366, 768), (390, 844)])
+def test_served_page_is_as_wide_as_the_screen(browser, served, width, height):
+    with watched_page(browser) as page:
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(served)
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        page.wait_for_timeout(500)  # the plot takes its size
+        plot, slider = page.locator(".js-plotly-plot").bounding_box(), page.locator("[role=slider]").bounding_box()
+        assert 0.85 * width < plot["width"] <= width and plot["x"] >= 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert 0 <= slider["x"] and slider["x"] + slider["width"] <= width
+        assert plot["y"] + plot["height"] - slider["y"] < height  # both on one screen
+        keep_picture(page, f"served-{width}")
+
+
+@needs_browser
+def test_a_second_curve_is_compared(browser, served, store):
+    with watched_page(browser) as page:
+        page.goto(served)
+        page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+        page.get_by_role("button", name="Compare with").click()
+        page.get_by_text("compared with (diamonds): MLP on digits").wait_for()
+        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 7")
+        page.locator("[role=slider]").first.focus()
+        page.keyboard.press("Home")
+        page.wait_for_function(
+            "() => document.querySelector('.js-plotly-plot').data[1].y[0] !== "
+            "document.querySelector('.js-plotly-plot').data[6].y[0]"
+        )
+        assert drawn(page) == pytest.approx(expected(store, 0.1))
+        pinned = page.evaluate("Array.from(document.querySelector('.js-plotly-plot').data[6].y)")
+        assert pinned == pytest.approx(expected(store, 0.5))
+        page.get_by_role("button", name="Stop comparing").click()
+        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 6")
 
 
 @needs_browser
@@ -514,12 +551,12 @@ def test_hostile_texts_stay_texts(browser, store, tmp_path, monkeypatch):
         wait_for_port(port, process)
         page.goto(f"http://127.0.0.1:{port}")
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
-        page.get_by_label("a point").select_option(index=1)
+        page.get_by_label("Networks at").select_option(index=1)
         page.wait_for_selector("pre:has-text('Store')")
         assert page.get_by_role("cell", name=HOSTILE).count() == 4  # status and epochs of two networks
-        menu = page.get_by_label("data").locator("option").all_text_contents()
+        menu = page.get_by_label("Dataset").locator("option").all_text_contents()
         assert [words.replace("\xa0", " ") for words in menu] == [HOSTILE]
-        assert page.text_content(".js-plotly-plot .gtitle").startswith(f"{HOSTILE} on {HOSTILE}, grown by width")
+        assert page.get_by_text(f"{HOSTILE} on {HOSTILE}, growing in width").is_visible()
         assert page.text_content(".js-plotly-plot .legend").count(HOSTILE) == 1
         assert page.get_by_text(f"failed (open cross): {HOSTILE}: {HOSTILE}").is_visible()
         page.locator("[role=slider]").first.focus()
@@ -548,8 +585,9 @@ def test_one_more_point_from_the_page(browser, served, store):
         page.get_by_role("button", name="train one more point").click()
         page.get_by_role("button", name="stop").click()
         page.get_by_text("stopped; what was finished is kept").wait_for()
-        assert len(store.runs()) == before and drawn(page) == pytest.approx(expected(store, 0.1))
+        assert len(store.runs()) == before and drawn(page) == pytest.approx(expected(store, 0.5))
         page.get_by_role("button", name="train one more point").click()
+        page.get_by_text(re.compile(r"^training MLP on digits, width \d+, .* seed \d: about \d+ s")).wait_for()
         page.get_by_text("done", exact=True).wait_for()
         assert len(store.runs()) == before + 1 and store.table(width=[512, 2048]).experiment.nunique() == 2
         page.wait_for_function(

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -13,8 +15,10 @@ from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 from scipy import special, stats
 
+from sparse_nb.claims.claims import CLAIMS
 from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
+from sparse_nb.explorer.texts import GLOSSARY, LABELS
 from sparse_nb.results import axes, tables
 from sparse_nb.study.figures import FIGURES, plan
 from sparse_nb.study.studies import narrow
@@ -99,7 +103,7 @@ def open_page(browser):
     """Opens a file as a page; afterwards: no message, no error, and no request for anything but files on disk."""
     contexts, said, asked = [], [], []
 
-    def opened(path, *, width=1000, height=900, scheme="light"):
+    def opened(path, *, width=1000, height=900, scheme="light", state=""):
         contexts.append(
             browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True)
         )
@@ -107,7 +111,7 @@ def open_page(browser):
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
+        page.goto(path.as_uri() + state)
         return page
 
     yield opened
@@ -153,6 +157,18 @@ def assert_draws(page, rows, expected):
         assert y is None if mean is None else y == pytest.approx(mean, abs=0.0051)
         for side, reach in (("arrayminus", below), ("array", above)):
             assert bar[side][0] == pytest.approx(reach, abs=0.0101) if reach is not None else not bar["visible"]
+
+
+def middle_of_point(page, number):
+    """Where a point of the curve is, in pixels."""
+    return page.evaluate(
+        """number => {
+            const points = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point"));
+            const box = points.find(p => p.length > 2)[number].getBoundingClientRect();
+            return [box.x + box.width / 2, box.y + box.height / 2];
+        }""",
+        number,
+    )
 
 
 def keyboard_to(page, name):
@@ -234,17 +250,21 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
     assert (
         "3 seeds" in hover
         and "remaining weights 25\u00a0%" in hover
-        and all(run in hover for run in place.experiment.unique())
+        and not any(run in hover for run in place.experiment.unique())
     )
-    page.mouse.move(
-        *page.evaluate("""() => {
-            const points = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point"));
-            const box = points.find(p => p.length > 2)[2].getBoundingClientRect();
-            return [box.x + box.width / 2, box.y + box.height / 2];
-        }""")
-    )
+    page.mouse.move(*middle_of_point(page, 2))
     page.wait_for_selector("#chart .hoverlayer .hovertext")
     assert "3 seeds" in page.text_content("#chart .hoverlayer .hovertext")
+    assert page.is_hidden("#picked")
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("#picked")
+    page.mouse.move(0, 0)
+    assert all(run in page.inner_text("#picked") for run in place.experiment.unique())  # stays, to be copied
+    choose(page, "family", "VGG")
+    assert page.is_hidden("#picked")
+    kept = ["closed", "open", "interval", "clean", "compared", "diverged"]
+    assert [name for name in kept if page.is_visible(f"#key-{name}")] == ["closed", "interval", "clean"]
 
 
 QUESTIONS = [
@@ -351,7 +371,7 @@ def test_depth_has_evenly_spaced_steps(table, path, open_page):
 
 def test_numbers_are_in_a_table_and_titles_in_words(path, open_page):
     page = open_page(path)
-    keyboard = page.locator("summary")
+    keyboard = page.locator("#numbers summary")
     keyboard.focus()
     page.keyboard.press("Enter")
     rows = page.locator("#rows tr").all_inner_texts()
@@ -364,22 +384,16 @@ def test_numbers_are_in_a_table_and_titles_in_words(path, open_page):
     )
     assert layout[:3] == ["remaining weights (%)", "accuracy (%)", "log"] and layout[3][0] > layout[3][1]
     assert page.inner_text("#title") == "MLP on MNIST, growing in width: accuracy under weight noise, σ = 0.5"
-    for label in (
-        "Images",
-        "Network",
-        "Sparser by growing in",
-        "Weights removed",
-        "Shared out over layers by",
-        "Disturbance",
-        "Noise σ",
-    ):
+    for label in (*(LABELS[name] for name in CONTROLS), "Noise σ"):
         assert page.get_by_label(label, exact=True).is_visible()
 
 
 @pytest.mark.parametrize("width", [320, 390])
 def test_phone(path, open_page, width):
     page = open_page(path, width=width, height=844)
-    page.click("summary")
+    assert page.is_hidden("#dataset")
+    page.click("#numbers summary")
+    page.click("#menus summary")
     for measure in ("weight noise", "corrupted images", "adversarial attacks", "none (class recall)"):
         page.select_option("#measure", label=measure)
         assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -420,17 +434,17 @@ def test_hostile_text_stays_text(table, open_page, tmp_path):
     assert page.inner_text("footer") == HOSTILE
     choose(page, "question", HOSTILE)
     assert HOSTILE in page.inner_text("#title")
-    page.click("summary")
+    page.click("#numbers summary")
     assert HOSTILE in page.inner_text("#rows") and run in page.inner_text("#rows")
+    page.click("#compare")
+    assert HOSTILE in page.inner_text("#compared")
     page.locator("#chart").scroll_into_view_if_needed()
-    box = page.evaluate("""() => {
-        const points = [...document.querySelectorAll("#chart .trace")].map(t => t.querySelectorAll(".point"));
-        const box = points.find(p => p.length > 2)[0].getBoundingClientRect();
-        return [box.x + box.width / 2, box.y + box.height / 2];
-    }""")
+    box = middle_of_point(page, 0)
     page.mouse.move(*box)
     page.wait_for_selector("#chart .hoverlayer .hovertext")
-    assert HOSTILE in page.text_content("#chart .hoverlayer") and run in page.text_content("#chart .hoverlayer")
+    assert HOSTILE in page.text_content("#chart .hoverlayer")
+    page.mouse.click(*box)
+    assert run in page.inner_text("#picked")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "saved.svg")
@@ -442,11 +456,16 @@ def test_hostile_text_stays_text(table, open_page, tmp_path):
 
 def test_picture_is_saved_as_vectors(path, open_page, tmp_path):
     page = open_page(path)
+    page.click("#compare")
+    choose(page, "rule", "proportional")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "picture.svg")
     picture = (tmp_path / "picture.svg").read_text()
     assert picture.startswith("<svg") and "<image" not in picture and "remaining weights (%)" in picture
+    said = " ".join(ElementTree.fromstring(picture).itertext())
+    assert page.inner_text("#title") in said and "sparse-nb. Chosen numbers." in said and "before training" in said
+    assert "allocation rule: proportional. Diamonds: " in said and "allocation rule: water-filling." in said
 
 
 def test_library_beside_the_page(table, open_page, tmp_path):
@@ -483,3 +502,154 @@ def test_bytes_repeat_in_another_process(table, tmp_path):
         words = [sys.executable, "-c", AGAIN, tmp_path / "table.csv", tmp_path / f"{seed}.html"]
         subprocess.run(words, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         assert (tmp_path / f"{seed}.html").read_bytes() == written
+
+
+@pytest.mark.parametrize("width, height", [(1366, 768), (390, 844)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_chart_and_slider_are_on_one_screen(path, open_page, width, height, scheme):
+    page = open_page(path, width=width, height=height, scheme=scheme, state="#measure=corrupted-images")
+    for name in ("#title", "#strength", "#value", "#chart"):
+        box = page.locator(name).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= height, name
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, name
+    assert page.locator("#chart").bounding_box()["height"] >= 240
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+ELSEWHERE = [
+    ("dataset", "CIFAR-10"),
+    ("family", "VGG"),
+    ("growth", "depth"),
+    ("rule", "proportional"),
+    ("measure", "corrupted images"),
+    ("question", "glass blur"),
+]
+
+
+def test_the_address_restores_the_view(path, open_page):
+    page = open_page(path)
+    assert "#" not in page.url
+    for name, words in ELSEWHERE:
+        choose(page, name, words)
+    keyboard_to(page, "strength")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("() => location.hash.includes('question=glass-blur&strength=2')")
+    again = open_page_like(open_page, path, page)
+    again.click("#compare")
+    again.select_option("#family", label="MLP")
+    again.wait_for_function("() => location.hash.includes('with=') && location.hash.includes('family=mlp')")
+    third = open_page_like(open_page, path, again)
+    assert "diamonds" in third.inner_text("#compared") and "VGG" in third.inner_text("#compared")
+    third.evaluate("location.hash = '#family=vgg&measure=weight-noise'")  # as typed, or by the button Back
+    third.wait_for_function("() => document.getElementById('title').textContent.startsWith('VGG on MNIST')")
+    assert third.is_hidden("#compared")
+
+
+def open_page_like(open_page, path, page):
+    """The address of `page` opened in another browser context, which shows the same."""
+    again = open_page(path, state="#" + page.url.partition("#")[2])
+    assert again.inner_text("#title") == page.inner_text("#title")
+    assert [chosen(again, name) for name in SELECTS] == [chosen(page, name) for name in SELECTS]
+    assert drawn(again) == drawn(page)
+    return again
+
+
+def test_a_second_curve_is_compared(table, path, open_page):
+    page = open_page(path)
+    before = drawn(page)["points"]
+    assert "compared" not in drawn(page) and page.get_attribute("#compare", "aria-pressed") == "false"
+    keyboard_to(page, "compare")
+    page.keyboard.press("Enter")
+    page.focus("#dataset")
+    choose(page, "family", "VGG")
+    found = drawn(page)
+    assert found["compared"]["y"] == before["y"] and found["compared"]["x"] == before["x"]
+    vgg = table[(table.dataset == "mnist") & (table.family == "vgg") & (table.growth == "width")]
+    vgg = vgg[(vgg.schedule == "static") & (vgg.rule == "water_filling") & (vgg.measure == "weight_noise")]
+    assert_draws(page, vgg, by_hand(vgg[vgg.strength == 0.5]))
+    assert found["points"]["y"] != before["y"] and page.is_visible("#key-compared")
+    low, high = page.evaluate("document.getElementById('chart').layout.xaxis.range")[::-1]
+    assert all(low < np.log10(x) < high for x in (*found["compared"]["x"], *found["points"]["x"]))
+    choose(page, "growth", "depth")  # its own axis has places without a scale: both are plotted against density
+    found, layout = drawn(page), page.evaluate("document.getElementById('chart').layout.xaxis")
+    assert layout["type"] == "log" and layout["title"]["text"] == "remaining weights (%)"
+    depths = table[(table.dataset == "mnist") & (table.family == "vgg") & (table.growth == "depth")].density.unique()
+    assert found["points"]["x"] == pytest.approx([100 * density for density in sorted(depths, reverse=True)], rel=1e-5)
+    page.click("#compare")
+    assert "compared" not in drawn(page) and page.is_hidden("#key-compared")
+    assert drawn(page)["points"]["x"] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        f"#dataset={HOSTILE}&family={HOSTILE}&question={HOSTILE}&strength={HOSTILE}&with={HOSTILE}",
+        "#with=" + "/".join([HOSTILE.replace("/", "")] * 8),
+        "#dataset=__proto__&strength=constructor&family=toString&with=__proto__",
+        "#%E0%A4%A&dataset=%00&strength=-1&question=999&with=%2F%2F%2F%2F%2F%2F%2F",
+        f"#{HOSTILE}",
+        "#" + "dataset=" * 20_000,
+    ],
+)
+def test_a_hostile_address_does_nothing(path, open_page, state):
+    page, usual = open_page(path, state=state), open_page(path)
+    assert page.evaluate("window.hurt") is None and page.locator("img, a").count() == 0
+    assert page.inner_text("main") == usual.inner_text("main") and drawn(page) == drawn(usual)
+
+
+def test_a_link_is_copied_or_shown(path, open_page):
+    page = open_page(path)
+    page.evaluate("() => { navigator.clipboard.writeText = async words => { window.copied = words; }; }")
+    page.click("#link")
+    page.wait_for_function("() => document.getElementById('link').textContent === 'Copied'")
+    assert page.evaluate("window.copied").startswith(path.as_uri() + "#dataset=mnist&family=mlp&growth=width")
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error(0)); }")
+    page.click("#link")
+    page.wait_for_selector("#address")
+    assert page.input_value("#address") == page.evaluate("window.copied")
+
+
+def test_words_are_explained_to_mouse_and_keyboard(path, open_page):
+    page = open_page(path)
+    for name in CONTROLS:
+        assert page.is_hidden(f"#{name}-hint")
+        keyboard_to(page, name)
+        assert page.inner_text(f"#{name}-hint") == GLOSSARY[name] and page.is_visible(f"#{name}-hint")
+        assert page.get_attribute(f"#{name}", "aria-describedby") == f"{name}-hint"
+    page.evaluate("document.activeElement.blur()")
+    page.hover("label[for=rule]")
+    assert page.is_visible("#rule-hint")
+    on_top = """() => {
+        const hint = document.getElementById("rule-hint"), box = hint.getBoundingClientRect();
+        hint.style.pointerEvents = "auto";
+        return document.elementFromPoint(box.right - 5, box.bottom - 5) === hint;
+    }"""
+    assert page.evaluate(on_top)  # not below the plot
+
+
+def test_the_claim_of_the_panel_is_told(table, open_page, tmp_path):
+    panel = dict(claim="1", dataset="mnist", rule="water_filling", family="mlp", growth="width", seeds=3)
+    judged = pd.DataFrame([panel | {"verdict": "refuted", "numbers": "some <b>numbers</b>"}])
+    place = dict(contrast="gain", disturbance="noise", rule="water_filling", dataset="mnist", family="mlp")
+    effects = pd.DataFrame([place | {"effect": 1.26, "low": -0.4, "high": 2.9}])
+    some = table[(table.dataset == "mnist") & (table.measure == "weight_noise") & (table.schedule == "static")]
+    page = open_page(write_page(some, tmp_path / "explore.html", judged=judged, effects=effects)[0])
+    said = page.inner_text("#claim")
+    assert said.startswith("refuted in this panel") and CLAIMS["1"].sentence in said and "some <b>numbers</b>" in said
+    assert "+1.3 points" in said and "-0.4 to +2.9" in said and page.locator("#claim b").inner_text() == "refuted"
+    choose(page, "rule", "proportional")
+    assert page.inner_text("#claim") == "No sentence of the paper is tested on this curve."
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_published_page_is_made_of_these_files():
+    """docs/static/curves.html has to be made again (`python .ci/book.py explorer`) when its parts change."""
+    page, parts = (ROOT / "docs/static/curves.html").read_text(encoding="utf-8"), ROOT / "sparse_nb/explorer"
+    script, style, elements = ((parts / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
+    assert f"<script>\n{script}</script>" in page and f"<style>\n{style}</style>" in page
+    with_curves = re.sub(r"<!-- otherwise -->.*?<!-- end -->\n", "", elements, flags=re.DOTALL)
+    fixed = re.split(r"[$]\w+|<!-- if there are curves -->\n", with_curves)
+    assert len(fixed) > 8 and [part for part in fixed if part not in page] == []
+    assert all(f">{LABELS[name]}</label>" in page and GLOSSARY[name] in page for name in CONTROLS)
