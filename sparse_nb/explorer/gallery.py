@@ -25,7 +25,7 @@ from ..robustness.corruptions.corruptions import corrupt, default_severities, na
 from ..robustness.evaluation import sample
 from ..runs.index import Records
 from ..runs.store import Store, load_run
-from ..study.experiments import dense_parent
+from ..study.experiments import ancestors
 from ..sweep.jobs import Job
 
 # %% ../../nbs/9_explorer/02_gallery.ipynb #e40b5053
@@ -113,7 +113,7 @@ def missing_networks(store: Records, members: pd.DataFrame) -> list[Job]:
     members: of `load_curve`. Raises ValueError if this version can make none of its networks.
     """
     lacking = [experiment for experiment, there in _shown(store, members).items() if not there]
-    parents = [parent for parent in map(dense_parent, lacking) if parent]
+    parents = [ancestor for network in lacking for ancestor in reversed(ancestors(network))]
     untrained = [parent for parent in parents if not Store(store.root, write=False).has_checkpoint(parent)]
     return [Job(experiment, True, ()) for experiment in dict.fromkeys([*untrained, *lacking])]
 
