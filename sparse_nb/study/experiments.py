@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'OF_SCHEDULES', 'BITS', 'counted_shapes', 'counted_total', 'without_meaning', 'accept', 'check_settings',
            'check_experiment', 'Experiment', 'dense_of', 'parent_of', 'ancestors', 'is_trained', 'is_portable',
            'check_numbers', 'Evaluation', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption', 'Attack', 'Quantisation',
-           'Calibration', 'Curvature', 'CorrectImages', 'check_measurable', 'check_version', 'build', 'as_executed',
-           'prepare', 'train', 'prune', 'experiment_identity', 'evaluation_identity', 'experiment_hash',
+           'Calibration', 'Curvature', 'CorrectImages', 'OwnMeasure', 'check_measurable', 'check_version', 'build',
+           'as_executed', 'prepare', 'train', 'prune', 'experiment_identity', 'evaluation_identity', 'experiment_hash',
            'evaluation_hash']
 
 # %% ../../nbs/4_study/02_experiments.ipynb #ad0ca5c2
@@ -482,6 +482,34 @@ class CorrectImages(Evaluation):
     def run(self, model, images):
         images = evaluation.sample(images, self.test_images)
         return correct_images.evaluate(model, images, sigma=self.sigma, seed=self.seed)
+
+# %% ../../nbs/4_study/02_experiments.ipynb #f3539dd7
+@dataclass(frozen=True)
+class OwnMeasure(Evaluation):
+    """A measure of somebody's own. function: its import path with the version, as `own.find` gives it. seed: handed to
+    it. test_images: a random sample of the test set, None for all of it."""
+
+    function: str = ""
+    seed: int = 0
+    test_images: int | None = None
+    measure: ClassVar[str] = "own"
+    passes: ClassVar[int] = 1
+
+    def __post_init__(self):
+        check_numbers(self, seed=0)
+        if not own.is_own(self.function):
+            raise ValueError(f"function is {self.function!r}; accepted: an import path, package.module:function")
+
+    def run(self, model, images):
+        images = evaluation.sample(images, self.test_images)
+        found = own.resolve(self.function)(model, images, seed=self.seed)
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"{own.plain(self.function)} gives {found!r:.60}; accepted: a dict of numbers by name")
+        for name, value in found.items():
+            if not isinstance(name, str) or not math.isfinite(value):
+                raise ValueError(f"{own.plain(self.function)} gives {value!r} as {name!r}; accepted: finite numbers")
+        label = own.label(self.function)
+        return [evaluation.Record("own", quantity, float(value), name=label) for quantity, value in found.items()]
 
 # %% ../../nbs/4_study/02_experiments.ipynb #5f17b5e7
 def check_measurable(experiment, measurement):

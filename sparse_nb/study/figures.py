@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .. import data, own
 from ..networks import models
 from ..robustness.corruptions import corruptions
-from .experiments import Evaluation, Experiment, accept, counted_total
+from .experiments import Evaluation, Experiment, OwnMeasure, accept, counted_total
 from .studies import MANY_PASSES, load, sample_size
 
 # %% ../../nbs/4_study/04_figures.ipynb #670671cd
@@ -367,6 +367,7 @@ def measurements(points, preset=None, *, root=None):
             if (e.dataset, e.family) not in beside:
                 setting = preset.families[e.family]
                 found = [measurement_of(preset, measure, e.dataset, setting, root) for measure in preset.beside]
+                found += [OwnMeasure(function=name) for name in preset.own_measures]
                 beside[e.dataset, e.family] = dict.fromkeys(found)
             wanted[e] |= beside[e.dataset, e.family]
     return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}

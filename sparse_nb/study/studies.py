@@ -130,7 +130,8 @@ class Study:
 
     attack_epsilons: {channels of the images: radii}. only_rules: the rules that were asked for by name, which then
     hold for a figure with rules of its own as well.
-    bits: of convolutional networks, "native" or "portable"; see `Experiment`.
+    bits: of convolutional networks, "native" or "portable"; see `Experiment`. own_measures: import paths of measures of
+    somebody's own, made of every network on a curve by width.
     beside: measures that are made of every network on a curve by width, though no figure shows them.
     versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
     figures: those that are drawn, all that show one of the families if empty. file: where it was read from, empty for a
@@ -155,6 +156,7 @@ class Study:
     only_rules: tuple[str, ...] = ()
     bits: str = "native"
     beside: tuple[str, ...] = ()
+    own_measures: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     figures: tuple[str, ...] = ()
     file: str = field(default="", compare=False)
@@ -210,6 +212,8 @@ def _with_versions(table, folders):
     table = dict(table)
     if isinstance(table.get("datasets"), list):
         table["datasets"] = [_found(name, ("datasets",), folders) for name in table["datasets"]]
+    if isinstance(table.get("own_measures"), list):
+        table["own_measures"] = [_found(name, ("own_measures",), folders) for name in table["own_measures"]]
     if isinstance(table.get("families"), dict):
         of_families = table["families"].items()
         table["families"] = {_found(name, ("families", name), folders): of for name, of in of_families}
@@ -268,6 +272,11 @@ def _check_names(study):
     _check_list(study.datasets, data.DATASETS, ("datasets",))
     _check_list(study.rules, allocation.RULES, ("rules",))
     _check_list(study.beside, _MEASURES, ("beside",), least=0)
+    for name in study.own_measures:
+        if not own.is_own(name):
+            raise Wrong(
+                ("own_measures",), f"own_measures has {name!r}; accepted: import paths, package.module:function"
+            )
     _check_list([name for name, _ in study.versions], ("training", *_MEASURES), ("versions",), least=0)
     for family in study.families:
         if family not in models.FAMILIES and not own.is_own(family):

@@ -50,7 +50,7 @@ def digest(description):
 # %% ../../nbs/4_study/01_versions.ipynb #f6fe938f
 TRAINING = "2"
 MEASURES = dict.fromkeys(("clean", "weight_noise", "corruption", "attack", "class_recall"), "2") | dict.fromkeys(
-    ("quantisation", "calibration", "curvature", "correct_images"), "1"
+    ("quantisation", "calibration", "curvature", "correct_images", "own"), "1"
 )
 FIRST = {  # versions as they were before they were declared
     "training": "f1da6b6dcd874708",
@@ -253,6 +253,7 @@ _PARTS = {
     "quantisation": (*_MEASURING, "robustness.quantisation", "study.experiments:Quantisation.run"),
     "calibration": (*_MEASURING, "robustness.calibration", "study.experiments:Calibration.run"),
     "curvature": (*_MEASURING, "robustness.curvature", "study.experiments:Curvature.run"),
+    "own": (*_MEASURING, "study.experiments:OwnMeasure.run"),
     "correct_images": (
         *_MEASURING,
         "robustness.weight_noise",

@@ -55,25 +55,26 @@ def _sources(module):
     return found
 
 
-def text_of(family: str) -> str:
-    """16 hexadecimal digits for the code of a family of somebody's own: its module, and whatever that imports from its
-    package or its folder. Comments, docstrings and layout do not count."""
-    texts = _sources(own.resolve(family).__module__)
+def text_of(function: str) -> str:
+    """16 hexadecimal digits for the code of a family or a measure of somebody's own: its module, and whatever that
+    imports from its package or its folder. Comments, docstrings and layout do not count."""
+    texts = _sources(own.resolve(function).__module__)
     return digest({name: code_hash(text) for name, text in texts.items()})
 
 
-def checked_texts(families: Iterable[str], datasets: Iterable[str], known: Mapping[str, str], where: object) -> dict:
-    """What the families and datasets of somebody's own among these are made of now: {name: 16 hexadecimal digits}.
+def checked_texts(functions: Iterable[str], datasets: Iterable[str], known: Mapping[str, str], where: object) -> dict:
+    """What the families and measures, and the datasets, of somebody's own among these are made of now: {name: 16
+    hexadecimal digits}.
 
     known: the same of earlier, which `where`, a file, remembers. Raises ValueError, with what to do, if one of them is
     not what it was under the same version.
     """
-    own_families, own_datasets = (sorted(filter(own.is_own, set(names))) for names in (families, datasets))
-    now = {name: text_of(name) for name in own_families} | {name: data.checksum(name)[:16] for name in own_datasets}
+    own_functions, own_datasets = (sorted(filter(own.is_own, set(names))) for names in (functions, datasets))
+    now = {name: text_of(name) for name in own_functions} | {name: data.checksum(name)[:16] for name in own_datasets}
     for name, text in now.items():
         if known.get(name, text) != text:
             function = own.plain(name).rpartition(":")[2]
-            what = "the code of a family" if name in own_families else "the images"
+            what = "the code" if name in own_functions else "the images"
             raise ValueError(
                 f"{name} is not what it was when runs were made: {what} changed under the same version; if its numbers "
                 f"changed, give {function}.version another text; if not, delete the line of {name} in {where}"

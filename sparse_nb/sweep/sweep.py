@@ -36,6 +36,7 @@ from sparse_nb.sweep.jobs import (
     Terms,
     images_of,
     missing_jobs,
+    own_measures,
     resolve_device,
     run_elsewhere,
     run_job,
@@ -320,15 +321,18 @@ def check_code(remote):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #7d88f84b
 def own_texts(jobs, store):
-    """`your_own.checked_texts` of the families and datasets of some `Job`s, remembered in the store's `.own.json`.
+    """`your_own.checked_texts` of the families, datasets and measures of some `Job`s, remembered in the store's
+    `.own.json`.
 
     Raises ValueError, with what to do, if one of them is not what the store remembers.
     """
     file, experiments = store.root / ".own.json", [job.experiment for job in jobs]
-    if not any(own.is_own(name) for e in experiments for name in (e.family, e.dataset)):
+    measures = {name for job in jobs for name in own_measures(job)}
+    if not measures and not any(own.is_own(name) for e in experiments for name in (e.family, e.dataset)):
         return {}
     known = load_json(read_bytes(file)) if file.exists() else {}
-    now = checked_texts({e.family for e in experiments}, {e.dataset for e in experiments}, known, file)
+    functions = measures | {e.family for e in experiments}
+    now = checked_texts(functions, {e.dataset for e in experiments}, known, file)
     if now.keys() - known.keys():
         write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
     return now
