@@ -163,14 +163,15 @@ def depth_axis(steps: pd.DataFrame) -> dict:
 # %% ../../nbs/7_results/03_axes.ipynb #28b0f037
 def accuracy_range(*shares: pd.Series) -> list[float]:
     """Bounds of an axis in percent that holds all `shares` (in [0, 1]; NaN is not drawn) with room: at least 10 points
-    high, and at most from −4 to 104.
+    high, and at most from −4 to 104, of which nothing above 101 is there for the room alone.
     """
     drawn = 100 * pd.concat(shares).dropna()
     if drawn.empty:
         return [0, 100]
     low, high = drawn.min(), drawn.max()
     room = max(0.08 * (high - low), (10 - (high - low)) / 2)
-    return [max(low - room, -4), min(high + room, 104)]
+    top = min(high + room, max(101, high + 0.08 * (high - low)), 104)
+    return [max(min(low - room, top - 10), -4), top]
 
 
 def place_points(points: pd.DataFrame) -> tuple[pd.DataFrame, dict]:

@@ -20,15 +20,23 @@ from .tables import corruption_means, noise_means, summarise_curves
 QUESTIONS = {"accuracy": "undisturbed", "noisy_accuracy": "under weight noise", "mean_accuracy": "on corrupted images"}
 
 
+def _common_seeds(means: pd.DataFrame) -> pd.DataFrame:
+    """Those rows of seeds that every schedule of their dataset and family has; a mean over other seeds is no rival."""
+    place = ["dataset", "family"]
+    schedules = means.groupby(place).growth.transform("nunique")
+    with_it = means.groupby([*place, "seed"]).growth.transform("nunique")
+    return means[with_it == schedules].reset_index(drop=True)
+
+
 def schedule_means(table: pd.DataFrame) -> pd.DataFrame:
     """Each of `QUESTIONS` for every network: rows with the columns of `tables.collect`, whose `table` for figure 16 it
-    is. Rows of diverged networks stay."""
+    is. Rows of diverged networks stay; seeds that not all schedules have are left out."""
     noise = noise_means(table[(table.measure == "weight_noise") | table.value.isna()])
     corrupted = corruption_means(table[table.measure == "corruption"])
     corrupted = corrupted[corrupted.quantity == "mean_accuracy"]
     by_network = [column for column in table.columns if column not in ("strength", "value")]
     means = corrupted.groupby(by_network, sort=False, dropna=False).value.mean().reset_index().assign(strength=0.0)
-    return pd.concat([noise, means[table.columns]], ignore_index=True)
+    return _common_seeds(pd.concat([noise, means[table.columns]], ignore_index=True))
 
 # %% ../../nbs/7_results/12_schedules.ipynb #e49f128d
 def schedule_differences(means: pd.DataFrame) -> pd.DataFrame:
@@ -41,7 +49,7 @@ def schedule_differences(means: pd.DataFrame) -> pd.DataFrame:
     keys, rows = ["dataset", "family", "width", "density"], []
     sparse = means[(means.density < 1) & means.value.notna()]
     for place, of_place in sparse.groupby(keys, sort=False):
-        values = of_place.set_index(["growth", "quantity", "seed"]).value
+        values = of_place.set_index(["growth", "quantity", "seed"]).value.sort_index()
         for schedule in dict.fromkeys(of_place.growth):
             if schedule == "static" or "static" not in set(of_place.growth):
                 continue
