@@ -1,6 +1,7 @@
 """What `make prepare` runs: modules from notebooks, notebooks without what differs from run to run, README.md from its
 notebook."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,27 @@ from nbdev.export import nb_export
 BIN = Path(sys.executable).parent
 
 
+def drop_progress(notebook):
+    """Take what a notebook's cells wrote to the standard error, progress bars and warnings, out of its outputs."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in content["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+    text = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    if text != notebook.read_text(encoding="utf-8"):
+        notebook.write_text(text, encoding="utf-8")
+
+
 def main():
     for command in (
         ["nbdev_export"],
         *(["nbdev_clean", "--fname", folder] for folder in ("nbs", "figures", "benchmarks")),
     ):
         subprocess.run([BIN / command[0], *command[1:]], check=True)
+    for folder in ("nbs", "figures", "benchmarks"):
+        for notebook in Path(folder).rglob("*.ipynb"):
+            if not {"rendered", ".ipynb_checkpoints"} & set(notebook.parts):
+                drop_progress(notebook)
     subprocess.run([sys.executable, Path(__file__).with_name("readme.py")], check=True)
     os.chdir("benchmarks")
     nb_export("bench.ipynb", lib_path=".", solo_nb=True)
