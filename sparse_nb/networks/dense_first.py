@@ -55,6 +55,8 @@ class _Early(Exception):
 
 def _state_at(model, images, recipe, epoch, *, seed, keep=None, **calls):
     """The `TrainingState` of `model` after so many epochs, a copy, or the `History` of a training that ends before."""
+    if epoch == 0:
+        return TrainingState({f"model.{name}": value.clone() for name, value in model.state_dict().items()}, ())
     found = []
 
     def until(state):
@@ -71,7 +73,7 @@ def _state_at(model, images, recipe, epoch, *, seed, keep=None, **calls):
 
 
 def early_state(model: nn.Module, images: ImageSet, recipe: Recipe, *, seed: int, epoch: int) -> TrainingState:
-    """The `TrainingState` of `model` after so many epochs of `training.fit`, for which it is used up.
+    """The `TrainingState` of `model` after so many epochs of `training.fit`, 0 for the beginning; `model` is used up.
 
     Raises ValueError if training ends by then.
     """
@@ -163,7 +165,7 @@ def fit_beta_lasso(
         every = {name: torch.arange(weight.numel()) for name, weight in counted_weights(model).items()}
         network = sparse_network(model, every | kept)
     else:
-        until = max(1, min(until, int(0.75 * recipe.epochs)))
+        until = min(until, int(0.75 * recipe.epochs))
         state = _penalised(model, images, recipe, seed=seed, resume=resume, l1=l1, beta=beta, until=until, **calls)
         if isinstance(state, History):  # it diverged
             return model, state

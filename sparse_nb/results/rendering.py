@@ -29,7 +29,7 @@ from .captions import footer_lines
 from .provenance import PICTURES, Provenance, of_points, publish
 from .tables import collect, finished
 from ..runs.store import Store
-from ..study.figures import FIGURES, plan
+from ..study.figures import FIGURES, measurements, plan
 from ..study.studies import Study, load, narrow
 from ..sweep import sweep
 from ..sweep.jobs import resolve_device
@@ -129,7 +129,7 @@ def _check_work(parameters: dict) -> None:
 
 def _trained(planned: Sequence, store: Store, parameters: dict) -> Sequence:
     """`planned`, trained and measured where that is missing; says how much that was."""
-    wanted = {point.experiment: [point.evaluation] for point in planned}
+    wanted = measurements(planned)
     how = {name: parameters[name] for name in ("device", "engine", "workers")}
     print(sweep.run(wanted, wanted, store=store, root=parameters["data"], **how))
     return planned

@@ -246,7 +246,7 @@ _EXPERIMENT_MORE = {
     "drop": _number(0, 1),
     "update_every": _whole(1),
     "update_until": _whole(1),
-    "rewind": _whole(1),
+    "rewind": _whole(0),
     "l1": _number(0),
     "beta": _number(0),
 }

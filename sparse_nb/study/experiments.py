@@ -108,8 +108,8 @@ def check_settings(described):
     d = described
     dynamic.check_updates(dynamic.METHODS[0], d.drop, d.update_every, d.update_until)
     dense_first.check_lasso(d.l1, d.beta, d.update_until)
-    if type(d.rewind) is not int or d.rewind < 1:
-        raise ValueError(f"rewind is {d.rewind!r}; it must be a whole number, at least 1")
+    if type(d.rewind) is not int or d.rewind < 0:
+        raise ValueError(f"rewind is {d.rewind!r}; it must be a whole number, at least 0")
 
 
 def check_experiment(experiment):
@@ -152,11 +152,11 @@ class Experiment:
     network, global pruning). seed: int, names masks, initial weights and batches. schedule: "static", a random mask
     from the start; "magnitude", trained dense and pruned to the budget afterwards; "set" or "rigl", whose connections
     move (drop, update_every, update_until: see `dynamic.fit_dynamic`); "imp", iterative pruning with rewinding to epoch
-    `rewind`; "beta_lasso" (l1, beta, update_until: see `dense_first.fit_beta_lasso`). pruning: what is compared where
-    magnitudes are, weights of a "layer" or "global". train_images: a random sample of the training set, None for all
-    of it. bits: of a convolutional network on a CPU, "native", those of the processor's fastest kernels, or "portable",
-    the same everywhere; an MLP's are portable in any case. version: of training, "" for the one that is declared;
-    networks of an earlier one can be named and read, and not made.
+    `rewind`, 0 for the initial weights; "beta_lasso" (l1, beta, update_until: see `dense_first.fit_beta_lasso`).
+    pruning: what is compared where magnitudes are, weights of a "layer" or "global". train_images: a random sample of
+    the training set, None for all of it. bits: of a convolutional network on a CPU, "native", those of the processor's
+    fastest kernels, or "portable", the same everywhere; an MLP's are portable in any case. version: of training, "" for
+    the one that is declared; networks of an earlier one can be named and read, and not made.
     Raises ValueError for anything that could not be trained, before anything is.
     """
 
@@ -580,7 +580,7 @@ def _train_ticket(experiment, images, parent, *, resume, **how):
     e, early = experiment, None
     if resume is None:
         dense = prepare(dense_of(e)).to(images.pixels.device)
-        early = dense_first.early_state(dense, images, e.recipe, seed=e.seed, epoch=e.rewind)
+        early = dense_first.early_state(dense, images, e.recipe, seed=e.seed, epoch=min(e.rewind, e.recipe.epochs - 1))
     network = as_executed(e, dense_first.survivors(parent, e.budget, **_split(e)))
     return network, dense_first.fit_rewound(network, early, images, e.recipe, resume=resume, **how)
 

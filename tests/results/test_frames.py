@@ -91,8 +91,10 @@ def drawn_by(figure, runs, seeds, monkeypatch):
 def test_nothing_that_a_figure_draws_leaves_its_frame(figure, runs, monkeypatch, capsys):
     for name, (made, curves) in drawn_by(figure, runs, 3, monkeypatch).items():
         cut, impossible, ends = outside(made)
-        assert (name, cut, impossible) == (name, 0, 0) and ends > 0
+        assert (name, cut, impossible) == (name, 0, 0) and (ends > 0) == (figure != "fig15")
         assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if has_points(trace)})
+        if figure == "fig15":
+            continue  # losses of single networks, without intervals
         shares = curves[~curves.quantity.isin(["loss_increase", "loss"])]
         assert shares.low.ge(0).all() and shares.high.le(1).all()
         assert (shares.low.le(shares["mean"]) & shares["mean"].le(shares.high)).all()
