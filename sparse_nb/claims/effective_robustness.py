@@ -153,7 +153,7 @@ def pooled_changes(found: pd.DataFrame) -> pd.DataFrame:
             rows.append(dict(zip(keys, key, strict=True)) | pool(part.effect, part.error) | dict(runs=runs))
     return pd.DataFrame(rows, columns=[*keys, *pool([0, 1], [1, 1]), "runs"])
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #9dffd885
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #f3ec8a28
 _LINES = {"raw": (NEUTRAL_COLOUR, "dot", 0.06), "effective": (OKABE_ITO["blue"], "solid", -0.06)}  # and how far aside
 _TITLES = {"noise": "weight noise", "corruption": "corrupted images"}
 
@@ -161,19 +161,16 @@ _TITLES = {"noise": "weight noise", "corruption": "corrupted images"}
 def _draw_kind(figure: go.Figure, points: pd.DataFrame, kind: str, *, up: int, row: int, col: int) -> None:
     """One line with its intervals and its name at its end, moved `up` by so many pixels."""
     colour, dash, aside = _LINES[kind]
-    at = points.place.astype(int) + aside
+    at, sides = points.place.astype(int) + aside, (points.high - points["mean"], points["mean"] - points.low)
+    hover = [f"{kind}: {p.mean:+.1f} [{p.low:+.1f}, {p.high:+.1f}], {p.panels} panels" for p in points.itertuples()]
     figure.add_scatter(
         x=at,
         y=points["mean"],
-        error_y=dict(
-            array=points.high - points["mean"], arrayminus=points["mean"] - points.low, width=0, thickness=1.5
-        ),
+        error_y=dict(array=sides[0], arrayminus=sides[1], width=0, thickness=1.5),
         mode="lines+markers",
         line=dict(color=colour, dash=dash),
         marker=dict(color=colour, size=7),
-        hovertext=[
-            f"{kind}: {p.mean:+.1f} [{p.low:+.1f}, {p.high:+.1f}], {p.panels} panels" for p in points.itertuples()
-        ],
+        hovertext=hover,
         hoverinfo="text",
         showlegend=False,
         row=row,
@@ -183,7 +180,7 @@ def _draw_kind(figure: go.Figure, points: pd.DataFrame, kind: str, *, up: int, r
     label = dict(text=kind, font_color=colour, showarrow=False, xanchor="left", xshift=9, yshift=up)
     figure.add_annotation(x=at.iloc[-1], y=end["mean"], **label, row=row, col=col)
 
-
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #e36c4e77
 def draw_changes(pooled: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Pooled raw and effective changes against density, a column for each disturbance, a row for each rule.
 
