@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTITIES', 'resampled_means', 'equal_budget', 'exchange_rate', 'exchange_rates', 'best_width', 'best_widths',
-           'common_width', 'control_of_store']
+           'common_width', 'table_of_store']
 
 # %% ../../nbs/8_claims/06_exchange_rate.ipynb #f110c6fc
 import math
@@ -66,7 +66,7 @@ QUANTITIES = {"noisy_accuracy": "noise", "accuracy": "clean"}
 _PLACE = ["dataset", "rule", "family"]
 
 
-def exchange_rates(means: pd.DataFrame) -> pd.DataFrame:
+def exchange_rates(means: pd.DataFrame, draws: int = 50_000) -> pd.DataFrame:
     """`exchange_rate` of every sparse network: a row for each place, budget and density, under noise and clean.
 
     means: of `tables.noise_means`, of figure 12. Columns: disturbance, dataset, rule, family, budget, density, score,
@@ -84,7 +84,7 @@ def exchange_rates(means: pd.DataFrame) -> pd.DataFrame:
                 runs = " ".join(dict.fromkeys([*sparse.experiment, *arm.experiment]))
                 named = dict(disturbance=QUANTITIES[quantity]) | dict(zip(_PLACE, place, strict=True))
                 named |= dict(budget=budget, density=density, score=sparse.value.mean())
-                found = exchange_rate(dense, sparse.value.to_numpy(), budget)
+                found = exchange_rate(dense, sparse.value.to_numpy(), budget, draws)
                 rows.append(named | found | dict(seeds=len(sparse), runs=runs))
     columns = ["disturbance", *_PLACE, "budget", "density", "score", "rate", "low", "high", "bound", "seeds", "runs"]
     return pd.DataFrame(rows, columns=columns)
@@ -144,12 +144,12 @@ def common_width(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["disturbance", "rule", *names, "curves"])
 
 # %% ../../nbs/8_claims/06_exchange_rate.ipynb #a2a3936d
-def control_of_store(preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
-    """(`tables.collect` of the control of figure 12, its points) of what a `Study` plans and what of it is in a
-    `Store`.
+def table_of_store(figure: str, preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
+    """(`tables.collect` of a figure, its points) of what a `Study` plans and what of it is in a `Store`.
 
-    root: of the datasets. An empty table and no points if the study has no control, or nothing of it is complete.
+    figure: "fig12" for the control. root: of the datasets. An empty table and no points if the study does not have the
+    figure, or nothing of it is complete.
     """
-    planned = plan("fig12", preset, root=root) if shown_families("fig12", preset) else ()
+    planned = plan(figure, preset, root=root) if shown_families(figure, preset) else ()
     there = list(finished(planned, store))
     return (collect(store, there) if there else pd.DataFrame()), there
