@@ -76,7 +76,7 @@ def _change(curve: pd.DataFrame, what: str, places: Mapping[int, float]) -> np.n
     inner = [changes[step] for step in places if 2.0**-step in INNER]
     return np.array([*changes.values(), np.mean(inner) if inner else math.nan])
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #2ab8e3cc
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #1535b0f0
 KINDS = {"raw": "score", "effective": "residual", "beyond dense": "beyond"}  # and the column that each reads
 DENSE, FEWEST = "dense", 3  # rule of the networks of the second line; fewest budgets for one
 
@@ -86,12 +86,13 @@ def _with_residuals(networks: pd.DataFrame) -> pd.DataFrame:
     which is NaN without a second line."""
     clean, dense = networks.clean.to_numpy(), networks[networks.rule == DENSE]
     curves = networks[networks.rule != DENSE]
-    networks = networks.assign(residual=networks.score - baseline(curves.clean, curves.score)(clean), beyond=math.nan)
+    residual = networks.score - baseline(curves.clean, curves.score)(clean)
+    networks = networks.assign(residual=residual, beyond=math.nan)
     if dense.budget.nunique() >= FEWEST:
         networks["beyond"] = networks.score - baseline(dense.clean, dense.score)(clean)
     return networks
 
-
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #6b3d1300
 def _rows_of(networks: pd.DataFrame, rule: str) -> list[dict]:
     """The rows of `changes` of the curve under a rule, among the networks that share its baselines."""
     curve = networks[networks.rule == rule]
@@ -108,7 +109,7 @@ def _rows_of(networks: pd.DataFrame, rule: str) -> list[dict]:
             rows.append(mine | dict(kind=kind, place=place, **interval(values[:, i, j]), runs=runs))
     return rows
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #61fd724b
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #f515fbd9
 def changes(networks: pd.DataFrame) -> pd.DataFrame:
     """Raw and effective changes of robustness from the dense base: a row for each curve, one of `KINDS`, and place.
 
@@ -125,7 +126,7 @@ def changes(networks: pd.DataFrame) -> pd.DataFrame:
                 rows += _rows_of(group, rule)
     return pd.DataFrame(rows, columns=[*_CURVE, "kind", "place", "effect", "low", "high", "error", "seeds", "runs"])
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #f515fbd9
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #1060ccd8
 def accuracies(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Clean accuracy and score of each network that did not diverge, under weight noise and on corrupted images.
 
@@ -145,7 +146,7 @@ def accuracies(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     columns = [*_CURVE, "density", "budget", "seed", "experiment", "clean", "score"]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #8c54b731
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #a092236c
 def accuracies_of_store(preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
     """(`accuracies`, the points behind them) of what a `Study` plans and what of it is in a `Store`.
 
@@ -159,7 +160,7 @@ def accuracies_of_store(preset, store, *, root: Path | str | None = None) -> tup
             points += [p for p in there if p.growth == "width" or p.experiment.density == 1]
     return accuracies(tables), points
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #9dffd885
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #05d53b08
 def pooled_changes(found: pd.DataFrame) -> pd.DataFrame:
     """`effects.pool` of the rows of `changes`, for each disturbance, rule, kind and place that at least two panels
     have."""
@@ -169,7 +170,7 @@ def pooled_changes(found: pd.DataFrame) -> pd.DataFrame:
             rows.append(dict(zip(keys, key, strict=True)) | pool(part.effect, part.error))
     return pd.DataFrame(rows, columns=[*keys, *pool([0, 1], [1, 1])])
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #e36c4e77
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #21cb1d53
 _LINES = {"raw": (NEUTRAL_COLOUR, "dot", 0.06), "effective": (OKABE_ITO["blue"], "solid", -0.06)}  # and how far aside
 _TITLES = {"noise": "weight noise", "corruption": "corrupted images"}
 
@@ -196,7 +197,7 @@ def _draw_kind(figure: go.Figure, points: pd.DataFrame, kind: str, *, up: int, r
     label = dict(text=kind, font_color=colour, showarrow=False, xanchor="left", xshift=9, yshift=up)
     figure.add_annotation(x=at.iloc[-1], y=end["mean"], **label, row=row, col=col)
 
-# %% ../../nbs/8_claims/07_effective_robustness.ipynb #05d53b08
+# %% ../../nbs/8_claims/07_effective_robustness.ipynb #69ddfcc7
 def draw_changes(pooled: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Pooled raw and effective changes against density, a column for each disturbance, a row for each rule.
 

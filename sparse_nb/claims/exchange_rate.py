@@ -110,7 +110,7 @@ def best_width(panel: pd.DataFrame, budget: int, draws: int = 2000) -> dict[str,
     numbers = dict(low=float(low), high=float(high), error=float(error))
     return dict(width=float(width[0]), per_unit=budget / float(width[0]), **numbers, bound=bound)
 
-# %% ../../nbs/8_claims/06_exchange_rate.ipynb #e54b232c
+# %% ../../nbs/8_claims/06_exchange_rate.ipynb #c81dddcb
 def best_widths(table: pd.DataFrame, what: str = "noise") -> pd.DataFrame:
     """`best_width` of every budget of one-layer networks of a table of `tables.collect`: by dataset, rule, budget.
 
@@ -130,7 +130,7 @@ def best_widths(table: pd.DataFrame, what: str = "noise") -> pd.DataFrame:
     columns = ["disturbance", *_PLACE, "budget", *found]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/8_claims/06_exchange_rate.ipynb #4886686b
+# %% ../../nbs/8_claims/06_exchange_rate.ipynb #251d63ae
 def common_width(found: pd.DataFrame) -> pd.DataFrame:
     """Weights per unit of all curves of `best_widths` together, by disturbance and rule: mean, low, high (95 %),
     predicted_low, predicted_high (of one more curve), and curves. Without an error a curve is left out; one is no rule.
@@ -143,7 +143,7 @@ def common_width(found: pd.DataFrame) -> pd.DataFrame:
             rows.append(place | {name: 2 ** pooled[name] for name in names} | dict(curves=len(part)))
     return pd.DataFrame(rows, columns=["disturbance", "rule", *names, "curves"])
 
-# %% ../../nbs/8_claims/06_exchange_rate.ipynb #a2a3936d
+# %% ../../nbs/8_claims/06_exchange_rate.ipynb #491cef9a
 def table_of_store(figure: str, preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
     """(`tables.collect` of a figure, its points) of what a `Study` plans and what of it is in a `Store`.
 

@@ -95,7 +95,7 @@ def elsewhere(points: pd.DataFrame, rates: pd.DataFrame) -> str:
     parts = [f"{name} {_times(rows)}" for name, rows in said.items() if len(rows)]
     return f"The ratio {'; '.join(parts)}." if parts else ""
 
-# %% ../../nbs/8_claims/08_hero.ipynb #c0f0b507
+# %% ../../nbs/8_claims/08_hero.ipynb #7e9794c0
 def limits(points: pd.DataFrame, rates: pd.DataFrame, planned: Sequence) -> list[str]:
     """Lines for under the figure. points: of `hero_points`; rates: of `exchange_rates`; planned: their `Point`s."""
     runs = {run for runs in points.runs for run in runs.split()}
@@ -116,7 +116,7 @@ def limits(points: pd.DataFrame, rates: pd.DataFrame, planned: Sequence) -> list
     ]
     return list(filter(None, lines))
 
-# %% ../../nbs/8_claims/08_hero.ipynb #7de728eb
+# %% ../../nbs/8_claims/08_hero.ipynb #75fb626e
 _INK, _SHADES = "#1b1f24", ("#86b8dc", "#3a8cc2", "#00508a", "#00305a")  # sparser is darker
 _FRACTIONS = ("dense", "½", "¼", "⅛", "1/16")
 _PLOT_HEIGHT = 272  # pixels
@@ -135,7 +135,7 @@ def _apart(heights: Sequence[float], gap: float) -> list[float]:
         placed.append(max(height, placed[-1] + gap) if placed else height)
     return [place - height for place, height in zip(placed, heights, strict=True)]
 
-
+# %% ../../nbs/8_claims/08_hero.ipynb #3dcbc0f4
 def _add_density(figure: go.Figure, line: pd.DataFrame, colour: str, name: str, up: float, **at: int) -> None:
     """One line with its intervals, and its name to the left of its first point, `up` by so many pixels. at: row and
     col."""
@@ -155,7 +155,7 @@ def _add_density(figure: go.Figure, line: pd.DataFrame, colour: str, name: str, 
     start = dict(x=math.log10(line.budget.iloc[0]), y=100 * line["mean"].iloc[0], showarrow=False)
     figure.add_annotation(**start, **label, **at)
 
-# %% ../../nbs/8_claims/08_hero.ipynb #42dfb8a3
+# %% ../../nbs/8_claims/08_hero.ipynb #e1169bb4
 def _rate_words(arrow: pd.Series) -> str:
     """As in "49k sparse weights match 263k dense: 5.3 times [3.8, 7.4]", on three lines."""
     high = f"{arrow.rate_high:.1f}" if math.isfinite(arrow.rate_high) else "open"
@@ -179,7 +179,7 @@ def _add_arrow(figure: go.Figure, panel: pd.DataFrame, floor: float, axis: str, 
     text = dict(text=_rate_words(arrow), align=side["xanchor"], font=dict(color=colour, size=15), showarrow=False)
     figure.add_annotation(x=math.log10(there), y=floor, yanchor="bottom", yshift=6, **side, **text, **at)
 
-# %% ../../nbs/8_claims/08_hero.ipynb #5b6eb771
+# %% ../../nbs/8_claims/08_hero.ipynb #3b2c5231
 def _draw_panel(figure: go.Figure, panel: pd.DataFrame, colours: dict[int, str], col: int) -> None:
     """One panel: a line for each density, the arrow, axes and a title."""
     at, axis = dict(row=1, col=col), "" if col == 1 else str(col)
@@ -203,7 +203,7 @@ def _draw_panel(figure: go.Figure, panel: pd.DataFrame, colours: dict[int, str],
     title = f"<b>{WORDS[panel.family.iloc[0]]} on {WORDS[panel.dataset.iloc[0]]}</b>"
     figure.add_annotation(text=title, font_size=16, **where)
 
-# %% ../../nbs/8_claims/08_hero.ipynb #fb60be93
+# %% ../../nbs/8_claims/08_hero.ipynb #4192929e
 def draw_hero(points: pd.DataFrame, *, footer: Sequence[str]) -> go.Figure:
     """Accuracy under noise by number of weights, dense and ever sparser, with an arrow for the exchange rate.
 
