@@ -338,7 +338,7 @@ TABLES = {
 
 def fill(app, name, content):
     """Before a page is parsed: what is published, in a figure's page and where a page of docs/ says {{name}}."""
-    figure = re.fullmatch(r"figures/(fig\d\d|claims|effects)\w*", name)
+    figure = re.fullmatch(r"figures/(fig\d\d|claims|effects|hero|residuals)\w*", name)
     if figure:
         content[0] = figure_page(content[0], figure[1])
     elif name.startswith("docs/"):

@@ -350,7 +350,6 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 # %% ../../nbs/cli/02_commands.ipynb #e3bf701d
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
-    from sparse_nb.claims.forest import effects_of_store
     from sparse_nb.claims.verdicts import claims_table, judge_store
     from sparse_nb.results.rendering import OF_CLAIMS, check_drawing, notebook_of
 
@@ -367,8 +366,21 @@ def claims_command(command: options.Claims) -> None:
     pictures = check_drawing(command.out / preset.name, _pictures(command))
     for row in claims_table(judged).to_dict("records"):
         print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
-    found, _ = effects_of_store(preset, store, root=command.data)
-    _render(command, OF_CLAIMS if (found.contrast == "gain").any() else OF_CLAIMS[:1], pictures)
+    _render(command, _drawable(preset, store, command.data), pictures)
+
+
+def _drawable(preset, store: Store, root: Path | None) -> list[str]:
+    """Those of `rendering.OF_CLAIMS` for which enough is in the store."""
+    from sparse_nb.claims import effective_robustness, exchange_rate, forest
+    from sparse_nb.results.tables import noise_means
+
+    found, _ = forest.effects_of_store(preset, store, root=root)
+    control, _ = exchange_rate.table_of_store("fig12", preset, store, root=root)
+    rates = exchange_rate.exchange_rates(noise_means(control), draws=10) if len(control) else control
+    networks, _ = effective_robustness.accuracies_of_store(preset, store, root=root)
+    changed = effective_robustness.pooled_changes(effective_robustness.changes(networks))
+    there = {"effects": (found.contrast == "gain").any(), "hero": len(rates), "residuals": len(changed)}
+    return ["claims", *(name for name, enough in there.items() if enough)]
 
 # %% ../../nbs/cli/02_commands.ipynb #93725919
 def zoo_command(command: options.Zoo) -> None:

@@ -135,7 +135,7 @@ def _trained(planned: Sequence, store: Store, parameters: dict) -> Sequence:
     return planned
 
 # %% ../../nbs/7_results/09_rendering.ipynb #c1b992b1
-OF_CLAIMS = ("claims", "effects")  # notebooks that draw what is in the store, and plan nothing themselves
+OF_CLAIMS = ("claims", "effects", "hero", "residuals")  # notebooks that draw what is in the store and train nothing
 
 
 @dataclass(frozen=True)

@@ -818,7 +818,8 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
     where = ("--runs", drawn / "runs", "--out", tmp_path, "--notebooks", ROOT / "figures")
     main([str(word) for word in ("claims", "--preset", "smoke", *SMALL, *where)])
     said, folder = capfd.readouterr().out, tmp_path / "smoke"
-    files = {f"{name}.{ending}" for name in rendering.OF_CLAIMS for ending in ENDINGS} | {SCRIPT, "claims.tex"}
+    here = ("claims", "effects")  # there is no control for the hero, and one panel only
+    files = {f"{name}.{ending}" for name in here for ending in ENDINGS} | {SCRIPT, "claims.tex"}
     assert "unfinished" in said and {p.name for p in folder.iterdir()} == files
     judged = pd.read_csv(folder / "claims.csv", dtype={"claim": str})
     final = judged[judged.verdict != "unfinished"]
