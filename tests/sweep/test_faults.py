@@ -469,6 +469,14 @@ OTHERS = {
     "schedule": "magnitude",
     "repeat": 2,
 }
+OF_ONE_SCHEDULE = {
+    ("drop", 0.2): ("set", "rigl"),
+    ("update_every", 50): ("set", "rigl"),
+    ("update_until", 5): ("set", "rigl", "beta_lasso"),
+    ("rewind", 2): ("imp",),
+    ("l1", 1e-3): ("beta_lasso",),
+    ("beta", 10.0): ("beta_lasso",),
+}
 RECIPES = {
     "epochs": 3,
     "learning_rate": 0.02,
@@ -488,7 +496,7 @@ def test_a_name_changes_with_every_field():
         for described in (Experiment, Recipe, WeightNoise)
     }
     assert fields == {
-        Experiment: {*OTHERS, "pruning", "bits", "version"},
+        Experiment: {*OTHERS, *(name for name, _ in OF_ONE_SCHEDULE), "pruning", "bits", "version"},
         Recipe: {*RECIPES},
         WeightNoise: {*MEASUREMENTS, "version"},
     }
@@ -506,6 +514,11 @@ def test_a_name_changes_with_every_field():
     names += [
         experiment_hash(dataclasses.replace(ONE, schedule="magnitude", pruning="global"))
     ]  # of no meaning for other schedules
+    for (name, value), schedules in OF_ONE_SCHEDULE.items():
+        assert experiment_hash(dataclasses.replace(ONE, **{name: value})) == experiment_hash(ONE)
+        for schedule in schedules:
+            names.append(experiment_hash(dataclasses.replace(ONE, schedule=schedule, **{name: value})))
+    names += [experiment_hash(dataclasses.replace(ONE, schedule=each)) for each in ("set", "rigl", "imp", "beta_lasso")]
     assert len({*names, experiment_hash(ONE)}) == len(names) + 1 and all(RUN.fullmatch(name) for name in names)
     measured = [
         evaluation_hash(dataclasses.replace(MEASUREMENT, **{name: value})) for name, value in MEASUREMENTS.items()
