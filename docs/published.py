@@ -185,9 +185,9 @@ def draw(name):
         for statement in statements:
             if isinstance(statement, ast.ImportFrom) and statement.module.startswith("sparse_nb."):
                 scope |= _imported(statement)
-        kept = [keyword for keyword in call.keywords if keyword.arg not in ("title", "footer")]
-        ours = [ast.keyword("title", ast.Constant("")), ast.keyword("footer", ast.List([], ast.Load()))]
-        figures[published] = _value(ast.Call(call.func, call.args, kept + ours), scope, _assigned(statements))
+        ours = {"title": ast.Constant(""), "footer": ast.List([], ast.Load())}
+        keywords = [ast.keyword(k.arg, ours.get(k.arg, k.value)) for k in call.keywords]
+        figures[published] = _value(ast.Call(call.func, call.args, keywords), scope, _assigned(statements))
     return figures
 
 
