@@ -134,7 +134,7 @@ def drawing_calls(name):
 def _published_rows(name):
     """The table behind a published figure, as the code that draws has it."""
     rows = pd.read_csv(RENDERED / f"{name}.csv", dtype={"claim": str})
-    texts = [column for column in ("name", "numbers", "runs") if column in rows]
+    texts = [column for column in ("name", "numbers", "runs", "bound") if column in rows]
     return rows.assign(**rows[texts].fillna(""))
 
 
