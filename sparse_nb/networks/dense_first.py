@@ -17,18 +17,14 @@ from torch import nn
 from ..data import ImageSet
 from .masks import magnitude_masks
 from .models import counted_weights
-from .sparse_layers import SparseConv2d, SparseLinear, dense_network, sparse_network
+from .sparse_layers import dense_network, sparse_layers, sparse_network
 from .training import Epoch, History, Recipe, Step, TrainingState, fit
 
 # %% ../../nbs/2_networks/09_dense_first.ipynb #0e439614
 def cut_down(state: TrainingState, network: nn.Module) -> TrainingState:
     """The `TrainingState` of a dense network, cut down to the kept weights of a sparse `network` of the same make; what
     is left is a copy."""
-    sparse = {
-        f"{name}.weight": layer
-        for name, layer in network.named_modules()
-        if isinstance(layer, (SparseLinear, SparseConv2d))
-    }
+    sparse = {f"{path}.weight": layer for path, layer in sparse_layers(network).items()}
     tensors = {}
     for key, value in state.tensors.items():
         layer = sparse.get(key.partition(".")[2])
@@ -134,8 +130,8 @@ def _penalised(model, images, recipe, *, resume, l1, beta, until, **calls):
 
 def _positions_in(state):
     """{weight name: kept positions} of a `TrainingState`; empty for that of a dense network."""
-    tensors = {} if state is None else state.tensors
-    kept = {name.removeprefix("model."): value for name, value in tensors.items() if name.endswith("positions")}
+    tensors = {} if state is None else state.network
+    kept = {name: value for name, value in tensors.items() if name.endswith("positions")}
     return {name.removesuffix("positions") + "weight": value.cpu() for name, value in kept.items()}
 
 # %% ../../nbs/2_networks/09_dense_first.ipynb #6bb78e70
@@ -169,8 +165,7 @@ def fit_beta_lasso(
         state = _penalised(model, images, recipe, seed=seed, resume=resume, l1=l1, beta=beta, until=until, **calls)
         if isinstance(state, History):  # it diverged
             return model, state
-        values = {n.removeprefix("model."): value for n, value in state.tensors.items() if n.startswith("model.")}
-        model.load_state_dict(values)
+        model.load_state_dict(state.network)
         network = survivors(model, budget, rule=rule, scope=scope)
         resume = cut_down(state, network)
     return network, fit(network, images, recipe, seed=seed, resume=resume, **calls)

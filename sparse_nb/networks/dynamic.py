@@ -16,7 +16,7 @@ from torch import nn
 from ..data import ImageSet, as_float
 from .cross_entropy import cross_entropy
 from .masks import _largest, sample_positions
-from .sparse_layers import SparseConv2d, SparseLinear, dense_network, forget_plans
+from .sparse_layers import dense_network, forget_plans, sparse_layers
 from .training import Epoch, History, Recipe, Step, TrainingState, fit
 from ..randomness import generator
 
@@ -58,13 +58,9 @@ def dense_gradients(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor
     """
     from sparse_nb.networks.portable import like  # needs numba, which drawing does not
 
-    names, dense = _sparse_layers(model), like(dense_network(model)[0], model)
+    names, dense = sparse_layers(model), like(dense_network(model)[0], model)
     cross_entropy(dense(inputs), labels).backward()
     return {name: dense.get_submodule(name).weight.grad.flatten() for name in names}
-
-
-def _sparse_layers(model):
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (SparseLinear, SparseConv2d))}
 
 # %% ../../nbs/2_networks/08_dynamic.ipynb #3f95728b
 @torch.no_grad()
@@ -86,7 +82,7 @@ def update(model: nn.Module, step: Step, method: str, share: float, *, seed: int
 
     step: of training, which has just been made; its optimiser's momentum moves along. method: "set" or "rigl".
     """
-    layers = _sparse_layers(model)
+    layers = sparse_layers(model)
     gradients = dense_gradients(model, step.inputs, step.labels) if method == "rigl" else {}
     for name, layer in layers.items():
         count = min(round(share * len(layer.positions)), layer.shape.numel() - len(layer.positions))
@@ -140,8 +136,7 @@ def fit_dynamic(
     check_updates(method, drop, every, until)
     last = last_update(recipe, math.ceil(len(images.labels) / recipe.batch_size), until)
     if resume:
-        network = {name: value for name, value in resume.tensors.items() if name.startswith("model.")}
-        model.load_state_dict({name.removeprefix("model."): value for name, value in network.items()})
+        model.load_state_dict(resume.network)
         forget_plans(model)
 
     def after(step):

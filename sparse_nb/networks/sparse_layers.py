@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LANES_BELOW', 'SPARSE_BELOW', 'WALK_BELOW', 'CONVOLUTION_WALK_BELOW', 'executed_biases', 'SparseLinear',
-           'SparseSequential', 'walk_inputs', 'SparseConv2d', 'AnyLayoutNorm', 'sparse_network', 'forget_plans',
-           'pattern', 'dense_network']
+           'SparseSequential', 'walk_inputs', 'SparseConv2d', 'AnyLayoutNorm', 'sparse_network', 'sparse_layers',
+           'forget_plans', 'pattern', 'dense_network']
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #2f32ffe0
 import copy
@@ -298,6 +298,11 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
     return converted(model)
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #51feb3f4
+def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that store kept weights only: {path: layer}."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, (SparseLinear, SparseConv2d))}
+
+
 def forget_plans(model: nn.Module) -> None:
     """Let `model`, whose layers' `positions` were changed in place, work out again what follows from them."""
     for module in model.modules():

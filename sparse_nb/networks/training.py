@@ -209,6 +209,12 @@ class TrainingState:
     tensors: dict[str, torch.Tensor]
     epochs: tuple[Epoch, ...]
 
+    @property
+    def network(self) -> dict[str, torch.Tensor]:
+        """The part that `load_state_dict` of the network takes."""
+        named = ((name.partition("."), value) for name, value in self.tensors.items())
+        return {name: value for (part, _, name), value in named if part == "model"}
+
 
 def _take_state(model: nn.Module, optimiser: torch.optim.SGD, epochs: Sequence[Epoch]) -> TrainingState:
     """The `TrainingState` after `epochs`. Its tensors are the network's own, not copies: they change when training goes
@@ -226,9 +232,7 @@ def _restore_state(model: nn.Module, optimiser: torch.optim.SGD, state: Training
     """Put a `TrainingState` into its network, newly built, and the optimiser. Raises RuntimeError for another
     network's.
     """
-    model.load_state_dict(
-        {name.removeprefix("model."): value for name, value in state.tensors.items() if name.startswith("model.")}
-    )
+    model.load_state_dict(state.network)
     if optimiser.defaults["momentum"]:
         for name, parameter in model.named_parameters():
             stored = state.tensors.get(f"momentum.{name}")

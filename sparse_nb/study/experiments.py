@@ -89,7 +89,7 @@ _BOUNDS = {  # a seed and a budget fit the integers of a database; larger networ
     "seed": (0, 2**63 - 1),
 }
 
-
+# %% ../../nbs/4_study/02_experiments.ipynb #3de27569
 def accept(name, value, accepted):
     """Raise ValueError naming `value` and what is accepted, unless it is among them."""
     if value not in accepted:

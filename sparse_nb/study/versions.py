@@ -191,7 +191,7 @@ def _shape(node):
         return type(node).__name__, *((name, _shape(value)) for name, value in fields)
     return type(node).__name__, repr(node)
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #7c66e600
 def _definition(tree, path):
     """The function, class or method `path`, such as "fit" or "Clean.run", in a syntax tree. Raises ValueError if it is
     not there."""
@@ -263,7 +263,7 @@ _PARTS = {
 }
 GPU_ONLY = ("networks.training:captured",)
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #a2ad5bc3
 def _module_file(module):
     return Path(sparse_nb.__path__[0], *module.split(".")).with_suffix(".py")
 
@@ -286,7 +286,7 @@ def lock_file():
 
 _LOADED_LOCK = json.loads(lock_file().read_text(encoding="utf-8"))
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #4309ffd4
 @cache
 def code_now():
     """The code that this process has loaded: {"training" or a measure: {part: hash}}."""
@@ -302,7 +302,7 @@ def changed_on_disk():
     loaded = {part: found for parts in code_now().values() for part, found in parts.items()}
     return sorted(part for part, found in loaded.items() if part_hash(part, texts.__getitem__) != found)
 
-
+# %% ../../nbs/4_study/01_versions.ipynb #ab43232a
 def out_of_step(lock=None):
     """Where the loaded code is not as the lock has it: {part, or "version NAME": the measures that it shapes, and
     "training"}. lock: as in the file."""
