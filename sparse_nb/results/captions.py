@@ -257,12 +257,14 @@ def corruption_footer(points: Sequence) -> list[str]:
     """A line for the footer: which corrupted images, from where, how many and how many draws. points: of a
     plan with corruptions.
     """
-    evaluations, images = list({p.evaluation: p.experiment.dataset for p in points}.items()), []
+    evaluations = list(dict.fromkeys((p.evaluation, p.experiment.dataset) for p in points))
+    images: dict[str, list[str]] = {}
     for evaluation, dataset in evaluations:
         count = evaluation.test_images or SIZES[dataset]["test"]
-        images.append(f"{WORDS[dataset]}, {count:,} images: {_origin_words(evaluation.origins)}")
+        told = f"{count:,} images: {_origin_words(evaluation.origins)}"
+        images.setdefault(told, []).append(WORDS[dataset])
     draws = evaluations[0][0].draws
-    counted = "; ".join(dict.fromkeys(images))
+    counted = "; ".join(f"{' and '.join(dict.fromkeys(names))}, {told}" for told, names in images.items())
     return [f"Corruptions, {draws} draw{'s' * (draws > 1)} of the random ones; {counted}."]
 
 # %% ../../nbs/7_results/04_captions.ipynb #4cc2ab5e
@@ -278,7 +280,7 @@ def attack_footer(points: Sequence, signs: pd.DataFrame, radii: dict[str, float]
     one; in how many networks each check departs. signs: of `measure_plots.masking_table`; radii: of
     `measure_plots.figure_radii`.
     """
-    evaluations = list({p.evaluation: p.experiment.dataset for p in points}.items())
+    evaluations = list(dict.fromkeys((p.evaluation, p.experiment.dataset) for p in points))
     attack, sums = evaluations[0][0], signs.groupby("check", sort=False)[["networks", "departing"]].sum()
     named = ", ".join(f"{WORDS[dataset]} {radius_text(radius)}" for dataset, radius in (radii or {}).items())
     chosen = f"ε {named}: the largest at which every dense base keeps a tenth of its accuracy, or the smallest; "
