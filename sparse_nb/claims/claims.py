@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from .effects import paired_arms
 from sparse_nb.claims.evidence import (
     MARGIN,
     Evidence,
@@ -495,32 +496,6 @@ CLAIMS["11"] = Claim(
     _vgg_beside_others,
 )
 
-# %% ../../nbs/8_claims/03_claims.ipynb #d59eced1
-def _control_panels(values, budgets):
-    """{(dataset, rule, family): (fewer weights, sparser)}: two panels of seeds × factors, 1 first, of a Series of
-    `scores` of the control and the budget of each network.
-
-    Fewer weights: dense networks of smaller and smaller budgets. Sparser: the largest budget in wider and wider
-    networks. Factors that both arms have, to the nearest halving.
-    """
-    frame, arms = values.reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
-    for curve, of_curve in frame.groupby(["dataset", "rule", "family"], sort=False):
-        largest = of_curve.budget.max()
-        dense, grown = of_curve[of_curve.density == 1], of_curve[of_curve.budget == largest]
-        arm = dense.assign(factor=np.log2(largest / dense.budget)), grown.assign(factor=-np.log2(grown.density))
-        fewer, sparser = (
-            part.assign(factor=part.factor.round().astype(int)).pivot_table(
-                index="seed", columns="factor", values="value"
-            )
-            for part in arm
-        )
-        common = sorted(set(fewer) & set(sparser))
-        fewer, sparser = fewer[common].dropna(), sparser[common].dropna()
-        seeds = fewer.index.intersection(sparser.index)
-        if 0 in common and len(common) > 1 and len(seeds):
-            arms[curve] = fewer.loc[seeds], sparser.loc[seeds]
-    return arms
-
 # %% ../../nbs/8_claims/03_claims.ipynb #0c4fcebe
 def _capacity_not_sparsity(tables):
     """The `Finding`s of claim 12: what fewer weights cost under noise, and what the same factor costs as
@@ -528,7 +503,7 @@ def _capacity_not_sparsity(tables):
     """
     table, findings = tables["fig12"], []
     budgets = table.drop_duplicates(NETWORK + ["budget"]).set_index(NETWORK).budget
-    for curve, (fewer, sparser) in _control_panels(scores(table, "noise"), budgets).items():
+    for curve, (fewer, sparser) in paired_arms(scores(table, "noise"), budgets).items():
         fewer_costs, sparser_costs = (arm.iloc[:, 0] - arm.iloc[:, 1:].mean(axis=1) for arm in (fewer, sparser))
         words = (
             f"from 1/2 to 1/{2 ** fewer.columns[-1]}: fewer weights cost {100 * fewer_costs.mean():.1f} points, "

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'INNER_MEANS', 'INNER', 'END', 'INNER_REACH', 'END_REACH', 'SHARED', 'NO_EFFECT', 'WORDS', 'SCORES',
-           'Contrast', 'contrasts_hash', 'gain', 'fall', 'difference', 'peak', 'onset', 'image_variance', 'interval',
-           'between_panels', 'pool', 'word', 'effects', 'pooled_effects']
+           'PRUNED', 'Contrast', 'contrasts_hash', 'gain', 'fall', 'difference', 'peak', 'onset', 'shallow_minus_deep',
+           'paired_arms', 'cost_of_factors', 'image_variance', 'interval', 'between_panels', 'pool', 'word',
+           'curvatures', 'effects', 'pooled_effects']
 
 # %% ../../nbs/8_claims/02_effects.ipynb #422914d1
 import hashlib
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..results.tables import panels, scores
+from ..results.tables import NETWORK, panels, scores
 
 # %% ../../nbs/8_claims/02_effects.ipynb #43e4ec40
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ CONTRASTS = {
         ),
         Contrast(
             "peak",
-            -1,
+            1,
             "octaves",
             "log2 of the density at the top of a parabola through the best network and up to two neighbours on each "
             "side, on MNIST minus on the other dataset; the paper says: earlier, at a higher density, so that the sign "
@@ -74,6 +75,20 @@ CONTRASTS = {
             -1,
             "log",
             "log of the mean over sigma > 0 of the loss increase over sigma squared: mean inner value minus the base",
+        ),
+        Contrast(
+            "capacity",
+            1,
+            "points",
+            "dense base minus dense networks with fewer weights, minus what the same factors cost as density at the "
+            "base's budget: mean over the factors that both have",
+        ),
+        Contrast(
+            "depth",
+            1,
+            "points",
+            "by depth, the best score of the first half of the depths, the middle one included, minus the best of the "
+            "second half, both chosen by the other seeds",
         ),
     )
 }
@@ -146,6 +161,50 @@ def onset(panel: pd.DataFrame, margin: float = 2.0) -> np.ndarray:
     tail = np.logical_and.accumulate(below[:, ::-1], axis=1)[:, ::-1]
     return np.array([x[row.argmax()] if row.any() else x[-1] - 1 for row in tail])
 
+# %% ../../nbs/8_claims/02_effects.ipynb #9029a191
+def shallow_minus_deep(panel: pd.DataFrame) -> np.ndarray | None:
+    """Best of the first half of the places minus best of the second, each chosen by the other seeds: (seeds,), or None
+    for one seed or two places. panel: by depth, shallow to deep."""
+    values, half = panel.to_numpy(), (panel.shape[1] + 1) // 2
+    if len(values) < 2 or panel.shape[1] < 3:
+        return None
+    parts = values[:, :half], values[:, half:]
+    chosen = [
+        part[seed, np.delete(part, seed, axis=0).mean(0).argmax()] for seed in range(len(values)) for part in parts
+    ]
+    return np.array(chosen[::2]) - np.array(chosen[1::2])
+
+
+def paired_arms(values: pd.Series, budgets: pd.Series) -> dict[tuple[str, str, str], tuple[pd.DataFrame, ...]]:
+    """{(dataset, rule, family): (fewer weights, sparser)}: two panels of seeds × factors in halvings that both have, 0
+    first. values: `scores` of the control; budgets: of the same networks.
+
+    Fewer weights: dense networks of smaller and smaller budgets. Sparser: the largest budget in wider and wider
+    networks.
+    """
+    frame, arms = values.reset_index().assign(budget=budgets.reindex(values.index).to_numpy()), {}
+    for curve, of_curve in frame.groupby(["dataset", "rule", "family"], sort=False):
+        largest = of_curve.budget.max()
+        dense, grown = of_curve[of_curve.density == 1], of_curve[of_curve.budget == largest]
+        arm = dense.assign(factor=np.log2(largest / dense.budget)), grown.assign(factor=-np.log2(grown.density))
+        fewer, sparser = (
+            part.assign(factor=part.factor.round().astype(int)).pivot_table(
+                index="seed", columns="factor", values="value"
+            )
+            for part in arm
+        )
+        common = sorted(set(fewer) & set(sparser))
+        fewer, sparser = fewer[common].dropna(), sparser[common].dropna()
+        seeds = fewer.index.intersection(sparser.index)
+        if 0 in common and len(common) > 1 and len(seeds):
+            arms[curve] = fewer.loc[seeds], sparser.loc[seeds]
+    return arms
+
+
+def cost_of_factors(arm: pd.DataFrame) -> np.ndarray:
+    """What the factors of one of `paired_arms` cost, on the mean over them: (seeds,)."""
+    return (arm.iloc[:, 0] - arm.iloc[:, 1:].mean(axis=1)).to_numpy()
+
 # %% ../../nbs/8_claims/02_effects.ipynb #c4b4cc0f
 SHARED = 0.03  # of the binomial variance of the test images
 
@@ -216,11 +275,11 @@ def pool(effects: Sequence[float], errors: Sequence[float]) -> dict[str, float]:
     return {name: int(value) if name == "panels" else float(value) for name, value in found.items()}
 
 # %% ../../nbs/8_claims/02_effects.ipynb #8e441a51
-NO_EFFECT = 1.0  # points that count as none
+NO_EFFECT = {"points": 1.0, "octaves": 1.0, "log": 0.1}  # by unit, what counts as none
 WORDS = ("holds", "no effect", "contradicted", "cannot say")
 
 
-def word(pooled: Mapping[str, float], sign: int, margin: float = NO_EFFECT) -> str:
+def word(pooled: Mapping[str, float], sign: int, margin: float = NO_EFFECT["points"]) -> str:
     """One of `WORDS` for a pooled effect of which the paper says the `sign`; with ", varies" where the prediction
     interval does not say the same."""
     low, high = sorted((sign * pooled["low"], sign * pooled["high"]))
@@ -246,12 +305,13 @@ SCORES = {  # disturbance: (figure whose table has it, score of `tables.scores`)
 _BY = ["contrast", "disturbance", "rule", "dataset", "family"]
 
 
-def _panels_of(tables, disturbance, scale=100.0):
-    """{(dataset, rule, family): seeds × places} by width, in points."""
-    figure, what = SCORES[disturbance]
+def _panels_of(tables, disturbance, figure=None):
+    """{(dataset, rule, family): seeds × places} by width, in points, of a figure or of that of `SCORES`."""
+    usual, what = SCORES[disturbance]
+    figure = figure or usual
     if figure not in tables:
         return {}
-    found = panels(scale * scores(tables[figure], what))
+    found = panels(100 * scores(tables[figure], what))
     return {curve[:3]: panel for curve, panel in found.items() if curve[3] == "width" and len(panel) > 1}
 
 
@@ -261,26 +321,28 @@ def _row(contrast, disturbance, curve, values, shared=0.0):
     return place | interval(values, shared)
 
 
-def effects(tables: Mapping[str, pd.DataFrame], images: Mapping[tuple[str, str], int]) -> pd.DataFrame:
-    """The contrasts gain, fall, layout and recall in every panel by width: a row each, with `interval`'s columns.
-
-    tables: {figure: of `tables.collect`}; images: {(figure, dataset): number of test images}.
-    """
+def _gains_and_falls(tables, images):
+    """Rows of gain, fall and layout, for each disturbance."""
     rows = []
     for disturbance, (figure, _) in SCORES.items():
         found = _panels_of(tables, disturbance)
         for curve, panel in found.items():
             share = panel.mean().to_numpy() / 100
             shared = image_variance((share[0], share.mean()), images[figure, curve[0]])
-            if (values := gain(panel)) is not None:
-                rows.append(_row("gain", disturbance, curve, values, shared))
-            if (values := fall(panel)) is not None:
-                rows.append(_row("fall", disturbance, curve, values, shared))
-            other = found.get((curve[0], "proportional", curve[2]))
-            if curve[1] == "water_filling" and other is not None:
-                if (values := difference(panel, other)) is not None and len(values) > 1:
-                    rows.append(_row("layout", disturbance, curve, values, shared))
-    clean = _panels_of(tables, "clean")
+            other = found.get((curve[0], "proportional", curve[2])) if curve[1] == "water_filling" else None
+            values = {"gain": gain(panel), "fall": fall(panel)}
+            values["layout"] = None if other is None else difference(panel, other)
+            rows += [
+                _row(name, disturbance, curve, of_seeds, shared)
+                for name, of_seeds in values.items()
+                if of_seeds is not None and len(of_seeds) > 1
+            ]
+    return rows
+
+
+def _recalls(tables):
+    """Rows of recall."""
+    clean, rows = _panels_of(tables, "clean"), []
     for curve, panel in _panels_of(tables, "lowest recall").items():
         seeds = panel.index.intersection(clean[curve].index) if curve in clean else []
         if len(seeds) < 2:
@@ -288,7 +350,94 @@ def effects(tables: Mapping[str, pd.DataFrame], images: Mapping[tuple[str, str],
         of_lowest, of_all = gain(panel.loc[seeds]), gain(clean[curve].loc[seeds])
         if of_lowest is not None and of_all is not None:
             rows.append(_row("recall", "clean", curve, of_lowest - of_all))
-    return pd.DataFrame(rows, columns=[*_BY, "effect", "low", "high", "error", "seeds"])
+    return rows
+
+# %% ../../nbs/8_claims/02_effects.ipynb #bf36c567
+PRUNED = {"clean": "fig04", "noise": "fig04", "corruption": "fig05"}  # the figures with the pruned networks
+
+
+def _schedules(tables, images):
+    """Rows of schedule: static masks minus pruning after training."""
+    rows = []
+    for disturbance, figure in PRUNED.items():
+        pruned = _panels_of(tables, disturbance, figure)
+        for curve, panel in _panels_of(tables, disturbance).items():
+            if curve in pruned and (values := difference(panel, pruned[curve])) is not None and len(values) > 1:
+                shares = panel.mean().mean() / 100, pruned[curve].mean().mean() / 100
+                rows.append(
+                    _row("schedule", disturbance, curve, values, image_variance(shares, images[figure, curve[0]]))
+                )
+    return rows
+
+
+def _peaks_and_onsets(tables):
+    """Rows of peak, under the name of the set that MNIST is compared with, and of onset."""
+    rows, clean = [], _panels_of(tables, "clean")
+    for disturbance in ("noise", "corruption"):
+        found = _panels_of(tables, disturbance)
+        for (dataset, rule, family), panel in found.items():
+            simple = found.get(("mnist", rule, family))
+            seeds = panel.index.intersection(() if simple is None else simple.index)
+            if dataset != "mnist" and len(seeds) > 1:
+                values = peak(simple.loc[seeds]) - peak(panel.loc[seeds])
+                rows.append(_row("peak", disturbance, (dataset, rule, family), values))
+    for curve, panel in _panels_of(tables, "noise").items():
+        seeds = panel.index.intersection(clean[curve].index)
+        if len(seeds) > 1:
+            rows.append(_row("onset", "noise", curve, onset(panel.loc[seeds]) - onset(clean[curve].loc[seeds])))
+    return rows
+
+# %% ../../nbs/8_claims/02_effects.ipynb #af136267
+def curvatures(table: pd.DataFrame) -> pd.Series:
+    """Log of the mean over sigma > 0 of the loss increase over sigma squared, of each network: a Series over `NETWORK`.
+
+    table: of `tables.collect`, of weight noise. NaN for a network that diverged, or whose loss does not increase.
+    """
+    rows = table[(table.quantity == "loss_increase") & (table.strength > 0)]
+    increases = rows.groupby([*NETWORK, "strength"], sort=False).value.mean()
+    mean = (increases / increases.index.get_level_values("strength") ** 2).groupby(NETWORK, sort=False).mean()
+    every = table.drop_duplicates(NETWORK).set_index(NETWORK).index
+    return np.log(mean.where(mean > 0)).reindex(every).rename("value")
+
+
+def _flatnesses(tables):
+    """Rows of flatness, with the column equal_loss: whether all networks of the panel stopped at the same loss."""
+    if "fig01" not in tables:
+        return []
+    table, rows = tables["fig01"], []
+    for curve, panel in panels(curvatures(table)).items():
+        if curve[3] == "width" and len(panel) > 1 and (values := gain(panel)) is not None:
+            mine = table[(table[["dataset", "rule", "family", "growth"]] == list(curve)).all(axis=1)]
+            row = _row("flatness", "noise", curve[:3], values)
+            rows.append(row | dict(equal_loss=bool((mine.status == "converged").all())))
+    return rows
+
+
+def _other_growths(tables):
+    """Rows of capacity, of the control, and of depth."""
+    rows = []
+    if "fig12" in tables:
+        table = tables["fig12"]
+        budgets = table.drop_duplicates(NETWORK).set_index(NETWORK).budget
+        for curve, (fewer, sparser) in paired_arms(100 * scores(table, "noise"), budgets).items():
+            if len(fewer) > 1:
+                rows.append(_row("capacity", "noise", curve, cost_of_factors(fewer) - cost_of_factors(sparser)))
+    for disturbance in ("clean", "noise") if "fig06" in tables else ():
+        for curve, panel in panels(100 * scores(tables["fig06"], disturbance)).items():
+            if (values := shallow_minus_deep(panel)) is not None:
+                rows.append(_row("depth", disturbance, curve[:3], values))
+    return rows
+
+# %% ../../nbs/8_claims/02_effects.ipynb #c9e8fe11
+def effects(tables: Mapping[str, pd.DataFrame], images: Mapping[tuple[str, str], int]) -> pd.DataFrame:
+    """The contrasts of `CONTRASTS` in every panel that has what they need: a row each, with `interval`'s columns.
+
+    tables: {figure: of `tables.collect`}; images: {(figure, dataset): number of test images}. A row of peak carries the
+    set that MNIST is compared with. equal_loss: of flatness only, whether all networks stopped at the same loss.
+    """
+    rows = [*_gains_and_falls(tables, images), *_recalls(tables), *_schedules(tables, images)]
+    rows += [*_peaks_and_onsets(tables), *_flatnesses(tables), *_other_growths(tables)]
+    return pd.DataFrame(rows, columns=[*_BY, "effect", "low", "high", "error", "seeds", "equal_loss"])
 
 
 def pooled_effects(found: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -302,7 +451,8 @@ def pooled_effects(found: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
         if len(part) > 1:
             named = dict(zip(keys, key, strict=True))
             pooled = pool(part.effect, part.error)
-            said = word(pooled, CONTRASTS[named["contrast"]].sign)
+            contrast = CONTRASTS[named["contrast"]]
+            said = word(pooled, contrast.sign, NO_EFFECT[contrast.unit])
             rows.append(
                 {**named, **pooled, "above": (part.low > 0).sum(), "below": (part.high < 0).sum(), "word": said}
             )

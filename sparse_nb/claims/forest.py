@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from .effects import SCORES, contrasts_hash, effects, pooled_effects
+from .effects import PRUNED, SCORES, contrasts_hash, effects, pooled_effects
 from ..data import SIZES
 from ..results.axes import NEUTRAL_COLOUR, OKABE_ITO, WORDS
 from ..results.plots import finish
@@ -21,16 +21,20 @@ from ..results.tables import collect, finished
 from ..study.figures import plan, shown_families
 
 # %% ../../nbs/8_claims/05_forest.ipynb #a0ff9148
+_FIGURES = {figure: "width" for figure, _ in SCORES.values()} | {figure: "width" for figure in PRUNED.values()}
+_FIGURES |= {"fig06": "depth", "fig12": "control"}
+
+
 def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
-    """(`effects.effects` with a column runs, hashes with blanks between; points) of what a `Study` plans by width and
-    what of it is in a `Store`.
+    """(`effects.effects` with a column runs, hashes with blanks between; points) of what a `Study` plans and what of it
+    is in a `Store`.
 
     root: of the datasets. An empty table if nothing is measured.
     """
     tables, images, points = {}, {}, []
-    for figure in dict.fromkeys(figure for figure, _ in SCORES.values()):
+    for figure, growth in _FIGURES.items():
         planned = plan(figure, preset, root=root) if shown_families(figure, preset) else ()
-        there = [p for p in finished(planned, store) if p.growth == "width"]
+        there = [p for p in finished(planned, store) if p.growth == growth]
         if not there:
             continue
         tables[figure] = collect(store, there)
@@ -44,12 +48,15 @@ def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[
 
 
 def _runs_behind(row, tables) -> str:
-    """The hashes of all networks of the panel of a row, under both rules for the contrast layout."""
-    table = tables[SCORES[row.disturbance][0]]
-    mine = (table.dataset == row.dataset) & (table.family == row.family) & (table.growth == "width")
-    if row.contrast != "layout":
-        mine &= table.rule == row.rule
-    return " ".join(dict.fromkeys(table.experiment[mine]))
+    """The hashes of all networks that a row compares."""
+    figures = {"capacity": ["fig12"], "depth": ["fig06"], "schedule": [PRUNED.get(row.disturbance)]}
+    figures = figures.get(row.contrast, []) + [SCORES[row.disturbance][0]] * (row.contrast not in ("capacity", "depth"))
+    datasets = [row.dataset, "mnist"] if row.contrast == "peak" else [row.dataset]
+    runs = []
+    for table in (tables[figure] for figure in figures):
+        mine = table.dataset.isin(datasets) & (table.family == row.family)
+        runs += list(table.experiment[mine & ((table.rule == row.rule) | (row.contrast == "layout"))])
+    return " ".join(dict.fromkeys(runs))
 
 # %% ../../nbs/8_claims/05_forest.ipynb #d986c588
 TITLES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
