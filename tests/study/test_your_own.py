@@ -207,8 +207,8 @@ MISTAKES = {
     "too severe": ("masks.toml", "test_images", "severities = [6]\ntest_images", "corruption.names: severity is 6"),
     "a corruption's shape": (
         "ourlab/damage.py",
-        "return pixels",
-        "return pixels[:1]",
+        "255)",
+        "255)[:1]",
         "gives torch.uint8 (1, 1, 28, 28) at severity 3; accepted: torch.uint8 (2, 1, 28, 28)",
     ),
     "floats": ("ourlab/damage.py", "255)", "255) / 255", "gives torch.float32 (2, 1, 28, 28) at severity 3"),
@@ -288,7 +288,6 @@ def test_a_mask_and_a_corruption_are_drawn_listed_and_judged(lab, run_in):
 
     for words, expected in {
         ("trace", str(drawn / "fig02.html")): f"static {rule} seed 0",
-        ("status", "masks.toml"): "all",
         ("status", "masks.toml", "--rules", "ourlab.masks:same_fan_in"): "all",
         ("claims", "masks.toml", "--no-pictures"): "undecided",
         ("explore", "masks.toml", "--static", "curves.html"): "curves.html",
@@ -304,4 +303,4 @@ def test_a_mask_and_a_corruption_are_drawn_listed_and_judged(lab, run_in):
     assert status == 1 and f"{corruption} is not what it was" in said and "give scratches.version another text" in said
     replace(lab / "ourlab/damage.py", 'version = "1"', 'version = "2"')
     status, said = run_in(lab, "sweep", "masks.toml")
-    assert status == 0 and "0 made now" in said and "6 measurements made now" in said, said
+    assert status == 0 and "0 made now" in said and "3 measurements made now" in said, said
