@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,18 @@ def report():
                 print(f"{name:<48}{words}", file=file)
 
     return add
+
+
+@pytest.fixture(scope="session")
+def run_in():
+    """run(folder, *words): (status, output and errors) of the command, as a user runs it: in a new process whose
+    current folder is `folder`."""
+    code = "import sys; sys.path = [p for p in sys.path if p]; from sparse_nb.cli.main import main; main(sys.argv[1:])"
+
+    def run(folder, *words):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *words]
+        ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    return run

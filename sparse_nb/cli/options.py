@@ -26,7 +26,7 @@ class Study:
     families: tuple[str, ...] = ()
     """Only these: mlp, vgg, resnet."""
     rules: tuple[str, ...] = ()
-    """Only these: water_filling, proportional, erk."""
+    """Only these: water_filling, proportional, erk, or your own, "mylab.masks:rule", of a study."""
     widths: tuple[int, ...] = ()
     """Only these widths, of every family, of the curves that grow in width."""
     seeds: int | None = None

@@ -18,6 +18,7 @@ from string import Template
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
+from .. import own
 from ..claims.claims import CLAIMS
 from ..claims.forest import effects_of_store
 from ..claims.verdicts import judge_store
@@ -123,6 +124,7 @@ def _page_curves(rows, measure):
     """`tables.summarise_curves` of the rows of a `page_table` with one schedule and `measure`: what the page shows."""
     if measure == "corruption":
         grey = rows.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1)
+        grey &= ~rows.name.map(lambda name: own.is_own(name or ""))
         each = rows[(rows.quantity == "accuracy") & (rows.name != "")]
         means = corruption_means(rows)
         rows = pd.concat(

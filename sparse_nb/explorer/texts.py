@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .. import own
 from ..results.axes import WORDS, radius_text
 from ..runs.index import Records
 
@@ -35,7 +36,7 @@ def strength_text(measure: str, strength: float) -> str:
 
 def kind_text(name: str) -> str:
     """A corruption, an attack or a class, for people."""
-    return f"class {name}" if name.isdecimal() else WORDS.get(name, name.replace("_", " "))
+    return f"class {name}" if name.isdecimal() else WORDS.get(name, own.label(name).replace("_", " "))
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #a064a199
 def first_strength(measure: str, of_base: Mapping[float, float]) -> float:

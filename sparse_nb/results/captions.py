@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import pandas as pd
 
+from .. import own
 from ..data import SIZES
 from ..networks.models import FAMILIES
 from .axes import WORDS, radius_text
@@ -248,7 +249,7 @@ def _origin_words(origins) -> str:
     places = []
     for origin, pairs in origins:
         names = list(dict.fromkeys(pair.rpartition(" ")[0] for pair in pairs.split(", ")))
-        which = str(len(names)) if len(names) > 1 else names[0].replace("_", " ")
+        which = str(len(names)) if len(names) > 1 else own.label(names[0]).replace("_", " ")
         places.append(f"{which} {origin}".replace(", grown ice", " with ice that is grown, not photographed"))
     return ", ".join(places)
 

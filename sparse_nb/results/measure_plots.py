@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
+from .. import own
 from ..data import CLASSES
 from sparse_nb.results.axes import (
     CORRUPTION_GROUPS,
@@ -83,28 +84,32 @@ CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "", dash="dot")
 
 def severity_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
     """The `Line`s of figures 2, 5 and 7: clean, then the mean over corruptions at each severity; 0 means MNIST-C's
-    published ones.
+    published ones, or one for each corruption where some are somebody's own.
 
     curves: `tables.summarise_curves` of `tables.corruption_means`.
     """
     severities = sorted(curves[curves.quantity == "mean_accuracy"].strength.unique())
-    words = {s: f"severity {s:g}" if s else "MNIST-C, one severity" for s in severities}
+    yours = curves.name.map(lambda name: own.is_own(name or "")).any()
+    one = "one severity each" if yours else "MNIST-C, one severity"
+    words = {s: f"severity {s:g}" if s else one for s in severities}
     colours = ordered_colours(len(severities) + 1)[: len(severities)]
     lines = (Line(words[s], "mean_accuracy", s, colour, "") for s, colour in zip(severities, colours, strict=True))
     return (CLEAN, *lines)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #a68b412c
 def type_lines(corruptions: set[str]) -> dict[str, tuple[Line, ...]]:
-    """{group: its `Line`s}: clean, then each of the `corruptions` in it. Groups of which none is there are
-    left out.
+    """{group: its `Line`s}: clean, then each of the `corruptions` in it, those of somebody's own last. Groups of
+    which none is there are left out.
     """
+    styles = tuple(zip(DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False))
+    groups = CORRUPTION_GROUPS | {"own corruptions": tuple(sorted(filter(own.is_own, corruptions)))}
     lines = {
         group: [
-            Line(name.replace("_", " "), "type_accuracy", 0, colour, name, symbol=symbol)
-            for name, colour, symbol in zip(names, DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False)
+            Line(own.label(name).replace("_", " "), "type_accuracy", 0, colour, name, symbol=symbol)
+            for name, (colour, symbol) in zip(names, itertools.cycle(styles))
             if name in corruptions
         ]
-        for group, names in CORRUPTION_GROUPS.items()
+        for group, names in groups.items()
     }
     return {group: (CLEAN, *of_group) for group, of_group in lines.items() if of_group}
 

@@ -6,13 +6,13 @@
 __all__ = ['FORMATS', 'loss_increases', 'rank_correlation', 'proxy_table', 'shown_bits', 'draw_proxy']
 
 # %% ../../nbs/7_results/13_proxy.ipynb #689dc043
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .axes import OKABE_ITO, WORDS
+from .axes import WORDS, rule_colours
 from .plots import finish, panel_grid
 from .stats import mean_interval
 from .tables import NETWORK
@@ -57,9 +57,6 @@ def proxy_table(increases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*place, "correlation", "low", "high", "seeds"])
 
 # %% ../../nbs/7_results/13_proxy.ipynb #2480b13b
-_COLOURS = {"water_filling": OKABE_ITO["blue"], "proportional": OKABE_ITO["vermilion"], "erk": OKABE_ITO["green"]}
-
-
 def shown_bits(increases: pd.DataFrame) -> dict[str, float]:
     """{format: bits} to plot: the fewest at which the median network loses less than a nat, or the most there are."""
     medians = increases.groupby(["format", "bits"]).rounded.median()
@@ -75,10 +72,13 @@ def _hover(points: pd.DataFrame) -> list[str]:
     return [f"width {p.width}, {100 * p.density:.3g} % of the weights, seed {p.seed}" for p in points.itertuples()]
 
 # %% ../../nbs/7_results/13_proxy.ipynb #69b6a05e
-def _draw_format(figure: go.Figure, panel: pd.DataFrame, *, row: int, col: int) -> None:
-    """One panel: a point for each network. panel: rows of `loss_increases` of one dataset, family and format."""
+def _draw_format(
+    figure: go.Figure, panel: pd.DataFrame, colours: Mapping[str, str], *, row: int, col: int
+) -> None:
+    """One panel: a point for each network. panel: rows of `loss_increases` of one dataset, family and format. colours:
+    of all rules."""
     for rule, points in panel.groupby("rule", sort=False):
-        name, colour, sizes = WORDS[rule], _COLOURS[rule], 4 + 8 * points.density**0.25
+        name, colour, sizes = WORDS[rule], colours[rule], 4 + 8 * points.density**0.25
         figure.add_scatter(
             x=points.under_noise,
             y=points.rounded,
@@ -100,11 +100,13 @@ def draw_proxy(increases: pd.DataFrame, *, title: str, footer: Sequence[str]) ->
     bits, rows = shown_bits(increases), list(dict.fromkeys(zip(increases.dataset, increases.family, strict=True)))
     headings = [f"{words}, {bits[form]:.0f} bit{'s' * (bits[form] > 1)}" for form, words in FORMATS.items()]
     places = [(row, col) for row in range(1, len(rows) + 1) for col in range(1, len(FORMATS) + 1)]
+    colours = rule_colours(dict.fromkeys(increases.rule))
     figure = panel_grid(places, headings, shared=False, gap=45)
     for row, (dataset, family) in enumerate(rows, 1):
         panel = increases[(increases.dataset == dataset) & (increases.family == family)]
         for col, form in enumerate(FORMATS, 1):
-            _draw_format(figure, panel[(panel.format == form) & (panel.bits == bits[form])], row=row, col=col)
+            of_form = panel[(panel.format == form) & (panel.bits == bits[form])]
+            _draw_format(figure, of_form, colours, row=row, col=col)
         figure.update_xaxes(title="loss increase under noise" * (row == len(rows)), row=row)
         figure.update_yaxes(title=f"<b>{WORDS[dataset]}, {WORDS[family]}</b><br>loss, rounded", row=row, col=1)
     return finish(figure, title, "allocation", footer, len(rows), len(FORMATS))

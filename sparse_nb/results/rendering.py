@@ -24,6 +24,7 @@ import psutil
 from choreographer.browsers.chromium import Chromium
 
 import sparse_nb
+from .. import own
 from .axes import WORDS
 from .captions import footer_lines
 from .provenance import PICTURES, Provenance, of_points, publish
@@ -199,7 +200,8 @@ class Rendering:
         parts = []
         for rule in dict.fromkeys(point.rule for point in self.points):
             planned = tuple(point for point in self.planned if point.rule == rule)
-            part = replace(self, planned=planned, rule=rule, suffix=f"_{rule}" if parts else "")
+            in_files = own.plain(rule).replace(":", ".")
+            part = replace(self, planned=planned, rule=rule, suffix=f"_{in_files}" if parts else "")
             points = tuple(point for point in self.points if point.rule == rule)
             part.__dict__.update(points=points, table=self.table[self.table.rule == rule])  # trained, and read
             parts.append(part)

@@ -147,16 +147,15 @@ def corruption_means(table: pd.DataFrame) -> pd.DataFrame:
     """Means within each network of rows of `collect` with corruptions, in the same columns.
 
     Quantities: "accuracy" without a name (clean), "mean_accuracy" over names, "type_accuracy" over severities. The
-    strength of "mean_accuracy" is the severity for colour images and 0 for grey ones, whose severities differ by name;
+    strength of "mean_accuracy" is the severity, and 0 on a dataset whose severities differ by name, as MNIST-C's do;
     rows of diverged networks stay.
     """
-    from sparse_nb.data import IMAGE_SHAPES
-
     network, measured = _network_columns(table), table[table.quantity == "accuracy"]
     by_name = measured[measured.name != ""].groupby([*network, "name", "strength"], sort=False, dropna=False)
     by_name = by_name.value.mean().reset_index()
-    grey = by_name.dataset.map(lambda dataset: IMAGE_SHAPES[dataset][0] == 1).astype(bool)
-    severities = by_name.assign(strength=by_name.strength.mask(grey, 0.0))
+    of_name = by_name.groupby(["dataset", "name"], sort=False).strength.agg(lambda s: tuple(sorted(set(s))))
+    differ = of_name.groupby("dataset").nunique() > 1
+    severities = by_name.assign(strength=by_name.strength.mask(by_name.dataset.map(differ).astype(bool), 0.0))
     over_names = severities.groupby([*network, "strength"], sort=False, dropna=False).value.mean()
     over_severities = by_name.groupby([*network, "name"], sort=False, dropna=False).value.mean()
     means = [

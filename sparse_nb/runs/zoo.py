@@ -19,6 +19,7 @@ from ..data import ImageSet
 from ..networks.allocation import RULES
 from ..networks.masks import random_positions
 from ..networks.models import counted_weights
+from ..own import is_own
 from sparse_nb.runs.files import (
     check_network,
     load_json,
@@ -35,7 +36,10 @@ from ..study.experiments import Clean, Experiment, as_executed, build
 
 # %% ../../nbs/5_runs/08_zoo.ipynb #bee366dc
 def _seed_positions(experiment):
-    """The positions that the seed of an `Experiment` gives, by their names in a checkpoint, as `pack` writes them."""
+    """The positions that the seed of an `Experiment` gives, by their names in a checkpoint, as `pack` writes them; none
+    for a rule of somebody's own, which need not be there when the network is loaded."""
+    if is_own(experiment.rule or ""):
+        return {}
     model, found = build(experiment), {}
     kept = random_positions(model, experiment.budget, rule=experiment.rule or RULES[0], seed=experiment.seed)
     for name, weight in counted_weights(model).items():

@@ -182,9 +182,13 @@ def _growths(spec, setting):
 
 def shown_rules(figure, preset):
     """The rules of `figure` (a name of `FIGURES`) under a `Study`: its own, of which the user may have asked for some
-    only, or the preset's."""
-    own = FIGURES[figure].rules
-    return preset.rules if own is None else tuple(rule for rule in own if rule in (preset.only_rules or own))
+    only, or the preset's. Rules of somebody's own are shown wherever several are."""
+    known = FIGURES[figure].rules
+    if known is None:
+        return preset.rules
+    yours = tuple(filter(own.is_own, preset.rules)) if len(known) > 1 else ()
+    asked = preset.only_rules or (*known, *yours)
+    return tuple(rule for rule in (*known, *yours) if rule in asked)
 
 # %% ../../nbs/4_study/04_figures.ipynb #59e19706
 def networks(setting, growth):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY_PASSES', 'STUDIES', 'PRESETS', 'Compared', 'Rates', 'FamilySetting', 'Study', 'study_of', 'check_figures',
-           'check_budgets', 'check_own', 'load', 'study_table', 'chosen', 'narrow', 'sample_size']
+           'check_budgets', 'check_own', 'check_own_rules', 'check_own_corruptions', 'load', 'study_table', 'chosen',
+           'narrow', 'sample_size']
 
 # %% ../../nbs/4_study/03_studies.ipynb #d4735e3a
 import dataclasses
@@ -19,6 +20,7 @@ from .. import data, own
 from ..networks import allocation, models
 from ..networks.training import RECIPES, Recipe
 from ..robustness import attacks
+from ..robustness.corruptions import corruptions
 from sparse_nb.study.experiments import (
     BITS,
     OF_SCHEDULES,
@@ -36,8 +38,10 @@ from sparse_nb.study.experiments import (
     accept,
     check_settings,
     counted_total,
+    named_shapes,
 )
 from .reading import Wrong, dotted, fill, located, merged, read_toml, refuse_unknown, table_of, value_of
+from .your_own import check_corruption, check_rule
 
 # %% ../../nbs/4_study/03_studies.ipynb #7902699b
 MANY_PASSES = ("weight_noise", "corruption", "attack", "quantisation", "curvature")
@@ -131,7 +135,8 @@ class Study:
     attack_epsilons: {channels of the images: radii}. only_rules: the rules that were asked for by name, which then
     hold for a figure with rules of its own as well.
     bits: of convolutional networks, "native" or "portable"; see `Experiment`. own_measures: import paths of measures of
-    somebody's own, made of every network on a curve by width.
+    somebody's own, made of every network on a curve by width. Datasets, rules, families and names of corruptions may be
+    import paths as well, with the versions that `own.find` gives.
     beside: measures that are made of every network on a curve by width, though no figure shows them.
     versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
     figures: those that are drawn, all that show one of the families if empty. file: where it was read from, empty for a
@@ -208,12 +213,14 @@ def _found(name, path, folders):
 
 
 def _with_versions(table, folders):
-    """The tables of a study in which every import path, of a family or a dataset, has its version. Raises `Wrong`."""
+    """The tables of a study in which every import path has its version. Raises `Wrong`."""
     table = dict(table)
-    if isinstance(table.get("datasets"), list):
-        table["datasets"] = [_found(name, ("datasets",), folders) for name in table["datasets"]]
-    if isinstance(table.get("own_measures"), list):
-        table["own_measures"] = [_found(name, ("own_measures",), folders) for name in table["own_measures"]]
+    if isinstance(table.get("corruption"), dict):
+        table["corruption"] = dict(table["corruption"])
+    lists = [(table, (key,)) for key in ("datasets", "rules", "own_measures")]
+    for part, path in [*lists, (table.get("corruption"), ("corruption", "names"))]:
+        if isinstance(part, dict) and isinstance(part.get(path[-1]), list):
+            part[path[-1]] = [_found(name, path, folders) for name in part[path[-1]]]
     if isinstance(table.get("families"), dict):
         of_families = table["families"].items()
         table["families"] = {_found(name, ("families", name), folders): of for name, of in of_families}
@@ -254,7 +261,7 @@ def _check_list(values, accepted, path, least=1):
     """Raise `Wrong` for a list that is too short, has something twice, or something that is not accepted."""
     words = f"{dotted(path)} is {list(values)}"
     for value in values:
-        if value not in accepted and not (own.is_own(value) and accepted is data.DATASETS):
+        if value not in accepted and not (own.is_own(value) and accepted in (data.DATASETS, allocation.RULES)):
             near = f"{dotted(path)} has {value!r}; accepted: {', '.join(accepted)}"
             raise Wrong(path, near)
     if len(values) < least or len(set(values)) < len(values):
@@ -277,6 +284,10 @@ def _check_names(study):
             raise Wrong(
                 ("own_measures",), f"own_measures has {name!r}; accepted: import paths, package.module:function"
             )
+    for name in study.corruption.names or ():
+        if not own.is_own(name):
+            accepted = dict.fromkeys(name for of in corruptions.BENCHMARKS.values() for name in of)
+            _check_list([name], tuple(accepted), ("corruption", "names"))
     _check_list([name for name, _ in study.versions], ("training", *_MEASURES), ("versions",), least=0)
     for family in study.families:
         if family not in models.FAMILIES and not own.is_own(family):
@@ -386,6 +397,52 @@ def check_own(study: Study) -> None:
                 words = f"gives {what} for images {(2, *shape)} of {dataset}; accepted: floating point {(2, classes)}"
                 raise Wrong(path, f"{dotted(path)} {words}")
 
+# %% ../../nbs/4_study/03_studies.ipynb #3b9f2ae2
+def _smallest_sparse(study, dataset, family):
+    """(budget, network) of the smallest sparse network on the curves of a family, network as arguments of
+    `counted_total`; None if all are dense."""
+    setting = study.families[family]
+    first, widths = setting.depths[0], dict(setting.dataset_widths).get(dataset, setting.widths)
+    curves = [((setting.base, *first), (width, *first)) for width in widths]
+    curves += [((setting.depth_width, *first), (setting.depth_width, *step)) for step in setting.depths]
+    sizes = [[counted_total(dataset, family, *net) for net in curve] for curve in curves]
+    sparse = [(most, budget, net) for (budget, most), (_, net) in zip(sizes, curves, strict=True) if budget < most]
+    return min(sparse)[1:] if sparse else None
+
+
+def check_own_rules(study: Study) -> None:
+    """Raise `reading.Wrong` for a rule of somebody's own that does not keep a budget as `your_own.check_rule` says, on
+    the smallest sparse network of each family."""
+    for rule in filter(own.is_own, study.rules):
+        for dataset in study.datasets:
+            for family in study.families:
+                found = _smallest_sparse(study, dataset, family)
+                if not found:
+                    continue
+                budget, network = found
+                try:
+                    check_rule(rule, dict(named_shapes(dataset, family, *network)), budget)
+                except ValueError as error:
+                    where = f"{own.plain(family)}, width {network[0]}, depth {network[1]}, on {own.plain(dataset)}"
+                    raise Wrong(("rules",), f"rules: {error} ({where})") from error
+
+# %% ../../nbs/4_study/03_studies.ipynb #fb60de91
+def check_own_corruptions(study: Study) -> None:
+    """Raise `reading.Wrong` for a corruption of somebody's own that does not turn images of each dataset into such
+    images, and for names or severities that a dataset does not have, where names are given."""
+    asked = study.corruption
+    for dataset in study.datasets:
+        shape = data.IMAGE_SHAPES[dataset]
+        for name in asked.names or ():
+            try:
+                severities = asked.severities or corruptions.default_severities(shape, name)
+                for severity in severities:
+                    corruptions.check_severity(shape, name, severity)
+                if own.is_own(name):
+                    check_corruption(name, shape, severities)
+            except ValueError as error:
+                raise Wrong(("corruption", "names"), f"corruption.names: {error} (images of {dataset})") from error
+
 # %% ../../nbs/4_study/03_studies.ipynb #544b3dd9
 STUDIES = ("smoke", "laptop", "laptop2", "paper")  # files of the package
 
@@ -449,6 +506,8 @@ def load(study: "Study | Path | str") -> Study:
             raise Wrong(("name",), words)
         check_own(made)
         check_budgets(made)
+        check_own_rules(made)
+        check_own_corruptions(made)
         check_figures(made)
         return made
     except Wrong as error:
@@ -526,7 +585,7 @@ def narrow(
             compared=_with_widths(setting.compared, sorted({int(w) for w in widths} - {setting.base})),
             rates=_with_widths(setting.rates, sorted({int(w) for w in widths} - {setting.base})),
         )
-    only_rules = chosen("rule", rules, allocation.RULES, ())
+    only_rules = chosen("rule", rules, (*allocation.RULES, *filter(own.is_own, preset.rules)), ())
     return dataclasses.replace(
         preset,
         datasets=chosen("dataset", datasets, (*data.DATASETS, *filter(own.is_own, preset.datasets)), preset.datasets),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEVICES', 'KEEP_EVERY', 'resolve_device', 'with_threads', 'keep_freed_memory', 'environment', 'Job', 'missing_jobs',
            'sound_kernels', 'Outcome', 'NoTimeLeft', 'crosses_processors', 'train_on', 'make_network', 'measure',
-           'words', 'run_job', 'images_of', 'own_measures', 'Terms', 'run_elsewhere']
+           'words', 'run_job', 'images_of', 'own_code', 'Terms', 'run_elsewhere']
 
 # %% ../../nbs/6_sweep/02_jobs.ipynb #d4735e3a
 import ctypes
@@ -358,9 +358,12 @@ def images_of(dataset, split, root, device):
     return data.load_images(dataset, split, root=root, device=device)
 
 
-def own_measures(job: Job) -> list[str]:
-    """The measures of somebody's own among those of a job, by their import paths."""
-    return [evaluation.function for evaluation in job.evaluations if evaluation.measure == "own"]
+def own_code(job: Job) -> set[str]:
+    """The functions of somebody's own that a job calls, by their import paths: family, rule, corruptions, measures."""
+    named = [job.experiment.family, job.experiment.rule or ""]
+    for evaluation in job.evaluations:
+        named += [getattr(evaluation, "function", ""), *(getattr(evaluation, "names", None) or ())]
+    return set(filter(own.is_own, named))
 
 
 @dataclass(frozen=True)
@@ -398,7 +401,7 @@ def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) 
         raise FileNotFoundError(f"the runs folder {terms.runs} is not there on {platform.node()}; {needs}")
     device, store, e = torch.device(terms.device), Store(terms.runs), job.experiment
     own.permit(terms.own)
-    checked_texts((e.family, *own_measures(job)), (e.dataset,), terms.texts, store.root / ".own.json")
+    checked_texts(own_code(job), (e.dataset,), terms.texts, store.root / ".own.json")
     if gpu and device.type == "cuda":
         device = torch.device("cuda", gpu[0])
         torch.cuda.set_device(device)

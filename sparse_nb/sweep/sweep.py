@@ -28,7 +28,7 @@ from ..runs.files import load_json, read_bytes, write_whole
 from ..runs.store import run_status
 from ..study import versions
 from ..study.experiments import accept, check_version, parent_of
-from ..study.your_own import checked_texts
+from ..study.your_own import check_rules, checked_texts
 from .costs import Costs, Epochs, Rates, costs_of, job_work, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
@@ -36,7 +36,7 @@ from sparse_nb.sweep.jobs import (
     Terms,
     images_of,
     missing_jobs,
-    own_measures,
+    own_code,
     resolve_device,
     run_elsewhere,
     run_job,
@@ -321,17 +321,16 @@ def check_code(remote):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #7d88f84b
 def own_texts(jobs, store):
-    """`your_own.checked_texts` of the families, datasets and measures of some `Job`s, remembered in the store's
+    """`your_own.checked_texts` of the datasets and all `jobs.own_code` of some `Job`s, remembered in the store's
     `.own.json`.
 
     Raises ValueError, with what to do, if one of them is not what the store remembers.
     """
     file, experiments = store.root / ".own.json", [job.experiment for job in jobs]
-    measures = {name for job in jobs for name in own_measures(job)}
-    if not measures and not any(own.is_own(name) for e in experiments for name in (e.family, e.dataset)):
+    functions = set().union(*map(own_code, jobs))
+    if not functions and not any(own.is_own(e.dataset) for e in experiments):
         return {}
     known = load_json(read_bytes(file)) if file.exists() else {}
-    functions = measures | {e.family for e in experiments}
     now = checked_texts(functions, {e.dataset for e in experiments}, known, file)
     if now.keys() - known.keys():
         write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
@@ -385,6 +384,7 @@ def run(
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
     texts = own_texts(board.waiting, store)
+    check_rules([job.experiment for job in board.waiting if job.train])
     deadline = time.time() + 60 * minutes if minutes is not None else None
     if deadline:
         board.costs = costs_of(store.runs(), device)

@@ -1,4 +1,5 @@
-"""A family and a dataset of somebody's own: trained in workers, named by their versions, refused before training."""
+"""Families, datasets, masks and corruptions of somebody's own: trained in workers, named by their versions, refused
+before training."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,6 +51,58 @@ draws = 1
 """
 
 
+MASKS = """import math
+
+import torch
+from sparse_nb.networks.allocation import allocate
+
+
+def same_fan_in(shapes, budget, *, generator):
+    masks = {}
+    for (name, shape), kept in zip(shapes.items(), allocate(list(shapes.values()), budget)):
+        units, inputs = shape[0], math.prod(shape[1:])
+        share = torch.full((units,), kept // units)
+        share[torch.randperm(units, generator=generator)[: kept % units]] += 1
+        rank = torch.rand(units, inputs, generator=generator).argsort(1).argsort(1)
+        masks[name] = (rank < share[:, None]).view(shape)
+    return masks
+
+
+same_fan_in.version = "1"
+"""
+DAMAGE = """import torch
+
+
+def scratches(pixels, severity, *, generator):
+    count, width = len(pixels), pixels.shape[-1]
+    places = torch.randint(width, (count, severity), generator=generator)
+    scratched = torch.zeros(count, width, dtype=torch.bool).scatter_(1, places, True)
+    return pixels.masked_fill(scratched[:, None, None], 255)
+
+
+scratches.version = "1"
+"""
+OF_MASKS = """datasets = ["digits"]
+rules = ["water_filling", "ourlab.masks:same_fan_in"]
+seeds = 1
+figures = ["fig02", "fig04", "fig09", "fig13"]
+
+[families.mlp]
+base = 16
+widths = [16, 64]
+recipe = {epochs = 3, batch_size = 32}
+
+[weight_noise]
+sigmas = [0, 0.3]
+draws = 1
+
+[corruption]
+names = ["fog", "ourlab.damage:scratches"]
+draws = 1
+test_images = 100
+"""
+
+
 @pytest.fixture
 def lab(tmp_path):
     """A folder with a package and a study, in which `sparse-nb` is run as a user runs it."""
@@ -57,16 +111,10 @@ def lab(tmp_path):
     (tmp_path / "ourlab/nets.py").write_text(NETS)
     (tmp_path / "ourlab/images.py").write_text(IMAGES)
     (tmp_path / "stripes.toml").write_text(STUDY)
+    (tmp_path / "ourlab/masks.py").write_text(MASKS)
+    (tmp_path / "ourlab/damage.py").write_text(DAMAGE)
+    (tmp_path / "masks.toml").write_text(OF_MASKS)
     return tmp_path
-
-
-def run(folder, *words):
-    """(status, output and errors) of the command in a new process with `folder` as its current folder."""
-    code = "import sys; sys.path = [p for p in sys.path if p]; from sparse_nb.cli.main import main; main(sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *words]
-    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return ran.returncode, ran.stdout + ran.stderr
 
 
 def replace(file, old, new):
@@ -75,8 +123,8 @@ def replace(file, old, new):
     file.write_text(text.replace(old, new))
 
 
-def test_it_is_trained_in_workers_and_a_changed_text_is_refused(lab):
-    status, said = run(lab, "sweep", "stripes.toml", "--workers", "1")
+def test_it_is_trained_in_workers_and_a_changed_text_is_refused(lab, run_in):
+    status, said = run_in(lab, "sweep", "stripes.toml", "--workers", "1")
     assert status == 0 and "2 networks: 2 made now" in said, said
     remembered = json.loads((lab / "runs/.own.json").read_text())
     assert set(remembered) == {"ourlab.nets:tiny@1", "ourlab.images:stripes@1"}
@@ -85,20 +133,20 @@ def test_it_is_trained_in_workers_and_a_changed_text_is_refused(lab):
     assert {about["result"]["effective_density"] for about in abouts} == {0.5, 1.0}  # of 280 and 140 weights
 
     replace(lab / "ourlab/nets.py", "def tiny", "# a comment\ndef tiny")
-    status, said = run(lab, "sweep", "stripes.toml", "--seeds", "2")
+    status, said = run_in(lab, "sweep", "stripes.toml", "--seeds", "2")
     assert status == 0 and "4 networks: 2 made now, 2 already there" in said, said
 
     replace(lab / "ourlab/parts.py", "0.1", "0.2")
-    status, said = run(lab, "sweep", "stripes.toml", "--seeds", "3")
+    status, said = run_in(lab, "sweep", "stripes.toml", "--seeds", "3")
     assert status == 1 and "the code changed under the same version" in said, said
     assert "give tiny.version another text" in said and "Traceback" not in said
 
     replace(lab / "ourlab/nets.py", 'version = "1"', 'version = "2"')
-    status, said = run(lab, "sweep", "stripes.toml")
+    status, said = run_in(lab, "sweep", "stripes.toml")
     assert status == 0 and "2 networks: 2 made now" in said, said
 
     replace(lab / "ourlab/images.py", "255\n    return", "254\n    return")
-    status, said = run(lab, "sweep", "stripes.toml")
+    status, said = run_in(lab, "sweep", "stripes.toml")
     assert status == 1 and "ourlab.images:stripes@1 is not what it was" in said, said
 
 
@@ -134,6 +182,44 @@ MISTAKES = {
         "from .prats",
         "cannot be imported: No module named 'ourlab.prats'",
     ),
+    "no rule": ("masks.toml", "masks:same", "masks:sane", "line 2: rules: ourlab.masks"),
+    "another budget": (
+        "ourlab/masks.py",
+        "values()), budget)",
+        "values()), budget - 1)",
+        "keeps 12,703 weights; accepted: 12,704, the budget (mlp, width 64, depth 1, on digits)",
+    ),
+    "a mask's shape": (
+        "ourlab/masks.py",
+        ".view(shape)",
+        ".T",
+        "gives, for hidden1.weight, a torch.bool (784, 64); accepted: a number, or a torch.bool (64, 784)",
+    ),
+    "numbers for masks": ("ourlab/masks.py", "(rank < share[:, None])", "rank", "a torch.int64 (64, 784); accepted"),
+    "another mask each time": (
+        "ourlab/masks.py",
+        "torch.rand(units, inputs, generator=generator)",
+        "torch.rand(units, inputs)",
+        "keeps other weights when it is called again with the same generator",
+    ),
+    "a rule that fails": ("ourlab/masks.py", "return masks", "return mask", "same_fan_in: NameError: name 'mask'"),
+    "no corruption": ("masks.toml", '"fog"', '"fig"', "line 16: corruption.names has 'fig'; accepted: shot_noise"),
+    "too severe": ("masks.toml", "test_images", "severities = [6]\ntest_images", "corruption.names: severity is 6"),
+    "a corruption's shape": (
+        "ourlab/damage.py",
+        "255)",
+        "255)[:1]",
+        "gives torch.uint8 (1, 1, 28, 28) at severity 3; accepted: torch.uint8 (2, 1, 28, 28)",
+    ),
+    "floats": ("ourlab/damage.py", "255)", "255) / 255", "gives torch.float32 (2, 1, 28, 28) at severity 3"),
+    "values up to 1": ("ourlab/damage.py", "255)", "255) // 255", "gives values from 0 to 1 at severity 3"),
+    "another corruption each time": (
+        "ourlab/damage.py",
+        ", generator=generator)\n    scratched",
+        ")\n    scratched",
+        "gives other images when it is called again with the same generator",
+    ),
+    "no version of it": ("ourlab/damage.py", 'scratches.version = "1"', "", 'write scratches.version = "1" below the'),
     "a figure without it": (
         "stripes.toml",
         "fig01",
@@ -147,6 +233,7 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence_before_any_training(lab, mistake, monkeypatch, capsys):
     file, old, new, words = MISTAKES[mistake]
     replace(lab / file, old, new)
+    study = "masks.toml" if file in ("masks.toml", "ourlab/masks.py", "ourlab/damage.py") else "stripes.toml"
     from sparse_nb import data
     from sparse_nb.cli.main import main
 
@@ -156,7 +243,7 @@ def test_a_mistake_is_one_sentence_before_any_training(lab, mistake, monkeypatch
     monkeypatch.setattr(sys, "path", [*sys.path])
     data._own_sets.cache_clear(), data._own_checksum.cache_clear()
     with pytest.raises(SystemExit) as ended:
-        main(["sweep", "stripes.toml"])
+        main(["sweep", study])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and words in said and said.count("\n") == 1, said
     assert not (lab / "runs").exists() or not list((lab / "runs").glob("*/manifest.json"))
@@ -179,3 +266,41 @@ for what in (lambda: data.SIZES["os:system@1"], lambda: data.load_images("os:sys
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert ran.stdout.count("is code that no study opened here names") == 3, ran.stdout + ran.stderr
+
+
+def test_a_mask_and_a_corruption_are_drawn_listed_and_judged(lab, run_in):
+    status, said = run_in(lab, "figures", "masks.toml", "--no-pictures", "--workers", "1")
+    assert status == 0 and "0 failed" not in said and "4 figures in" in said, said
+    rule, corruption = "ourlab.masks:same_fan_in@1", "ourlab.damage:scratches@1"
+    drawn = lab / "figures/rendered/masks"
+    tables = {name: pd.read_csv(drawn / f"{name}.csv") for name in ("fig02", "fig04", "fig13")}
+    assert all(rule in set(table.rule) for table in tables.values())
+    assert set(tables["fig13"].rule) == {"water_filling", "proportional", "erk", rule}
+    for name in ("fig09", "fig09_ourlab.masks.same_fan_in"):
+        kinds = pd.read_csv(drawn / f"{name}.csv")
+        assert {"fog", corruption} <= set(kinds.name) and "scratches" in (drawn / f"{name}.html").read_text()
+
+    abouts = [json.loads(path.read_text()) for path in (lab / "runs").glob("*/experiment.json")]
+    sparse = [about for about in abouts if about["experiment"].get("rule") == rule]
+    assert {about["experiment"].get("schedule", "static") for about in sparse} == {"static", "magnitude"}
+    assert {about["result"]["density"] for about in sparse} == {0.25}
+    assert json.loads((lab / "runs/.own.json").read_text()).keys() == {rule, corruption}
+
+    for words, expected in {
+        ("trace", str(drawn / "fig02.html")): f"static {rule} seed 0",
+        ("status", "masks.toml", "--rules", "ourlab.masks:same_fan_in"): "all",
+        ("claims", "masks.toml", "--no-pictures"): "undecided",
+        ("explore", "masks.toml", "--static", "curves.html"): "curves.html",
+        ("verify",): "checked",
+    }.items():
+        status, said = run_in(lab, *words)
+        assert status == 0 and expected in said and "Traceback" not in said, said
+    page = (lab / "curves.html").read_text()
+    assert "same fan in" in page and "scratches" in page
+
+    replace(lab / "ourlab/damage.py", "255)", "254)")
+    status, said = run_in(lab, "sweep", "masks.toml", "--seeds", "2")
+    assert status == 1 and f"{corruption} is not what it was" in said and "give scratches.version another text" in said
+    replace(lab / "ourlab/damage.py", 'version = "1"', 'version = "2"')
+    status, said = run_in(lab, "sweep", "masks.toml")
+    assert status == 0 and "0 made now" in said and "3 measurements made now" in said, said

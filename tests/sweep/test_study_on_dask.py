@@ -1,16 +1,10 @@
 """A study in a file, with a family of somebody's own, on a Dask cluster: through the command, as a user runs it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
 from sparse_nb.runs.index import Records
 
-ROOT = Path(__file__).parent.parent.parent
 NETS = """from torch import nn
 
 
@@ -36,16 +30,6 @@ draws = 1
 """
 
 
-def run(folder, *words):
-    """(status, output and errors) of the command in a new process with `folder` as its current folder."""
-    code = "import sys; sys.path = [p for p in sys.path if p]; from sparse_nb.cli.main import main; main(sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    return ran.returncode, ran.stdout + ran.stderr
-
-
 @pytest.fixture
 def lab(tmp_path):
     (tmp_path / "ourlab").mkdir()
@@ -54,22 +38,22 @@ def lab(tmp_path):
     return tmp_path
 
 
-def test_workers_of_a_cluster_find_a_family_by_its_import_path(lab):
-    status, said = run(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "2", "--runs", "cluster")
+def test_workers_of_a_cluster_find_a_family_by_its_import_path(lab, run_in):
+    status, said = run_in(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "2", "--runs", "cluster")
     assert status == 0 and "2 networks: 2 made now" in said, said
-    status, said = run(lab, "sweep", "tiny.toml", "--runs", "here")
+    status, said = run_in(lab, "sweep", "tiny.toml", "--runs", "here")
     assert status == 0 and "2 networks: 2 made now" in said, said
     columns = ["experiment", "evaluation", "quantity", "strength", "draw", "value", "family", "train_loss"]
     tables = [Records(lab / runs).table()[columns] for runs in ("cluster", "here")]
     pd.testing.assert_frame_equal(*tables)
     assert set(tables[0].family) == {"ourlab.nets:tiny@1"} and len(tables[0]) == 2 * 4
 
-    status, said = run(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "2", "--runs", "cluster")
+    status, said = run_in(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "2", "--runs", "cluster")
     assert status == 0 and "2 networks: 0 made now, 2 already there" in said, said
 
 
-def test_what_is_wrong_in_a_family_is_said_before_a_cluster_is_made(lab):
+def test_what_is_wrong_in_a_family_is_said_before_a_cluster_is_made(lab, run_in):
     (lab / "ourlab/nets.py").write_text(NETS.replace("width, classes)", "width, 3)"))
-    status, said = run(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "1", "--runs", "cluster")
+    status, said = run_in(lab, "sweep", "tiny.toml", "--engine", "dask", "--workers", "1", "--runs", "cluster")
     assert status == 1 and "gives torch.float32 (2, 3)" in said and "Traceback" not in said, said
     assert not (lab / "cluster").exists()
