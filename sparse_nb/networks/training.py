@@ -339,6 +339,21 @@ def _run_epochs(
             keep(_take_state(model, optimiser, epochs))
     return losses
 
+# %% ../../nbs/2_networks/07_training.ipynb #53a0b2d3
+def _outcome(
+    model: nn.Module, epochs: Sequence[Epoch], losses: torch.Tensor | None, recipe: Recipe, images: int
+) -> tuple[str, int | None]:
+    """(status, diverged_at) of the `History` of `epochs`.
+
+    losses: of the steps of the last epoch, None if no epoch was run. images: their number.
+    """
+    status, batches = _ending(epochs, recipe) or "epochs", math.ceil(images / recipe.batch_size)
+    if status == "diverged" and losses is not None:
+        return status, (len(epochs) - 1) * batches + 1 + int((~losses.isfinite()).nonzero()[0])
+    if status != "diverged" and not all(value.isfinite().all() for value in model.state_dict().values()):
+        return "diverged", len(epochs) * batches
+    return status, None
+
 # %% ../../nbs/2_networks/07_training.ipynb #624b60c5
 def fit(
     model: nn.Module,
@@ -372,19 +387,13 @@ def fit(
     optimiser = torch.optim.SGD(model.parameters(), **rates, fused=True)
     if resume:
         _restore_state(model, optimiser, resume)
-    epochs, batches = list(resume.epochs) if resume else [], math.ceil(len(images.labels) / recipe.batch_size)
+    epochs = list(resume.epochs) if resume else []
     model.train()
     calls: dict[str, Any] = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)
     with nullcontext() if on_step else _recorded_steps(model, images, recipe):
         losses = _run_epochs(model, held, images, optimiser, recipe, epochs, seed=seed, **calls)
-    status, diverged_at = _ending(epochs, recipe) or "epochs", None
-    if status == "diverged" and losses is not None:
-        diverged_at = (len(epochs) - 1) * batches + 1 + int((~losses.isfinite()).nonzero()[0])
-    elif not all(value.isfinite().all() for value in model.state_dict().values()):
-        # the loss is taken before the step: what the last step spoils is seen in the weights only
-        status, diverged_at = "diverged", len(epochs) * batches
     model.eval()
-    return History(tuple(epochs), status, diverged_at)
+    return History(tuple(epochs), *_outcome(model, epochs, losses, recipe, len(images.labels)))
 
 # %% ../../nbs/2_networks/07_training.ipynb #71ee45a3
 RECIPES = {

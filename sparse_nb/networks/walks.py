@@ -82,7 +82,16 @@ def _moving(x, walk, weights, biases, every):
 
 # %% ../../nbs/2_networks/14_walks.ipynb #619f3600
 _SILENT, _CONSTANT, _MOVES = 0, 1, 2
-_REMEMBER = 4  # inputs from which on a unit's activation is kept: changes speed, not bits
+_REMEMBER = 4  # activations of units with more inputs are kept: changes speed, not bits
+
+
+@compiled
+def _activation(bias, start, end, weights, which, x, rows):
+    """relu of the bias and the weights start … end - 1 of a unit, for the 128 images of the block x, in registers."""
+    h = filled(bias)
+    for e in range(start, end):
+        h = plus(h, weights[which[e]], x, rows[e])
+    return relu(h)
 
 
 @compiled
@@ -101,10 +110,7 @@ def _forward(x, moving, walk, weights, weights_out, outputs):
             for e in range(hears[i], hears[i + 1] if states[i] else hears[i]):
                 constant[listeners[e]] += weights_out[places[e]] * biases[i]
             continue
-        h = filled(biases[i])
-        for e in range(starts[i], starts[i + 1]):
-            h = plus(h, weights[which[e]], x, rows[e])
-        h = relu(h)
+        h = _activation(biases[i], starts[i], starts[i + 1], weights, which, x, rows)
         if starts[i + 1] - starts[i] > _REMEMBER:
             write(h, kept, slot * BLOCK)
             slot += 1
@@ -138,10 +144,7 @@ def _backward(x, moving, seen, walk, weights, weights_out, g, gradients, of_x, o
             if end - start > _REMEMBER:
                 h = read(kept, (slot - 1) * BLOCK)
             else:
-                h = filled(biases[i])
-                for e in range(start, end):
-                    h = plus(h, weights[which[e]], x, rows[e])
-                h = relu(h)
+                h = _activation(biases[i], start, end, weights, which, x, rows)
             d = filled(0.0)
             for e in range(hears[i], hears[i + 1]):
                 d = plus(d, weights_out[places[e]], g, listeners[e] * BLOCK)
