@@ -52,7 +52,7 @@ def _logarithm(x: float) -> float:
 def _losses(logits, labels, images, losses, gradient):
     """Write each image's loss, float64 (N,), and its gradient divided by `images`, in the type of logits (N, classes).
 
-    Returns (the sum of losses, the place of a label that is no class or -1).
+    Returns (the sum of losses, the index of a label that is not a class, or -1).
     """
     powers, total = np.empty(logits.shape[1]), 0.0
     for i in range(len(logits)):
@@ -99,8 +99,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "
     """`torch.nn.functional.cross_entropy` with the same bits on every processor; no label is ignored.
 
     logits: (N, classes). labels: int64 (N,), 0 ≤ label < classes. reduction: "mean", "sum" or "none", of the N losses
-    (nats). In float32 and float64 on a CPU; other precisions and a GPU are left to PyTorch.
-    Raises TypeError, ValueError or IndexError, with what was given, for anything else.
+    (nats). Computed here in float32 and float64 on a CPU; by PyTorch in other precisions and on a GPU.
+    Raises TypeError, ValueError or IndexError, naming the value, for anything else.
     """
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise TypeError(f"logits are {logits.dtype}, labels {labels.dtype}; accepted: floating point, and int64")

@@ -30,7 +30,7 @@ _BINS = 15
 def calibration_error(outputs: torch.Tensor, labels: torch.Tensor, *, bins: int = _BINS) -> float:
     """Expected calibration error, in [0, 1], of logits (N, classes) against int64 labels (N,).
 
-    bins: of equally many images; of fewer images than that, each is a bin.
+    bins: number of bins with equally many images; if there are fewer images, each is a bin.
     """
     bins = min(_whole_number("bins", bins, 1), len(labels))
     p = _probabilities(outputs, labels)
