@@ -81,7 +81,7 @@ def to_chunks(x: torch.Tensor) -> torch.Tensor:
 
 
 def from_chunks(chunks: torch.Tensor, images: int) -> torch.Tensor:
-    """The first so many images of chunks, as (N, C, H, W)."""
+    """The first `images` images of chunks, as (N, C, H, W)."""
     return chunks[:, :, 1:-1, 1:-1].permute(0, 4, 1, 2, 3).flatten(0, 1)[:images].contiguous()
 
 # %% ../../nbs/2_networks/15_convolution_kernels.ipynb #9e2774e6

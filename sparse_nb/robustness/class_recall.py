@@ -47,7 +47,7 @@ def evaluate(model: nn.Module, images: ImageSet) -> list[Record]:
     """The recall of every class, the lowest of them, and the accuracy of `model` on an `ImageSet`.
 
     Returns `Record`s with values in [0, 1]: a "recall" for each class, `name` as in `class_labels`; a "lowest_recall",
-    `name` the class that has it, the first of equals; an "accuracy". The model is left as it was. Paper, section 3 and
+    `name` the class that has it, the first of equals; an "accuracy". The model is not changed. Paper, section 3 and
     figure 8.
     Raises ValueError if a class has no image, or an output is not finite.
     """

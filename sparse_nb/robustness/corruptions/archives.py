@@ -252,8 +252,8 @@ def _checked_array(archive, root, path, *, trust=True):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #35135aaa
 def _transfer(url, part, length, bar):
-    """One attempt to add to the file `part`, a Path, what it lacks of the `length` bytes at `url`; bar: shows how far
-    it is.
+    """One attempt to download the missing bytes of the file `part`, a Path, of the `length` bytes at `url`. bar: shows
+    the progress.
 
     Raises ValueError if the server offers another length; errors of network and disk as they come. What has arrived
     stays.
@@ -290,11 +290,11 @@ def _check_archive(archive, path):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #eb1e33e8
 def _download_archive(archive, path):
-    """Fetch `archive` to `path`, a Path, continuing `path`.part if there is one; nothing is called `path` before its
-    md5 was compared.
+    """Fetch `archive` to `path`, a Path, continuing `path`.part if there is one; the file gets the name `path` only
+    after its md5 was compared.
 
-    Tries again as long as something arrives. Raises FileNotFoundError for what cannot be had and OSError for a full
-    disk (the part stays, to be continued), ValueError for wrong content (the part is deleted).
+    Tries again as long as bytes arrive. Raises FileNotFoundError if the download fails and OSError for a full disk (the
+    part is kept, to be continued), ValueError for wrong content (the part is deleted).
     """
     part, have = path.with_name(path.name + ".part"), -1
     arrived = part.stat().st_size if part.exists() else 0
@@ -327,7 +327,7 @@ def _download_archive(archive, path):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #0b918943
 def _list_members(opened):
-    """{path: (member, bytes)} of what is in an open TarFile or ZipFile.
+    """{path: (member, bytes)} of the members of an open TarFile or ZipFile.
 
     Raises ValueError, naming the member, for the first absolute path, "..", link or device.
     """
@@ -405,7 +405,7 @@ def _check_room(archive, root, missing):
 
 # %% ../../../nbs/3_robustness/corruptions/01_archives.ipynb #71ee45a3
 def fetch(dataset: str, *, root: Path | str | None = None) -> Path:
-    """Have the official archive of `dataset` ("cifar10", "cifar100", "mnist") unpacked below `root` (see
+    """Make sure that the official archive of `dataset` ("cifar10", "cifar100", "mnist") is unpacked below `root` (see
     `data.data_root`).
 
     Returns the folder of its arrays. Downloads and unpacks only what is missing; arrays that are there are verified.

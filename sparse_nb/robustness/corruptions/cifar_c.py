@@ -44,7 +44,7 @@ from sparse_nb.robustness.corruptions.filters import (
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #19581e27
 def _contrast(images, factor, draws):
-    """Pulled towards the mean of each channel, to `factor` of the distance."""
+    """Values moved towards the mean of each channel, to `factor` of the distance."""
     x = unit(images)
     mean = x.flatten(2).cumsum(2)[..., -1:, None] / x[0, 0].numel()  # 1,024: exact
     return truncated((x - mean) * factor + mean)
@@ -218,7 +218,7 @@ def _enlarge_and_add(x, rows, down, columns, right, times, total):
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #d569d808
 @cache
 def _enlargement_tables(sizes, factors):
-    """What `_enlarge_and_add` needs to know of `factors`, as NumPy arrays: rows, down, columns, right, times."""
+    """The arguments of `_enlarge_and_add` for `factors`, as NumPy arrays: rows, down, columns, right, times."""
     places = [[_zoomed_places(size, factor) for factor, _ in factors] for size in sizes]
     tables = [torch.stack(part).numpy() for direction in places for part in zip(*direction, strict=True)]
     return *tables, np.array([times for _, times in factors])
@@ -456,10 +456,10 @@ def _grown_ice() -> list[torch.Tensor]:
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #1a32f6cb
 @cache
 def frost_textures(root: Path) -> tuple[list[torch.Tensor], str]:
-    """The five textures that frost is cut from, uint8 (3, H, W), and what they are.
+    """The five textures of frost, uint8 (3, H, W), and their kind.
 
-    root: the folder of the datasets. "photographs" if they are there or can be downloaded to it, else "grown ice";
-    remembered for each folder.
+    root: the folder of the datasets. The kind is "photographs" if they are in it or can be downloaded to it, else
+    "grown ice"; cached for each folder.
     """
     try:
         photographs = frost_photographs(root=root, download=True) or []
@@ -682,7 +682,7 @@ def _pixelate(images, size, draws):
 
 # %% ../../../nbs/3_robustness/corruptions/03_cifar_c.ipynb #2858dcd1
 def jpeg_library() -> str:
-    """Which library writes JPEG files here: "libjpeg 9d", the benchmark's, if jpeglib is installed, else Pillow's
+    """The library that writes JPEG files: "libjpeg 9d", the benchmark's, if jpeglib is installed, else Pillow's
     "libjpeg-turbo …"."""
     if importlib.util.find_spec("jpeglib"):
         return "libjpeg 9d"

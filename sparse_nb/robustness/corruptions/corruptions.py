@@ -33,7 +33,7 @@ BENCHMARKS: dict[tuple[int, ...], dict[str, CorruptionKind]] = {
 
 
 def benchmark(shape: Sequence[int]) -> dict[str, CorruptionKind]:
-    """{name: `CorruptionKind`} for images of `shape` (C, H, W). Raises ValueError for a shape that no benchmark has."""
+    """{name: `CorruptionKind`} for images of `shape` (C, H, W). Raises ValueError for a shape without a benchmark."""
     if tuple(shape) not in BENCHMARKS:
         raise ValueError(f"images are {tuple(shape)}; corruptions are defined for {' and '.join(map(str, BENCHMARKS))}")
     return BENCHMARKS[tuple(shape)]
@@ -56,15 +56,14 @@ PAPER_SEVERITIES = (2, 4)
 
 
 def default_severities(shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """The severities at which the paper measures: (2, 4) for colour images, the published one of MNIST-C for grey
-    ones."""
+    """The paper's severities: (2, 4) for colour images, the published one of MNIST-C for grey ones."""
     check_severity(shape, name, 0)
     return PAPER_SEVERITIES if shape[0] == 3 else (mnist_c.PUBLISHED[name],)
 
 
 def check_severity(shape: Sequence[int], name: str, severity: int) -> int:
-    """`severity` as an int. Raises ValueError unless images of `shape` have the corruption `name` at it; 0 is no
-    corruption and always there."""
+    """`severity` as an int. Raises ValueError unless the corruption `name` for images of `shape` has it; 0, no
+    corruption, is always accepted."""
     corruptions = benchmark(shape)
     if name not in corruptions:
         raise ValueError(f"corruption is {name!r}; for images {tuple(shape)} accepted: {', '.join(corruptions)}")
@@ -80,11 +79,11 @@ SOURCES = ("auto", "official", "generated")
 def _source_of(dataset: str, name: str, severity: int, *, source: str = "auto", root: Path | str | None = None) -> str:
     """Where the test images of `dataset` under a corruption come from.
 
-    source: "official" insists on the archive, "generated" ignores it, "auto" takes it where it is. root: the folder of
+    source: "official" requires the archive, "generated" ignores it, "auto" uses it if it exists. root: the folder of
     the datasets, see `data.data_root`. Returns "official", or "generated" with what decided the pixels where that
     matters: the JPEG library, the textures of frost (its six photographs are downloaded to `root` if they are missing).
     Raises ValueError for an unknown dataset, corruption, severity or source, FileNotFoundError for an archive that is
-    insisted on and absent.
+    required but missing.
     """
     shape = _shape_of(dataset)
     severity = check_severity(shape, name, severity)
@@ -129,7 +128,7 @@ def origins(
 
 
 def _requested(shape, names, severities):
-    """Every (name, severity) that is asked for, in order; None asks for the defaults. Raises ValueError as
+    """Every requested (name, severity), in order; None stands for the defaults. Raises ValueError as
     `check_severity`, and for names or severities that are no sequence, empty, or there twice."""
     names = tuple(benchmark(shape)) if names is None else _distinct("names", names)
     if severities is not None:
@@ -178,7 +177,7 @@ def _folder_of(images, root):
 
 
 def _looking_in(root: Path | str, corruption: CorruptionKind) -> CorruptionKind:
-    """The same corruption; frost cuts its pieces from the textures in `root`."""
+    """The same corruption; frost uses the textures in `root`."""
     return (
         replace(corruption, apply=partial(cifar_c.frost, root=root))
         if corruption.apply is cifar_c.frost
@@ -197,8 +196,7 @@ def _measurements(images, names, severities, draws, source, root):
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #91610555
 class _Memory:
-    """Tensors by the key that they were made from, at most `limit` bytes of them; the one that was not asked for
-    longest goes first."""
+    """A cache of tensors by key, at most `limit` bytes; the least recently used one is removed first."""
 
     def __init__(self, limit: int):
         self.limit, self.used, self._kept, self._lock = limit, 0, OrderedDict(), Lock()
@@ -207,7 +205,7 @@ class _Memory:
         return len(self._kept)
 
     def get(self, key: tuple, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tensor of `key`; make() makes it if it is not there."""
+        """The tensor of `key`; make() makes it if it is missing."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -281,7 +279,7 @@ def corruption_errors(
     """Mean corruption error and relative mean corruption error against `base`, as two floats; 1 is as bad as the base.
 
     accuracy, base: {(name, severity): accuracy in [0, 1]} of the two networks, with the same keys; ("", 0) is the clean
-    accuracy. NaN where the base makes no error, or loses nothing, under some corruption. Raises ValueError for other
+    accuracy. NaN if the base makes no error, or loses no accuracy, under some corruption. Raises ValueError for other
     keys. Hendrycks & Dietterich 2019, section 4.
     """
     if accuracy.keys() != base.keys() or ("", 0) not in base or len(base) < 2:

@@ -93,7 +93,7 @@ def in_threads(function: Callable, items: Sequence) -> list:
         return [function(item) for item in items]
     before = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)  # a new thread begins with this
-    sys.setswitchinterval(1e-5)  # operations are short: who waits for Python should not wait for long
+    sys.setswitchinterval(1e-5)  # operations are short, so waiting threads should get Python's lock quickly
     try:
         first = function(items[0])  # makes the tables that the others share
         with ThreadPoolExecutor(threads) as pool:
