@@ -67,10 +67,10 @@ def _check_images(images: torch.Tensor, labels: torch.Tensor, classes: int) -> N
 class ImageSet:
     """Labelled images: pixels uint8 (N, C, H, W) and labels int64 (N,), 0 <= label < classes, on one device.
 
-    name and split say where they come from; class_names (may be empty) what the labels mean. index: int64 (N,), the
-    position of each in its split, by default 0 … N − 1: it stays with the image through samples and shuffles. root: the
-    folder of the files, if any. Raises TypeError for a wrong dtype, ValueError for shapes, devices or labels that do
-    not fit.
+    name, split: where the images come from. class_names: what the labels mean; may be empty. index: int64 (N,), the
+    position of each image in its split, by default 0 … N − 1; it stays with the image through sampling and shuffling.
+    root: the folder of the files, if any. Raises TypeError for a wrong dtype, ValueError for shapes, devices or labels
+    that do not fit.
     """
 
     pixels: torch.Tensor
@@ -209,7 +209,7 @@ def published(dataset: str) -> dict[str, str]:
 
 # %% ../nbs/1_data/02_data.ipynb #0b918943
 class _Facts(dict):
-    """What is known of each dataset; of one of somebody's own it is found out from its images when it is asked for."""
+    """A fact about each dataset; for a user's own dataset it is determined from the images at the first lookup."""
 
     def __init__(self, known: dict, of_own: Callable):
         super().__init__(known)
@@ -240,8 +240,8 @@ SIZES = _Facts(
 def checksum(dataset: str) -> str:
     """The SHA-256, in hexadecimal, that stands for the exact data of `dataset`; reads no file.
 
-    It is taken over the published sums and paths, for "digits" over the pixels, labels and split (`_DIGITS_SHA256`),
-    for a dataset of somebody's own over the images, which are loaded. Raises ValueError for any other name.
+    It covers the published sums and paths; for "digits" the pixels, labels and split; for a user's own dataset the
+    images, which are loaded for this. Raises ValueError for any other name.
     """
     if own.is_own(dataset):
         return _own_checksum(dataset)
@@ -298,7 +298,7 @@ def _mnist_bytes(name: str, folder: Path) -> bytes:
 def _read_mnist(split: str, root: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """MNIST from `root`: uint8 images (N, 1, 28, 28) and int64 labels (N,); N is 60,000 for "train", 10,000 for "test".
 
-    Downloads what is missing. Raises ValueError for a wrong file, FileNotFoundError for one that cannot be had.
+    Downloads what is missing. Raises ValueError for a wrong file, FileNotFoundError if a file cannot be downloaded.
     """
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -318,7 +318,7 @@ def _unpack_cifar(reader: Any, root: Path, wanted: Mapping[str, str]) -> None:
     `root`.
 
     Downloads the archive if it is missing. Only the wanted paths are written. Raises ValueError for a wrong
-    archive, FileNotFoundError for one that cannot be had.
+    archive, FileNotFoundError if it cannot be downloaded.
     """
     archive = root / reader.filename
     if not archive.exists():
@@ -341,7 +341,7 @@ def _read_cifar(dataset: str, split: str, root: Path) -> tuple[torch.Tensor, tor
     """CIFAR-10 or CIFAR-100 from `root`: uint8 images (N, 3, 32, 32), int64 labels (N,) and the classes' names.
 
     N is 50,000 for "train", 10,000 for "test". Unpacks or downloads what is missing. Raises ValueError for a wrong
-    file, FileNotFoundError for one that cannot be had. No pickle is opened before all files have their published sums.
+    file, FileNotFoundError if one cannot be downloaded. All files are verified before any pickle is opened.
     """
     files = published(dataset)
     missing = {path: md5 for path, md5 in files.items() if not (root / path).exists()}
@@ -357,12 +357,12 @@ def _read_cifar(dataset: str, split: str, root: Path) -> tuple[torch.Tensor, tor
 def load_images(
     dataset: str, split: str, *, root: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> ImageSet:
-    """The images of `dataset`, one of `DATASETS`, for `split`, "train" or "test", as an `ImageSet` on `device`;
-    or those of an import path that is permitted (`own.find`).
+    """The images of `dataset`, one of `DATASETS` or a permitted import path (`own.find`), as an `ImageSet`.
 
-    root: the folder of the official sets (see `data_root`); "digits" needs none. Missing files are downloaded; every
-    file is compared with its published md5 each time. Raises ValueError for an unknown dataset or split and for a
-    truncated or altered file, FileNotFoundError for a file that is missing and cannot be downloaded.
+    split: "train" or "test". device: where its tensors are. root: the folder of the official sets (see `data_root`);
+    "digits" needs none. Missing files are downloaded; every file is compared with its published md5 each time. Raises
+    ValueError for an unknown dataset or split and for a truncated or altered file, FileNotFoundError for a file that
+    is missing and cannot be downloaded.
     """
     if dataset not in DATASETS and not own.is_own(dataset):
         raise ValueError(f"dataset is {dataset!r}; it must be one of {', '.join(DATASETS)}")
@@ -382,7 +382,7 @@ def load_images(
 
 # %% ../nbs/1_data/02_data.ipynb #92bbb371
 def _own_set(name: str, split: str) -> ImageSet:
-    """The images that a function of somebody's own gives for a split, verified. Raises ValueError saying what it gives
+    """The images that a user's own function returns for a split, checked. Raises ValueError that says what it returned
     and what is accepted."""
     try:
         made = own.resolve(name)(split)
@@ -405,7 +405,7 @@ def _own_set(name: str, split: str) -> ImageSet:
 
 @cache
 def _own_sets(name: str) -> dict[str, ImageSet]:
-    """{split: images} of a dataset of somebody's own. Raises ValueError if its splits are not of one kind."""
+    """{split: images} of a user's own dataset. Raises ValueError if the shapes of its splits differ."""
     sets = {split: _own_set(name, split) for split in SPLITS}
     if len({images.shape for images in sets.values()}) > 1:
         raise ValueError(f"{name} gives {sets['train']} and {sets['test']}; accepted: images of one shape")
@@ -415,7 +415,7 @@ def _own_sets(name: str) -> dict[str, ImageSet]:
 
 @cache
 def _own_checksum(name: str) -> str:
-    """SHA-256 over shapes, pixels and labels of both splits of a dataset of somebody's own."""
+    """SHA-256 over shapes, pixels and labels of both splits of a user's own dataset."""
     found = hashlib.sha256()
     for split, images in _own_sets(name).items():
         found.update(f"{split} {tuple(images.pixels.shape)} {images.classes} ".encode())

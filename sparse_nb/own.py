@@ -31,22 +31,22 @@ def plain(name: str) -> str:
 
 
 def label(name: str) -> str:
-    """What people read for an import path: the name of the function, as "tiny cnn"; any other name as it is."""
+    """The label shown for an import path: the function's name, such as "tiny cnn"; any other name as it is."""
     return name.rpartition(":")[2].partition("@")[0].replace("_", " ") if is_own(name) else name
 
 
 def permissions() -> dict[str, tuple[str, ...]]:
-    """What is permitted in this process, for other processes to `permit` too: {name: folders}."""
+    """What is permitted in this process, as {name: folders}; pass it to `permit` in another process."""
     return dict(_PERMITTED)
 
 
 def permit(names: dict[str, tuple[str, ...]] | Iterable[str]) -> None:
-    """Let names with their versions be imported in this process. names: of `permissions`, or the names alone."""
+    """Permit the import of names with versions in this process. names: from `permissions`, or the names alone."""
     _PERMITTED.update(names if isinstance(names, dict) else dict.fromkeys(names, ()))
 
 # %% ../nbs/1_data/03_own.ipynb #cf85066e
 def _module(path, folders):
-    """The module of an import path. Raises ValueError saying where it was looked for, or why it cannot be imported."""
+    """The module of an import path. Raises ValueError that says where it was sought or why the import failed."""
     for folder in dict.fromkeys((os.getcwd(), *folders)):
         if folder not in sys.path:
             sys.path.append(folder)
@@ -58,19 +58,19 @@ def _module(path, folders):
             places = ", ".join(dict.fromkeys((os.getcwd(), *folders)))
             raise ValueError(f"there is no module {path}: it is not installed, and not in {places}") from None
         raise ValueError(f"{path} cannot be imported: {error}") from error
-    except Exception as error:  # whatever somebody's module does
+    except Exception as error:  # a user's module may raise anything
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
 
 # %% ../nbs/1_data/03_own.ipynb #42047818
 def find(name: str, folders: tuple[str, ...] = ()) -> tuple[str, Callable]:
-    """(the name with its version, the function) of an import path, which somebody who names it permits.
+    """(the name with its version, the function) of an import path, which is permitted from then on.
 
-    name: "package.module:function". folders: where the module may be, beside what is installed and the current folder.
-    Raises ValueError, saying what to do, for a path that leads nowhere, what cannot be called and what has no version.
+    name: "package.module:function". folders: where else the module may be, besides the installed modules and the
+    current folder. Raises ValueError, saying what to do, if the function is not found, not callable or has no version.
     """
     found = _PATH.fullmatch(name)
     if not found:
-        raise ValueError(f"{name!r} is no import path; accepted: package.module:function")
+        raise ValueError(f"{name!r} is not an import path; accepted: package.module:function")
     module, attribute, asked = found.groups()
     loaded = _module(module, folders)
     function, near = getattr(loaded, attribute, None), difflib.get_close_matches(attribute, dir(loaded), 1)
@@ -82,14 +82,14 @@ def find(name: str, folders: tuple[str, ...] = ()) -> tuple[str, Callable]:
         words = f'{name} has the version {version!r}; write {attribute}.version = "1" below the function'
         raise ValueError(f"{words}, and another whenever its numbers change")
     if asked not in (None, version):
-        raise ValueError(f"{name} is asked for, and the code is version {version}")
+        raise ValueError(f"{name} is asked for, but the code declares version {version}")
     named = f"{module}:{attribute}@{version}"
     permit({named: tuple(folders)})
     return named, function
 
 
 def resolve(name: str) -> Any:
-    """The function that a permitted name with its version stands for. Raises ValueError for any other name."""
+    """The function of a permitted name with its version. Raises ValueError for any other name."""
     if name not in _PERMITTED:
-        raise ValueError(f"{name} is code that no study opened here names; open its study first, as with studies.load")
+        raise ValueError(f"{name} is code that no study opened here names; open its study first, with studies.load")
     return find(name, _PERMITTED[name])[1]

@@ -165,7 +165,7 @@ def test_a_sweep_that_waits_names_the_stopped_holder(tmp_path, monkeypatch):
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
     said = []
 
-    class Watched(sweep.Progress):
+    class Watched(sweep._Progress):
         def show(self, shares):
             said.extend(words for _, words in shares.values() if "waiting" in words)
             if said and "stopped" in said[-1]:
@@ -173,7 +173,7 @@ def test_a_sweep_that_waits_names_the_stopped_holder(tmp_path, monkeypatch):
                 holder.wait()
             super().show(shares)
 
-    monkeypatch.setattr(sweep, "Progress", Watched)
+    monkeypatch.setattr(sweep, "_Progress", Watched)
     try:
         assert holder.stdout.readline() == "True\n"
         done = sweep.run([NET], [], store=Store(tmp_path), device="cpu", show=False)

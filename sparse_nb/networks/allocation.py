@@ -13,7 +13,7 @@ from fractions import Fraction
 from numbers import Integral
 
 # %% ../../nbs/2_networks/02_allocation.ipynb #4fc82b26
-# What a layer's weights are kept in proportion to, given their shape.
+# The number to which a layer's kept weights are proportional, from the shape of its weights.
 _SCORES: dict[str, Callable[[tuple[int, ...]], int]] = {
     "water_filling": lambda shape: 1,
     "proportional": math.prod,
@@ -59,7 +59,8 @@ def allocate(sizes: Sequence[int | Sequence[int]], budget: int, rule: str = "wat
     budget: int, at least one weight per layer, at most all. rule: "water_filling" (Golubeva et al. 2021, code for
     ResNet18), "proportional" (the paper, section 2, taken literally) or "erk" (Evci et al. 2020, section 3).
     Returns a tuple of ints: the sum is the budget, 1 ≤ kept ≤ size.
-    Raises TypeError for what is no whole number, ValueError for an impossible budget or size, or an unknown rule.
+    Raises TypeError for a value that is not a whole number, ValueError for an impossible budget or size, or an unknown
+    rule.
     """
     if rule not in _SCORES:
         raise ValueError(f"rule is {rule!r}; it must be one of {', '.join(RULES)}")

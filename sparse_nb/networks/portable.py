@@ -145,13 +145,13 @@ def _run(layers, images):
             x = _MaxPool.apply(x)
         elif isinstance(layer, nn.AdaptiveAvgPool2d):
             x = _AveragePool.apply(x, len(images))
-        elif not isinstance(layer, nn.ReLU):  # that was taken along
+        elif not isinstance(layer, nn.ReLU):  # included in batch norm
             x = layer(x)
     return x
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #040c4af0
 def _refusal(layer, height, width):
-    """Why a layer cannot be portable, or None, and the size of its images afterwards."""
+    """(why a layer cannot be portable, or None; the height and width of its output)."""
     if isinstance(layer, nn.Conv2d):
         kernel, stride = layer.kernel_size[0], layer.stride[0]
         known = kernel in (1, 3) and layer.kernel_size == (kernel,) * 2 and layer.padding == (kernel // 2,) * 2
@@ -175,7 +175,7 @@ def _refusal(layer, height, width):
 
 
 def _in_order(layers, height, width):
-    """The first refusal among layers that run one after the other, as "name: why", and the size afterwards."""
+    """(the first refusal among successive layers, as "name: why", or None; the height and width of the output)."""
     for name, layer in layers:
         if isinstance(layer, ResidualBlock):
             why, *after = _in_order([(f"{name}.{n}", m) for n, m in layer.body.named_children()], height, width)
@@ -192,7 +192,7 @@ _KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, ResidualBlock)
 
 
 def check_portable(network: nn.Module) -> None:
-    """Raise ValueError, naming the layer, for a network that `_run` does not know."""
+    """Raise ValueError, naming the layer, for a network that has no portable form."""
     layers = list(network.named_children())
     if not layers or not isinstance(layers[0][1], Normalise):
         raise ValueError("a portable network begins with models.Normalise, as those of build_model do")
@@ -234,5 +234,5 @@ def portable(network: nn.Sequential) -> PortableNetwork:
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #d94680c7
 def like(network: nn.Module, other: nn.Module) -> nn.Module:
-    """`network`, portable if `other`, of the same make, is."""
+    """`network`, made portable if `other`, of the same kind, is."""
     return portable(network) if isinstance(other, PortableNetwork) else network

@@ -39,8 +39,8 @@ def _cell(row: pd.Series) -> tuple[str, str]:
 
 
 def _lines(table: pd.DataFrame) -> list[tuple[str, list[pd.Series]]]:
-    """[(the name of a measure, its row for each network), …], in the order of the table; how many images it saw follows
-    the name where that is not all of them."""
+    """[(the name of a measure, its row for each network), …], in the order of the table; the number of images follows
+    the name if it is not all of them."""
     most = table.images.max()
     return [
         (f"{measure} ({int(rows.images.max()):,} images)" if 0 < rows.images.max() < most else str(measure), found)
@@ -152,7 +152,7 @@ def _trace(name: str, rows: Sequence[pd.Series], places: Sequence[float], number
 
 # %% ../../nbs/3_robustness/13_card.ipynb #bb0570e0
 def figure(table: pd.DataFrame, title: str) -> go.Figure:
-    """Every measure of the table that has an interval, network beside network, in percent."""
+    """A plot of every measure of the table that has an interval, for all networks, in percent."""
     lines = [(measure, rows) for measure, rows in _lines(table) if any(not math.isnan(row.low) for row in rows)]
     names, traces = list(table.network.unique()), []
     for number, name in enumerate(names):

@@ -30,8 +30,8 @@ SCOPES = ("weights", "all")
 
 
 def _perturbed_parameters(model, scope):
-    """{name: tensor} of what the noise touches: counted weights, or with scope "all" also biases and batch norm's
-    parameters."""
+    """{name: tensor} of the parameters that get noise: counted weights, or with scope "all" also biases and those of
+    batch norm."""
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; accepted: {', '.join(SCOPES)}")
     return counted_weights(model) if scope == "weights" else dict(model.named_parameters())
@@ -76,7 +76,7 @@ def check_sigmas(sigmas: Iterable[float], draws: int) -> tuple[tuple[float, ...]
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #4e8c2a43
 def _parts(images: ImageSet, count: int) -> list[torch.Tensor]:
-    """The numbers of the images in `count` random parts of one size. Raises ValueError if there are too few."""
+    """The indices of the images in `count` random parts of one size. Raises ValueError if there are too few."""
     if len(images) < count:
         raise ValueError(f"there are {len(images)} images for {count} draws in parts; at least one for each is needed")
     order = torch.randperm(len(images), generator=generator(0, "parts", images.name, images.split))
@@ -97,9 +97,8 @@ def evaluate(
 
     sigmas: relative standard deviations; 0 gives the clean accuracy and a loss increase of exactly 0. draws: noise
     draws for each sigma, the same draws at every sigma. scope: "weights" (convolutions and linear layers) or "all"
-    parameters. parts: each draw on its own part of the images, all of one size, and not on all of them.
-    Returns two `Record`s ("accuracy" in [0, 1], "loss_increase" in nats) per (sigma, draw). The model is never written
-    to.
+    parameters. parts: each draw uses its own part of the images, all of one size, instead of all images.
+    Returns two `Record`s ("accuracy" in [0, 1], "loss_increase" in nats) per (sigma, draw). The model is not changed.
     Paper, section 2. Raises ValueError without images, and for sigmas, draws, a seed or a scope that are not accepted.
     """
     _refuse_empty(images)

@@ -40,8 +40,10 @@ TOLERANCE = 1e-5  # of losses, on a machine whose bits are not listed
 
 
 def machine():
-    """What decides bits: the release of PyTorch and the processor's instructions."""
-    return f"torch {torch.__version__.partition('+')[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    """What decides bits: the release of PyTorch, the processor's maker and its instructions."""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    maker = next((line.split(":")[1].strip() for line in about.splitlines() if line.startswith("vendor_id")), "unknown")
+    return f"torch {torch.__version__.partition('+')[0]}, {maker}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 EVERY_MACHINE = "x86-64"  # on which an MLP's bits are the same

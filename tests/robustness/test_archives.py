@@ -814,13 +814,13 @@ def test_a_full_disk_leaves_no_half_file_under_a_final_name(tmp_path):
 
 
 def test_frost_photographs(tmp_path, monkeypatch):
-    colours = {name: pixels(5, 7, 3, seed=i) for i, name in enumerate(ca.FROST_MD5)}
+    colours = {name: pixels(5, 7, 3, seed=i) for i, name in enumerate(ca._FROST_MD5)}
     pictures = {}
     for name, array in colours.items():
         file = io.BytesIO()
         Image.fromarray(array).save(file, "png")
         pictures[name] = file.getvalue()
-    monkeypatch.setattr(ca, "FROST_MD5", {name: md5(content) for name, content in pictures.items()})
+    monkeypatch.setattr(ca, "_FROST_MD5", {name: md5(content) for name, content in pictures.items()})
     asked = []
 
     def download_file(path, expected, urls):
@@ -834,7 +834,7 @@ def test_frost_photographs(tmp_path, monkeypatch):
     assert [np.array_equal(a, b) for a, b in zip(six, colours.values(), strict=True)] == [True] * 6 and six[
         0
     ].dtype == np.uint8
-    assert asked == [ca.FROST_URL + name for name in pictures]
+    assert asked == [ca._FROST_URL + name for name in pictures]
     (tmp_path / "frost" / "frost4.jpg").write_bytes(pictures["frost4.jpg"][:-1])
     with pytest.raises(ValueError, match="frost4.jpg is not the published file"):
         ca.frost_photographs(root=tmp_path)

@@ -189,6 +189,6 @@ def test_on_a_gpu_the_same_numbers_without_chance_and_its_random_state_as_before
     on_gpu = attacks.evaluate(network(device="cuda"), there, attacks=EVERY, epsilons=(0.0, 0.1))
     assert torch.equal(state, torch.cuda.get_rng_state())
     assert on_gpu == attacks.evaluate(network(device="cuda"), there, attacks=EVERY, epsilons=(0.0, 0.1))
-    on_cpu = attacks.evaluate(network(), digits, attacks=attacks.WITHOUT_CHANCE, epsilons=(0.0, 0.1))
-    for here, its in zip(on_cpu, (r for r in on_gpu if r.name in attacks.WITHOUT_CHANCE), strict=True):
+    on_cpu = attacks.evaluate(network(), digits, attacks=attacks._WITHOUT_CHANCE, epsilons=(0.0, 0.1))
+    for here, its in zip(on_cpu, (r for r in on_gpu if r.name in attacks._WITHOUT_CHANCE), strict=True):
         assert here.value == pytest.approx(its.value, abs=1.5 / 40 if here.quantity == "accuracy" else 1e-3)

@@ -26,7 +26,7 @@ from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw
 from sparse_nb.robustness.evaluation import sample
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
-ICE, FROST_TEXTURES = cifar_c.grown_ice(), cifar_c.frost_textures
+ICE, FROST_TEXTURES = cifar_c._grown_ice(), cifar_c.frost_textures
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_not_kept(made, monkeypatch):
 def two_winters(tmp_path, monkeypatch):
     """Two folders with photographs of frost, all of one colour in each, and the colours."""
     files, colours = {}, {}
-    for number, name in enumerate(archives.FROST_MD5):
+    for number, name in enumerate(archives._FROST_MD5):
         file = io.BytesIO()
         Image.new("RGB", (400, 300), (10, 20, 30)).save(file, "png")
         files[name] = file.getvalue() + bytes(number)  # each with a sum of its own
@@ -230,7 +230,7 @@ def test_frost_is_of_the_folder_that_its_record_names(two_winters, tmp_path, mon
     for root, colour in two_winters.items():
         ice = np.array(colour, np.float64)[:, None, None]
         right = np.uint8(np.clip(images.pixels.numpy() * 0.9 + ice * 0.4, 0, 255))
-        assert corruptions.source_of("cifar10", "frost", 3, root=root) == "generated, photographs"
+        assert corruptions._source_of("cifar10", "frost", 3, root=root) == "generated, photographs"
         for given, how in ((images, {"root": root}), (images, {"root": str(root)}), (replace(images, root=root), {})):
             assert np.array_equal(corrupt(given, "frost", 3, **how).pixels.numpy(), right)
             clean, frosty = right_shares(network, given, names=("frost",), severities=(3,), draws=1, **how)
@@ -313,7 +313,7 @@ def test_jpeg_falls_back_to_pillow(tmp_path):
             with io.BytesIO() as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=58)
                 assert np.array_equal(np.asarray(Image.open(file)), our.permute(1, 2, 0).numpy())
-        print(corruptions.source_of("cifar10", "jpeg_compression", 3))
+        print(corruptions._source_of("cifar10", "jpeg_compression", 3))
     """,
         SPARSE_NB_DATA=str(tmp_path),
     )
@@ -325,7 +325,7 @@ def test_frost_is_grown_where_the_network_refuses(tmp_path):
         """
         black, labels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
         images = ImageSet(black, labels, 1, "cifar10", "test")
-        print(corruptions.source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).pixels.amax() > 0)
+        print(corruptions._source_of("cifar10", "frost", 2), corruptions.corrupt(images, "frost", 2).pixels.amax() > 0)
     """,
         SPARSE_NB_DATA=str(tmp_path),
     )

@@ -225,7 +225,7 @@ def test_an_archive_with_anything_else_in_it_is_refused_as_a_whole(name, more, t
     ],
 )
 def test_what_is_no_archive_and_what_asks_for_too_much_is_refused(content, words, empty, tmp_path, monkeypatch):
-    monkeypatch.setattr(archive, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(archive, "_MOST_BYTES", 1 << 20)
     (tmp_path / ARCHIVE).write_bytes(content)
     with pytest.raises(ValueError, match=words):
         merge(empty, tmp_path)
@@ -233,9 +233,9 @@ def test_what_is_no_archive_and_what_asks_for_too_much_is_refused(content, words
 
 
 def test_too_many_files_are_refused(published, empty, monkeypatch):
-    monkeypatch.setattr(archive, "MOST_FILES", 22)
+    monkeypatch.setattr(archive, "_MOST_FILES", 22)
     assert "more than 22 files" in refused(empty, published / ARCHIVE)
-    monkeypatch.setattr(archive, "MOST_FILES", 23)
+    monkeypatch.setattr(archive, "_MOST_FILES", 23)
     assert merge(empty, published).runs == 5
 
 
@@ -280,7 +280,7 @@ def test_an_export_never_makes_what_is_published_less(trained, published, empty,
 
     damaged = bytes_in(published)[ARCHIVE][:-1]
     (published / ARCHIVE).write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{published / ARCHIVE} is no intact archive"):
+    with pytest.raises(ValueError, match=f"{published / ARCHIVE} is not an intact archive"):
         export(empty, None, published)
     assert (published / ARCHIVE).read_bytes() == damaged
 

@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from sparse_nb.networks.training import Recipe
-from sparse_nb.runs.attempts import attempt_folder, holder, lease, take_lock
+from sparse_nb.runs.attempts import _attempt_folder, _take_lock, holder, lease
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import Experiment
 
@@ -32,7 +32,7 @@ def test_a_filesystem_without_locks_is_named_with_a_remedy(number, store, monkey
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="no file locks.*--runs.*mount") as caught, lease(store, ONE):
         pass
-    assert caught.value.errno == number and str(attempt_folder(store, ONE)) in str(caught.value)
+    assert caught.value.errno == number and str(_attempt_folder(store, ONE)) in str(caught.value)
     assert len(os.listdir("/proc/self/fd")) == len(before)  # nothing is left open
 
 
@@ -42,7 +42,7 @@ def test_another_error_of_a_lock_stays_what_it_is(store, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=r"^\[Errno 5\]"):
-        take_lock(store.root / "lease")
+        _take_lock(store.root / "lease")
 
 
 def hold(root, ready):
@@ -79,7 +79,7 @@ def test_who_waits_can_say_for_whom(store):
 
 
 def test_a_holder_elsewhere_is_named_with_its_machine(store):
-    path = attempt_folder(store, ONE) / "lease"
+    path = _attempt_folder(store, ONE) / "lease"
     path.parent.mkdir(parents=True)
     path.write_text('[12, "node7"]')
     assert holder(store, ONE) == (12, "node7", None) and str(holder(store, ONE)) == "process 12 on node7"

@@ -189,7 +189,7 @@ def test_an_odd_history_is_refused(odd, store):
     path.write_bytes(content)
     manifest = json.loads((path.parent / "manifest.json").read_bytes()) | {path.name: sha256(content)}
     (path.parent / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=f"{path} holds a line that is no epoch"):
+    with pytest.raises(ValueError, match=f"{path} holds a line that is not an epoch"):
         load_history(store, ONE)
     assert [sentence for sentence in verify(store).problems if str(path) in sentence]
 
@@ -359,7 +359,7 @@ def test_a_pipe_never_makes_a_reader_wait(store):
         path.unlink()
         os.mkfifo(path)
     for read in (lambda: read_about(store.folder(ONE)), lambda: parse_records(store.records_path(ONE, Clean()))):
-        with pytest.raises(ValueError, match="it is no file"):
+        with pytest.raises(ValueError, match="it is not a file"):
             read()
     assert list(store.runs().seed) == [1]  # without a manifest it is no finished run
 
@@ -381,11 +381,11 @@ def test_an_odd_note_of_a_failure_is_named(store):
         good | {"experiment": good["experiment"] | {"recipe": {"epochs": 2**63}}},
     ):
         path.write_text(json.dumps(odd))
-        with pytest.raises(ValueError, match=f"{path} is no note of a failure"):
+        with pytest.raises(ValueError, match=f"{path} is not a record of a failure"):
             load_failures(store)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ValueError, match=f"{path} is no note of a failure"):
+    with pytest.raises(ValueError, match=f"{path} is not a record of a failure"):
         load_failures(store)
 
 

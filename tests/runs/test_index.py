@@ -19,7 +19,7 @@ import pytest
 from sparse_nb.networks.training import Epoch, History, Recipe
 from sparse_nb.robustness.evaluation import Record
 from sparse_nb.runs import index as module
-from sparse_nb.runs.index import RECORD_KEY, Records, index_path
+from sparse_nb.runs.index import _RECORD_KEY, Records, index_path
 from sparse_nb.runs.store import Store, save_records, save_run
 from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, experiment_hash, prepare
 
@@ -89,7 +89,7 @@ def test_eight_writers_beside_a_reader(tmp_path, report):
     assert rows == sorted(rows) and len(set(rows)) > 2  # nothing that was seen is gone, and it was read while it grew
     assert max(waits) < 1
     table = store.table()
-    assert len(table) == WRITERS * TURNS * len(RECORDS) and not table.duplicated(list(RECORD_KEY)).any()
+    assert len(table) == WRITERS * TURNS * len(RECORDS) and not table.duplicated(list(_RECORD_KEY)).any()
     assert entered(root) == len(table)  # and the index holds no more than that
     report(
         f"{WRITERS} writers × {TURNS} transactions beside a reader",
@@ -281,7 +281,7 @@ def test_a_read_only_store_writes_nothing_and_a_mistyped_one_is_not_made(store, 
     with pytest.raises(FileNotFoundError, match=f"the runs folder {tmp_path / 'rnus'} is not there"):
         Store(tmp_path / "rnus", write=False)
     (tmp_path / "file").touch()
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Store(tmp_path / "file", write=False)
     assert len(Records(tmp_path / "rnus").table()) == 0 and not (tmp_path / "rnus").exists()
 
@@ -341,7 +341,7 @@ def test_the_table_is_what_the_files_say(filled):
     for path in sorted(filled.root.glob("*/evaluations/*.jsonl")):
         for line in path.read_text().splitlines()[1:]:
             rows.append({"experiment": path.parent.parent.name, "evaluation": path.stem} | json.loads(line))
-    expected = pd.DataFrame(rows).sort_values(list(RECORD_KEY), kind="stable", ignore_index=True)
+    expected = pd.DataFrame(rows).sort_values(list(_RECORD_KEY), kind="stable", ignore_index=True)
     table = filled.table()
     for column in expected:
         assert list(table[column]) == list(expected[column]), column

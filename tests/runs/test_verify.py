@@ -153,7 +153,7 @@ def test_pickles_are_never_executed(store, empty, tmp_path):
         records.write_bytes(trap)
     (store.root / ".attempts" / store.folder(ONE).name).mkdir(parents=True)
     (store.root / ".attempts" / store.folder(ONE).name / "state").write_bytes(trap)
-    with pytest.raises(ValueError, match="holds no such network"):
+    with pytest.raises(ValueError, match="does not hold this network"):
         load_run(store, NETWORKS[0])
     problems = verify(store).problems
     for path in [

@@ -95,7 +95,7 @@ def test_an_odd_zoo_is_named(change, folder):
     found["digits/mlp/w64"] |= change
     path.write_text(json.dumps(found))
     for read in (zoo.list_networks, lambda place: zoo.load("digits/mlp/w64", place)):
-        with pytest.raises(ValueError, match=f"{path} describes no zoo"):
+        with pytest.raises(ValueError, match=f"{path} does not describe a zoo"):
             read(folder)
 
 
@@ -105,7 +105,7 @@ def test_missing_and_foreign_files_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match=f"{path} does not hold the network"):
         zoo.load("digits/mlp/w64", folder)
     os.mkfifo(path)
-    with pytest.raises(ValueError, match="it is no file"):
+    with pytest.raises(ValueError, match="it is not a file"):
         zoo.load("digits/mlp/w64", folder)
     (folder / "zoo.json").write_text('{"../escaped": {}}')
     with pytest.raises(ValueError, match="does not name networks"):

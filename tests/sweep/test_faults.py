@@ -30,7 +30,7 @@ from sparse_nb.networks.training import Recipe
 from sparse_nb.robustness import weight_noise
 from sparse_nb.robustness.evaluation import evaluate
 from sparse_nb.runs.files import parse_records, sha256
-from sparse_nb.runs.index import RECORD_KEY
+from sparse_nb.runs.index import _RECORD_KEY
 from sparse_nb.runs.store import Store, load_history, load_run, run_status, save_run
 from sparse_nb.study.experiments import (
     Clean,
@@ -286,7 +286,7 @@ def sweep_and_read(runs, answer, together, turns):
                 part.unlink()
         together.wait(30)
         table = store.table()
-        seen.append((len(table), int(table.duplicated(list(RECORD_KEY)).sum())))
+        seen.append((len(table), int(table.duplicated(list(_RECORD_KEY)).sum())))
     answer.write_text(json.dumps([dataclasses.asdict(summary), seen]))
 
 

@@ -54,7 +54,7 @@ def drive(networks, schedule, store):
     nets = [
         Experiment("digits", "mlp", 16, 1, 1000, seed, Recipe(epochs=1), schedule=schedule) for seed in range(seeds)
     ]
-    board = sweep.Board(missing_jobs(nets, [Clean()], store))
+    board = sweep._Board(missing_jobs(nets, [Clean()], store))
     assert len(board.waiting) == networks  # with "magnitude", a dense network for each that is pruned
 
     def submit(job, slot):
@@ -65,8 +65,8 @@ def drive(networks, schedule, store):
             future.set_result(Outcome("done", True, 1, trained=(1, 1.0)))
         return future
 
-    with sweep.Progress(board, show=False) as progress:
-        sweep.carry_out(board, Engine(submit, lambda: 2, True), submit, store, progress)
+    with sweep._Progress(board, show=False) as progress:
+        sweep._carry_out(board, Engine(submit, lambda: 2, True), submit, store, progress)
     assert not board.waiting and len(board.done) + len(board.failed) == networks and board.failed
 
 

@@ -26,7 +26,7 @@ import pytest
 from sparse_nb.networks.training import Recipe
 from sparse_nb.runs.attempts import load_failures
 from sparse_nb.runs.files import sha256
-from sparse_nb.runs.index import RECORD_KEY
+from sparse_nb.runs.index import _RECORD_KEY
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import (
     Attack,
@@ -78,7 +78,7 @@ def kept(root):
 def assert_as_undisturbed(root, undisturbed):
     assert kept(root) == kept(undisturbed)
     table = Store(root).table()
-    assert len(table) == len(Store(undisturbed).table()) and not table.duplicated(list(RECORD_KEY)).any()
+    assert len(table) == len(Store(undisturbed).table()) and not table.duplicated(list(_RECORD_KEY)).any()
 
 
 @pytest.fixture(scope="module")
