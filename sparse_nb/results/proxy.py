@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from .axes import OKABE_ITO, WORDS
-from .plots import finish, panel_grid
+from .axes import WORDS
+from .plots import RULE_COLOURS, RULE_STYLES, finish, panel_grid
 from .stats import mean_interval
 from .tables import NETWORK
 
@@ -57,9 +57,6 @@ def proxy_table(increases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*place, "correlation", "low", "high", "seeds"])
 
 # %% ../../nbs/7_results/13_proxy.ipynb #2480b13b
-_COLOURS = {"water_filling": OKABE_ITO["blue"], "proportional": OKABE_ITO["vermilion"], "erk": OKABE_ITO["green"]}
-
-
 def shown_bits(increases: pd.DataFrame) -> dict[str, float]:
     """{format: bits} to plot: the fewest at which the median network loses less than a nat, or the most there are."""
     medians = increases.groupby(["format", "bits"]).rounded.median()
@@ -78,7 +75,8 @@ def _hover(points: pd.DataFrame) -> list[str]:
 def _draw_format(figure: go.Figure, panel: pd.DataFrame, *, row: int, col: int) -> None:
     """One panel: a point for each network. panel: rows of `loss_increases` of one dataset, family and format."""
     for rule, points in panel.groupby("rule", sort=False):
-        name, colour, sizes = WORDS[rule], _COLOURS[rule], 4 + 8 * points.density**0.25
+        name, colour, sizes = WORDS[rule], RULE_COLOURS[rule], 4 + 8 * points.density**0.25
+        symbols = [RULE_STYLES[rule][1]] * len(points)
         figure.add_scatter(
             x=points.under_noise,
             y=points.rounded,
@@ -86,7 +84,7 @@ def _draw_format(figure: go.Figure, panel: pd.DataFrame, *, row: int, col: int) 
             name=name,
             legendgroup=name,
             showlegend=name not in {trace.name for trace in figure.data},
-            marker=dict(color=colour, size=sizes, opacity=0.6, symbol=["circle"] * len(points)),
+            marker=dict(color=colour, size=sizes, opacity=0.6, symbol=symbols),
             line=dict(color=colour),
             customdata=_hover(points),
             hovertemplate="%{customdata}<extra></extra>",

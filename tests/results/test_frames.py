@@ -1,5 +1,6 @@
-"""Nothing that a figure draws leaves its frame, and no interval leaves 0 to 100 %: the cells of every figure's
-notebook, run on a store of three seeds, and on one of two, whose points have dots instead.
+"""Nothing that a figure draws leaves its frame, no interval leaves 0 to 100 %, and no two lines of a panel look alike
+to any eye: the cells of every figure's notebook, run on a store of three seeds, and on one of two, whose points have
+dots instead.
 """
 
 import math
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from test_eyes import alike
 
 from sparse_nb.results import rendering
 from sparse_nb.study.figures import FIGURES
@@ -88,9 +90,10 @@ def drawn_by(figure, runs, seeds, monkeypatch):
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_nothing_that_a_figure_draws_leaves_its_frame(figure, runs, monkeypatch, capsys):
+def test_every_figure_is_inside_its_frame_and_readable(figure, runs, monkeypatch, capsys):
     for name, (made, curves) in drawn_by(figure, runs, 3, monkeypatch).items():
         cut, impossible, ends = outside(made)
+        assert (name, alike(made)) == (name, set())
         assert (name, cut, impossible) == (name, 0, 0) and (ends > 0) == (figure != "fig15")
         assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if has_points(trace)})
         if figure == "fig15":
