@@ -113,8 +113,9 @@ function restore() {
 
 const percent = hundredths => hundredths === null ? "–" : (hundredths / 100).toFixed(1) + "\u00a0%";
 const weights = density => +(100 * density).toPrecision(3) + "\u00a0%";
-const interval = p => p.low === null ? "no interval"
-  : `${(p.low / 100).toFixed(1)} to ${(p.high / 100).toFixed(1)}`;
+const isPair = p => p.seeds === 2 && p.low !== null, hasBar = p => p.seeds > 2 && p.low !== null;
+const interval = p => p.low === null ? "no interval" : (isPair(p) ? "two seeds: " : "") + (p.low / 100).toFixed(1)
+  + (isPair(p) ? " and " : " to ") + (p.high / 100).toFixed(1);
 const shape = p => p.depth + (p.repeat > 1 ? " × " + p.repeat : "");
 
 // The one place where text from the data becomes markup: plotly reads tags. All other text is set as textContent.
@@ -134,7 +135,7 @@ function pointsOf({curve, question, stop}, axis) {
 
 function linesOf(p) {
   return [
-    `${percent(p.mean)} (${interval(p)}), ${p.seeds} seed${p.seeds === 1 ? "" : "s"}`,
+    `${percent(p.mean)} (${interval(p)})` + (isPair(p) ? "" : `, ${p.seeds} seed${p.seeds === 1 ? "" : "s"}`),
     `remaining weights ${weights(p.density)}`,
     `width ${p.width}, depth ${shape(p)}`,
     `networks: ${p.ended}`,
@@ -199,7 +200,7 @@ function band(points) {
   const x = [], y = [];
   let piece = [];
   for (const p of [...points, null]) {
-    if (p && p.mean !== null && p.low !== null) piece.push(p);
+    if (p && p.mean !== null && hasBar(p)) piece.push(p);
     else if (piece.length) {
       const back = [...piece].reverse();
       x.push(...piece.map(q => q.x), ...back.map(q => q.x), null);
@@ -230,7 +231,7 @@ function axisOf(view, other) {
 }
 
 function comparedTrace(points, words, ink) {
-  const reach = side => points.map(p => p.low === null || p.mean === null ? 0 : Math.abs(p[side] - p.mean) / 100);
+  const reach = side => points.map(p => hasBar(p) && p.mean !== null ? Math.abs(p[side] - p.mean) / 100 : 0);
   return {x: points.map(p => p.x), y: points.map(p => p.mean === null ? null : p.mean / 100), name: "compared",
     mode: "lines+markers", line: {color: ink.soft, width: 2, dash: "dash"}, cliponaxis: false,
     error_y: {symmetric: false, array: reach("high"), arrayminus: reach("low"), color: ink.soft, thickness: 1.2,
@@ -243,10 +244,17 @@ function bar(p) {
   return {
     x: [p.x], y: [p.mean === null ? null : p.mean / 100], name: "bar", mode: "markers", hoverinfo: "skip",
     marker: {size: 1, color: p.colour},
-    error_y: {symmetric: false, array: [p.low === null ? 0 : (p.high - p.mean) / 100],
-      arrayminus: [p.low === null ? 0 : (p.mean - p.low) / 100], visible: p.low !== null, color: p.colour,
-      thickness: 1.5, width: 4},
+    error_y: {symmetric: false, array: [hasBar(p) ? (p.high - p.mean) / 100 : 0],
+      arrayminus: [hasBar(p) ? (p.mean - p.low) / 100 : 0], visible: hasBar(p), color: p.colour, thickness: 1.5,
+      width: 4},
   };
+}
+
+// Two seeds say more than an interval of two numbers.
+function pairsOf(points, colourOf) {
+  const pairs = points.filter(isPair), twice = of => pairs.flatMap(p => [of(p), of(p)]);
+  return {x: twice(p => p.x), y: pairs.flatMap(p => [p.low / 100, p.high / 100]), name: "seeds", mode: "markers",
+    hoverinfo: "skip", cliponaxis: false, marker: {size: 5, color: twice(colourOf)}};
 }
 
 function traces(points, base, best, bottom, ink, compared) {
@@ -266,6 +274,7 @@ function traces(points, base, best, bottom, ink, compared) {
       hovertemplate: "%{text}<extra></extra>", cliponaxis: false,
       marker: {size: 11, color: colours, symbol: points.map(p => p.converged === p.networks ? "circle" : "circle-open"),
         line: {color: colours, width: 2.5}}},
+    pairsOf(points, p => p.colour),
     {x: fallen.map(p => p.x), y: fallen.map(() => bottom), name: "diverged", mode: "markers+text",
       text: fallen.map(p => `${p.diverged} of ${p.networks} diverged`), textposition: "top center",
       textfont: {color: ink.alarm, size: 11}, marker: {symbol: "x", size: 10, color: ink.alarm}, cliponaxis: false,
@@ -298,7 +307,8 @@ function tellKey(points) {
   const there = {
     closed: points.some(p => p.mean !== null && p.converged === p.networks),
     open: points.some(p => p.mean !== null && p.converged !== p.networks),
-    interval: points.some(p => p.low !== null),
+    interval: points.some(hasBar),
+    pairs: points.some(isPair),
     clean: points.some(p => p.clean !== null),
     compared: pinned,
     diverged: points.some(p => p.diverged),
@@ -313,7 +323,8 @@ function figureOf(view) {
   const best = measured.reduce((a, b) => a && a.mean >= b.mean ? a : b, null);
   const others = pinned ? pointsOf(pinned, axis) : [], ends = others.map(p => [p.mean, p.low, p.high]);
   const range = bounds(curve, means, lows, highs, ends);
-  const compared = pinned ? [comparedTrace(others, titleOf(pinned), ink)] : [];
+  const compared = pinned ? [comparedTrace(others, titleOf(pinned), ink),
+    {...pairsOf(others, () => ink.soft), name: "compared seeds"}] : [];
   return {points, measured, data: traces(points, base, best, range[0], ink, compared),
     layout: layoutOf(points, base, best, axis, range, value)};
 }

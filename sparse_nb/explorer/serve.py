@@ -8,6 +8,7 @@ __all__ = ['start_server', 'serve']
 # %% ../../nbs/9_explorer/05_serve.ipynb #877903bd
 import hmac
 import ipaddress
+import logging
 import os
 import secrets
 import signal
@@ -71,7 +72,7 @@ def _limits(most, token):
                 raise HTTPError(503, reason=f"{most} kernels are running, which is the limit; try again in ten minutes")
             self.begun += 1
             try:
-                return await super().start_kernel(**how)
+                return await super().start_kernel(**how, extra_arguments=["--IPKernelApp.log_level=40"])
             finally:
                 self.begun -= 1
 
@@ -101,6 +102,7 @@ def _run_voila(most, arguments):
     from voila.app import Voila
 
     _end_with(open(os.dup(0), "rb", buffering=0))
+    logging.getLogger("tornado.general").setLevel(logging.ERROR)  # it warns of Voilà's own settings at each visit
     Voila.launch_instance(arguments, config=_limits(most, os.environ.pop("SPARSE_NB_TOKEN", "")))
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #bdc00f0d
@@ -137,6 +139,7 @@ def _voila_command(notebook, *, port, address, public=False, most_kernels=_MOST_
         *(sys.executable, "-c", _SERVER, str(most_kernels)),
         str(notebook),
         "--no-browser",
+        "--Voila.log_level=40",  # errors: the terminal shows what is asked of a reader, not how Voilà works
         f"--port={port}",
         f"--Voila.ip={address}",
         "--Voila.port_retries=0",

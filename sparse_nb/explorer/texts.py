@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CHOICE_WORDS', 'MEASURE_WORDS', 'GLOSSARY', 'READING', 'text_as_html', 'strength_text', 'kind_text',
-           'first_strength', 'choice_text', 'kind_label', 'strength_label', 'curve_text', 'title_html', 'hover_html',
-           'reasons_html', 'experiment_of', 'loading_code', 'networks_html', 'notices_html']
+           'first_strength', 'choice_text', 'kind_label', 'strength_label', 'curve_text', 'title_html', 'slug',
+           'strength_slug', 'hover_html', 'reasons_html', 'key_html', 'claim_html', 'experiment_of', 'loading_code',
+           'networks_html', 'notices_html']
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #045be282
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from .. import own
-from ..results.axes import WORDS, radius_text
+from ..results.axes import NEUTRAL_COLOUR, WORDS, radius_text, spread_text
 from ..runs.index import Records
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #3e32842e
@@ -171,18 +173,29 @@ def curve_text(chosen: Mapping[str, str]) -> str:
 def title_html(chosen: Mapping[str, str]) -> str:
     """The title of the plot of a curve, as plotly's HTML. chosen: {choice: value}, of `tables.choose`."""
     schedule, rule = (choice_text(name, chosen[name]) for name in ("schedule", "rule"))
-    small = f"weights removed {schedule}; {rule} allocation; bars: 95 % intervals over seeds"
+    small = f"weights removed {schedule}; {rule} allocation"
     return f"{text_as_html(curve_text(chosen))}<br><span style='font-size:12px;color:#666'>{text_as_html(small)}</span>"
+
+# %% ../../nbs/9_explorer/00_texts.ipynb #2b8fc0b9
+def slug(words: str) -> str:
+    """`words` in the letters of an address; the same as in page.js."""
+    return re.sub("[^a-z0-9.]+", "-", words.lower()).strip("-")
+
+
+def strength_slug(measure: str, strength: float) -> str:
+    """A strength in an address, where nothing else has to say what it is: 0.3, 4, 8-255."""
+    prefix = MEASURE_WORDS.get(measure, ("",) * 4)[3]
+    return slug(strength_text(measure, strength).removeprefix(prefix))
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #c5df01d3
 def hover_html(points: pd.DataFrame, label: str) -> list[str]:
     """What each of `points` (of `tables.points_of`) says about itself. label: plain text, of the line."""
     texts = []
     for p in points.itertuples():
-        interval = f" ({100 * p.low:.1f} to {100 * p.high:.1f})" if p.seeds > 1 else ""
         ended = f"{p.networks} network{'s' * (p.networks != 1)}, {p.converged} converged"
         texts.append(
-            f"<b>{text_as_html(label)}: {100 * p.mean:.1f} %</b>{interval}, {p.seeds:.0f} seed{'s' * (p.seeds != 1)}"
+            f"<b>{text_as_html(label)}: {100 * p.mean:.1f} %</b> ({spread_text(p)})"
+            f"{f', {p.seeds:.0f} seeds' if p.seeds > 2 else ''}"
             f"<br>remaining weights {100 * p.density:.3g} %, width {p.width}, depth {p.depth}"
             f"{f' × {p.repeat}' if p.repeat > 1 else ''}"
             f"<br>{ended}{f', {p.diverged} diverged' if p.diverged else ''}"
@@ -193,6 +206,47 @@ def hover_html(points: pd.DataFrame, label: str) -> list[str]:
 def reasons_html(reasons: str) -> str:
     """The reasons of failures at one place (of `tables.add_failures`, which is HTML) as plotly's HTML."""
     return "<br>".join(text_as_html(html.unescape(line)) for line in reasons.split("<br>"))
+
+# %% ../../nbs/9_explorer/00_texts.ipynb #26469d94
+_MARKERS = {
+    "circle": "<circle cx='14' cy='8' r='4' {}/>",
+    "square": "<path d='M9 3h10v10h-10z' {}/>",
+    "diamond": "<path d='M14 2l6 6l-6 6l-6 -6z' {}/>",
+    "x": "<path d='M10 4l8 8M18 4l-8 8' stroke-width='3' {}/>",
+}
+_DASHES = {"solid": "", "dot": " stroke-dasharray='2 3'", "dash": " stroke-dasharray='8 4'"}
+
+
+def _glyph(trace):
+    """A trace of a view as a small drawing, SVG: its line and its marker."""
+    marker, line = trace.get("marker", {}), trace.get("line", {})
+    symbol = marker.get("symbol", "circle")
+    shape, _, hollow = (symbol if isinstance(symbol, str) else "circle").partition("-")
+    colour = marker.get("color", NEUTRAL_COLOUR)
+    colour = colour if isinstance(colour, str) else NEUTRAL_COLOUR
+    parts = [f"<path d='M0 8h28'{_DASHES[line.get('dash', 'solid')]}/>"] if "lines" in trace["mode"] else []
+    if "markers" in trace["mode"]:
+        parts.append(_MARKERS[shape].format("fill='none'" if hollow else f"fill='{colour}'"))
+    style = "vertical-align:-3px;margin-right:4px"
+    return f"<svg width='28' height='16' style='{style}' stroke='{colour}' stroke-width='2'>{''.join(parts)}</svg>"
+
+
+def key_html(traces: Sequence[Mapping]) -> str:
+    """The key of a plot. traces: of a view, whose names are HTML."""
+    shown = [t for t in traces if t["type"] == "scatter" and t.get("showlegend", True) and len(t["x"])]
+    items = [f"<span style='white-space:nowrap'>{_glyph(trace)}{trace['name']}</span>" for trace in shown]
+    if any(any(trace.get("error_y", {}).get("array", ())) for trace in traces):
+        bar = f"<svg width='12' height='16' style='vertical-align:-3px' stroke='{NEUTRAL_COLOUR}' stroke-width='1.5'>"
+        items.append(f"<span>{bar}<path d='M6 2v12M2 2h8M2 14h8'/></svg> 95 % interval of the mean over seeds</span>")
+    layout = "display:flex;flex-wrap:wrap;gap:2px 18px;font-size:12px;line-height:1.5;color:#444"
+    return f"<div style='{layout}'>{''.join(items)}</div>" if items else ""
+
+# %% ../../nbs/9_explorer/00_texts.ipynb #4fa8b0ee
+def claim_html(verdict: str, sentence: str) -> str:
+    """A verdict, which may be empty, and its sentence, of `page.claim_text`."""
+    style = "padding:0 6px;border:1px solid;border-radius:4px"
+    word = f"<b style='{style}'>{text_as_html(verdict)}</b> " if verdict else ""
+    return f"<div style='line-height:1.4'>{word}{text_as_html(sentence)}</div>"
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #fa29f313
 def experiment_of(run):

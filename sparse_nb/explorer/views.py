@@ -16,20 +16,23 @@ from sparse_nb.results.axes import (
     DISTINCT_COLOURS,
     NEUTRAL_COLOUR,
     WORDS,
-    accuracy_range,
+    drawn_range,
     group_colour,
     ordered_colours,
     place_points,
 )
 
 # %% ../../nbs/9_explorer/01_views.ipynb #d318b683
+_FAINT = "#b0b0b0"
+
+
 def _line(points, label, colour, *, axes="", **more):
     """A trace of `points` (with a column x) with intervals.
 
     label: plain text. axes: "" for the first panel, "2" for the second …; more: settings of the trace.
     """
-    above = (100 * (points.high - points["mean"])).fillna(0).tolist()
-    below = (100 * (points["mean"] - points.low)).fillna(0).tolist()
+    sides = points.high - points["mean"], points["mean"] - points.low
+    above, below = ((100 * side).where(points.seeds > 2, 0).tolist() for side in sides)
     bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
     symbols = ["circle" if done else "circle-open" for done in points.converged == points.networks]
     return {
@@ -51,12 +54,33 @@ def _line(points, label, colour, *, axes="", **more):
 
 def _ghost(points, **more):
     """A trace of undisturbed `points`, faint."""
-    trace = _line(points, "clean", "#b0b0b0", **more)
+    trace = _line(points, "clean", _FAINT, **more)
     return trace | {
         "error_y": trace["error_y"] | {"thickness": 0.8},
-        "line": {"color": "#b0b0b0", "width": 1.5, "dash": "dot"},
+        "line": {"color": _FAINT, "width": 1.5, "dash": "dot"},
         "marker": trace["marker"] | {"size": 5},
     }
+
+
+def _dots(*lines, **more):
+    """A trace of the seeds of all points that have two, which say more than an interval of two numbers. lines: (points
+    with a column x, colour)."""
+    pairs = [(points[points.seeds == 2], colour) for points, colour in lines]
+    x, y, colours = [], [], []
+    for points, colour in pairs:
+        x += [*points.x, *points.x]
+        y += [100 * share for share in (*points.lowest, *points.highest)]
+        colours += [colour] * 2 * len(points)
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "the two seeds",
+        "x": x,
+        "y": y,
+        "hoverinfo": "skip",
+        "marker": {"color": colours, "size": 4},
+        "showlegend": bool(x),
+    } | more
 
 # %% ../../nbs/9_explorer/01_views.ipynb #6f169fa6
 _MARK = {"type": "scatter", "hoverinfo": "skip", "cliponaxis": False}
@@ -145,13 +169,16 @@ _TEMPLATE = {
 
 
 def _layout(title, **more):
-    """Settings that all views share; as wide as there is room. title: HTML, or empty where it is shown elsewhere."""
+    """Settings that all views share; as wide as there is room. title: HTML, or empty where it and the legend are shown
+    elsewhere.
+    """
     return {
         "template": _TEMPLATE,
         "autosize": True,
         "height": 460,
-        "margin": {"l": 70, "r": 45, "t": 95 if title else 55, "b": 65},
+        "margin": {"l": 70, "r": 45, "t": 95 if title else 30, "b": 65},
         "modebar": {"orientation": "v"},  # beside the plot: along the top it would cover the title and the legend
+        "showlegend": bool(title),
         "font": {"size": 13, "family": "Arial, sans-serif"},
         "uirevision": title,
         "title": {"text": title, "x": 0.01, "y": 0.97, "yanchor": "top", "font": {"size": 16}},
@@ -185,16 +212,18 @@ def plot_curve(points: pd.DataFrame, *, measure: str, growth: str, name: str, st
     """
     points, axis = place_points(points.assign(growth=growth))
     shown, clean = points[(points.name == name) & (points.strength == strength)], points[points.name == "clean"]
-    low, high = bounds = accuracy_range(points["mean"][points.name.isin([name, "clean"])])
+    low, high = bounds = drawn_range(points[points.name.isin([name, "clean"])])
+    colour = _colour_of(points, name, strength)
     label = ", ".join(part for part in (kind_text(name), strength_text(measure, strength)) if part)
     value = "accuracy (%)" if measure != "class_recall" else "accuracy, recall (%)"
     return {
         "data": [
             _ghost(clean),
-            _line(shown, label, _colour_of(points, name, strength)),
+            _line(shown, label, colour),
             _base_mark(shown),
             _best_mark(shown, points),
             *_crosses(points, *(low + share * (high - low) for share in (0.04, 0.15))),
+            _dots((clean, _FAINT), (shown, colour)),
         ],
         "layout": _layout(
             title,
@@ -220,15 +249,17 @@ def plot_compared(
     shared = "depth" if growth == its_growth == "depth" and places[0] == places[1] else "width"
     plot = plot_curve(points, measure=measure, growth=shared, name=name, strength=strength, title=title)
     _, axis = place_points(pd.concat([points, second]).assign(growth=shared))
-    shown = points["mean"][points.name.isin([name, "clean"])]
-    line = _line(place_points(second.assign(growth=shared))[0], "compared with", NEUTRAL_COLOUR)
+    second, _ = place_points(second.assign(growth=shared))
+    line = _line(second, "compared with", NEUTRAL_COLOUR)
+    seeds = _dots((second, NEUTRAL_COLOUR)) | {"showlegend": False}
+    bounds = drawn_range(pd.concat([points[points.name.isin([name, "clean"])], second]))
     dashed = {"line": line["line"] | {"dash": "dash"}, "marker": line["marker"] | {"symbol": "diamond-open"}}
     return {
-        "data": [*plot["data"], line | dashed | {"customdata": None}],
+        "data": [*plot["data"], seeds, line | dashed | {"customdata": None}],
         "layout": plot["layout"]
         | {
             "xaxis": axis | {"title": {"text": AXIS_TITLES[shared]}},
-            "yaxis": plot["layout"]["yaxis"] | {"range": accuracy_range(pd.concat([shown, second["mean"]]))},
+            "yaxis": plot["layout"]["yaxis"] | {"range": bounds},
         },
     }
 
@@ -319,7 +350,7 @@ def _on_paper(text, x, y, **more):
 def plot_multiples(points: pd.DataFrame, *, measure: str, growth: str, name: str, strength: float, title: str) -> dict:
     """A panel for each corruption or attack at `strength`, `name` in dark. Arguments and result as in `plot_curve`."""
     points, axis = place_points(points.assign(growth=growth))
-    names, bounds, clean = kinds_of(points), accuracy_range(points["mean"]), points[points.name == "clean"]
+    names, bounds, clean = kinds_of(points), drawn_range(points), points[points.name == "clean"]
     data, settings, notes = [], {}, []
     for i, each in enumerate(names):
         axes, x, y = _panel_axes(i, 5, len(names), axis, bounds)
@@ -327,6 +358,8 @@ def plot_multiples(points: pd.DataFrame, *, measure: str, growth: str, name: str
         how = dict(axes="" if i == 0 else str(i + 1), showlegend=False, cliponaxis=False)
         shown = points[(points.name == each) & (points.strength == strength)]
         data += [_ghost(clean, **how), _line(shown, kind_text(each), colour, **how)]
+        on_axes = {name: data[-1][name] for name in ("xaxis", "yaxis", "showlegend", "cliponaxis")}
+        data.append(_dots((clean, _FAINT), (shown, colour), **on_axes))
         settings |= axes
         corner = {"xanchor": "left", "yanchor": "bottom", "font": {"size": 12, "color": colour}}
         notes.append(_on_paper(kind_text(each), x, y, **corner))
@@ -361,10 +394,12 @@ def plot_recall(points: pd.DataFrame, *, measure: str, growth: str, name: str, s
     data = [_ghost(points[points.name == "clean"], name="accuracy over all")]
     for each in sorted(classes, key=lambda n: n in colours):
         data.append(_class_line(points, each, lost[each], colours.get(each), each == name))
-    data.append(_line(points[points.name == "lowest of all"], "lowest of all", "#440154"))
+    clean, lowest = (points[points.name == each] for each in ("clean", "lowest of all"))
+    data += [_line(lowest, "lowest of all", "#440154"), _dots((clean, _FAINT), (lowest, "#440154"))]
+    without = points[points.name.isin(classes)].assign(seeds=1)
     axes = {
         "xaxis": axis | {"title": {"text": AXIS_TITLES[growth]}},
-        "yaxis": {"range": accuracy_range(points["mean"]), "title": {"text": "recall (%)"}},
+        "yaxis": {"range": drawn_range(pd.concat([without, clean, lowest])), "title": {"text": "recall (%)"}},
     }
     return {"data": data, "layout": _layout(title, **axes)}
 

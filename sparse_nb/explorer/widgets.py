@@ -6,11 +6,15 @@
 __all__ = ['explore']
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #809d46f0
+import json
+import os
+import subprocess
 import sys
 import threading
 from importlib.machinery import PathFinder
 from importlib.util import LazyLoader
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -20,13 +24,17 @@ from sparse_nb.explorer.texts import (
     LABELS,
     READING,
     choice_text,
+    claim_html,
     curve_text,
     first_strength,
+    key_html,
     kind_label,
     kind_text,
     networks_html,
     notices_html,
+    slug,
     strength_label,
+    strength_slug,
     strength_text,
     text_as_html,
     title_html,
@@ -90,7 +98,7 @@ def _new_controls():
             description=LABELS[name],
             tooltip=GLOSSARY.get(name, ""),
             style=style,
-            layout=widgets.Layout(width="auto", flex="1 1 300px", max_width="420px"),
+            layout=widgets.Layout(width="auto", flex="1 1 300px", min_width="0", max_width="min(420px, 100%)"),
         )
         for name in _CONTROLS
     }
@@ -119,12 +127,13 @@ def _fill(control, options, value=None):
     control.layout.display = "" if len(options) > 1 else "none"
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #5c54a12d
-def _fill_choices(controls, catalogue):
-    """Follow the choices, as far as what they say exists, to a curve of the `catalogue`, and fill them.
+def _fill_choices(controls, catalogue, state=None):
+    """Follow the choices, or a `state`, as far as what they say exists, to a curve of the `catalogue`, and fill them.
 
     Returns the chosen {choice: value}.
     """
-    chosen, options = choose(catalogue, {name: controls[name].value for name in CHOICES})
+    wanted = {name: controls[name].value for name in CHOICES} if state is None else _wanted(catalogue, state)
+    chosen, options = choose(catalogue, wanted)
     for name in CHOICES:
         found = options.get(name, ())
         _fill(controls[name], [(choice_text(name, value), value) for value in found], chosen.get(name))
@@ -160,6 +169,42 @@ def _fill_curve(controls, points, measure):
     _fill(controls["point"], [("choose one", ""), *places])
     _fill_strengths(controls, points, measure)
 
+# %% ../../nbs/9_explorer/04_widgets.ipynb #d35f477d
+def _wanted(catalogue, state):
+    """{choice: value} of the curve in a `catalogue` that a `state` {part: slug} names, as far as it is there."""
+    wanted = {}
+    for name in CHOICES:
+        options = choose(catalogue, wanted)[1].get(name, ())
+        found = [value for value in options if slug(choice_text(name, value)) == state.get(name)]
+        if found:
+            wanted[name] = found[0]
+    return wanted
+
+
+def _set_state(controls, points, measure, state):
+    """Set kind, strength and view to what a `state` names of them, if a curve with these `points` has it."""
+    slugs = {
+        "name": ("question", lambda name: slug(kind_text(name))),
+        "strength": ("strength", lambda strength: strength_slug(measure, strength)),
+        "view": ("view", slug),
+    }
+    for name, (part, slug_of) in slugs.items():
+        found = [value for _, value in controls[name].options if slug_of(value) == state.get(part)]
+        if found:
+            controls[name].value = found[0]
+        if name == "name":
+            _fill_strengths(controls, points, measure)
+
+
+def _state_of(controls, measure):
+    """The state {part: slug} that the controls are in."""
+    several = [name for name in CHOICES if name not in ("study", "evaluation") or len(controls[name].options) > 1]
+    state = {name: slug(choice_text(name, controls[name].value)) for name in several}
+    if len(controls["name"].options) > 1:
+        state["question"] = slug(kind_text(controls["name"].value))
+    state["strength"] = strength_slug(measure, controls["strength"].value)
+    return state | ({"view": slug(controls["view"].value)} if controls["view"].value != "curves" else {})
+
 # %% ../../nbs/9_explorer/04_widgets.ipynb #cb4fef57
 _BUSY = "<span role='status'>{} …</span>"
 
@@ -169,7 +214,7 @@ class _Selection:
 
     failures: all that are remembered; failed: those on the curve. changed: called without arguments when a control was
     moved, or the runs folder was read again. busy: a widget that says what takes time. pinned: (points of a line, its
-    growth, what it is) of a curve to compare with, or None.
+    growth, what it is, its state) of a curve to compare with, or None.
     """
 
     def __init__(self, store, changed):
@@ -182,23 +227,25 @@ class _Selection:
         """What a control says."""
         return self.controls[name].value
 
-    def load(self):
-        """Read what the store has."""
+    def load(self, state=None):
+        """Read what the store has, and show what a `state` names."""
         self.busy.value = _BUSY.format("reading the runs folder")
         self.catalogue, self.failures = read_catalogue(self.store), load_failures(self.store)
-        self.follow(True)
+        self.follow(True, state)
 
-    def follow(self, to_another_curve):
-        """A control was moved."""
+    def follow(self, to_another_curve, state=None):
+        """A control was moved, or a `state` is to be shown."""
         self.quiet = True
         try:
             if to_another_curve:
                 self.busy.value = _BUSY.format("reading the curve")
-                self.chosen = _fill_choices(self.controls, self.catalogue)
+                self.chosen = _fill_choices(self.controls, self.catalogue, state)
                 self.read_curve()
                 _fill_curve(self.controls, self.points, self.chosen.get("measure"))
             elif self.points is not None:
                 _fill_strengths(self.controls, self.points, self.chosen["measure"])
+            if state and self.points is not None:
+                _set_state(self.controls, self.points, self.chosen["measure"], state)
         finally:
             self.quiet, self.busy.value = False, ""
         self.changed()
@@ -216,8 +263,20 @@ class _Selection:
     def pin(self, wanted):
         """Keep the chosen curve to compare with, or none."""
         rule, there = choice_text("rule", self.chosen.get("rule", "none")), wanted and self.points is not None
-        self.pinned = (self.line(), self.chosen["growth"], f"{self.words()}; {rule}") if there else None
+        what = f"{self.words()}; {rule}" if there else ""
+        self.pinned = (self.line(), self.chosen["growth"], what, self.state()) if there else None
         self.changed()
+
+    def state(self):
+        """The state {part: slug} of the chosen view."""
+        return _state_of(self.controls, self.chosen["measure"])
+
+    def address(self):
+        """The state of all that is shown as the part of an address behind its question mark."""
+        state = self.state()
+        if self.pinned:
+            state["with"] = "/".join(f"{part}:{words}" for part, words in self.pinned[3].items())
+        return urlencode(state, safe="/:")
 
     def read_curve(self):
         """Read the networks and records of the chosen curve."""
@@ -231,11 +290,11 @@ class _Selection:
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9da2bafc
 class _Canvas:
     """Where the plot of a `_Selection` is. holder: the widget; clicked: called as plotly does; offer: called with the
-    jobs that train what a gallery lacks, returns a widget."""
+    jobs that train what a gallery lacks, returns a widget. key: what its lines and markers mean."""
 
     def __init__(self, clicked, offer):
         self.clicked, self.offer, self.holder = clicked, offer, widgets.VBox()
-        self.figure, self.plot, self.shown = None, None, None
+        self.figure, self.plot, self.shown, self.key = None, None, None, widgets.HTML()
 
     def show(self, selection):
         """Show the chosen view, in place where that is possible."""
@@ -251,7 +310,8 @@ class _Canvas:
             self.figure = _widget_class()(plot)
             for trace in self.figure.data:
                 trace.on_click(self.clicked)
-            self.holder.children = (self.figure,)
+            self.holder.children = (self.figure, self.key)
+        self.key.value = key_html(plot["data"])
         self.plot, self.shown = plot, (view, dict(chosen))
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #05bf1bba
@@ -278,6 +338,53 @@ def _gallery(selection, offer):
     except (ValueError, OSError) as error:
         wall = f"<p>There is no gallery: {text_as_html(error)}</p>"
     return (widgets.HTML(f"<div style='overflow-x:auto'>{wall}</div>"), *([offer(jobs)] if jobs else []))
+
+# %% ../../nbs/9_explorer/04_widgets.ipynb #8518094c
+_ASK = """import json, sys
+from sparse_nb.explorer.page import curve_claim
+from sparse_nb.runs.store import Store
+asked = json.load(sys.stdin)
+print(json.dumps(curve_claim(Store(asked["root"]), asked["chosen"], asked["runs"])))
+"""
+
+
+class _Verdict:
+    """What the paper claims of the chosen curve, and whether it holds. `widget` is what is displayed.
+
+    known: what was found, {question: HTML}. asked: the question of which it is to be told.
+    """
+
+    def __init__(self, root, *, seconds=1.0):
+        self.root, self.seconds, self.widget, self.known, self.asked = root, seconds, widgets.HTML(), {}, None
+
+    def tell(self, selection):
+        """Tell it of the curve of a `_Selection`: at once if it is known, else when it is found."""
+        question = None
+        if selection.points is not None:
+            runs = sorted(set(selection.members.experiment))
+            question = json.dumps(dict(root=str(self.root), chosen=selection.chosen, runs=runs))
+        if question == self.asked:
+            return
+        self.asked = question
+        self.widget.value = self.known.get(question, _BUSY.format("looking up the claim's verdict")) if question else ""
+        if question and question not in self.known:
+            waiting = threading.Timer(self.seconds, self.find, [question])
+            waiting.daemon = True
+            waiting.start()
+
+    def find(self, question):
+        """Find it in another process, unless another curve is shown by now."""
+        if question != self.asked:
+            return
+        path = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        how = dict(input=question, capture_output=True, text=True, env=path, timeout=600, check=True)
+        try:
+            found = claim_html(*json.loads(subprocess.run([sys.executable, "-c", _ASK], **how).stdout))
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            found = f"<div>The claim's verdict is not known: {text_as_html(error)}</div>"
+        self.known[question] = found
+        if question == self.asked:
+            self.widget.value = found
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9dfc2d58
 class _Training:
@@ -354,6 +461,17 @@ def _follow_click(selection, trace, where):
         row = points[points.runs.map(lambda found: found == runs)].iloc[0]
         controls["point"].value = tuple(row[["density", "depth", "repeat"]])
 
+# %% ../../nbs/9_explorer/04_widgets.ipynb #6f45a264
+def _link_html(address, root, environment):
+    """How to come back to a view. address: its state; environment: of the process, in which Voilà says who it is."""
+    if environment.get("SERVER_SOFTWARE", "").startswith("voila"):
+        token = [pair for pair in parse_qsl(environment.get("QUERY_STRING", "")) if pair[0] == "token"]
+        link = f"?{address}{'&' + urlencode(token) if token else ''}"
+        style = "color:#2f57cf;text-decoration:underline"
+        return f"<a href='{text_as_html(link)}' target='_blank' style='{style}'>Link to this view</a>"
+    code = text_as_html(f"explore({str(root)!r}, view={address!r})")
+    return f"This view, to send: <code style='overflow-wrap:anywhere;white-space:normal'>{code}</code>"
+
 # %% ../../nbs/9_explorer/04_widgets.ipynb #32aa87b7
 def _rows(explorer):
     """The rows of the page of an `_Explorer`, from top to bottom: slider and plot beside each other."""
@@ -365,7 +483,9 @@ def _rows(explorer):
         explorer.heading,
         controls["strength"],
         explorer.canvas.holder,
+        explorer.verdict.widget,
         explorer.reading,
+        explorer.link,
         explorer.notice,
         widgets.HBox([controls["point"], explorer.again], layout=wrapped),
         explorer.training.row,
@@ -376,9 +496,10 @@ def _rows(explorer):
 class _Explorer:
     """The page: a `_Selection`, its `_Canvas`, and what is said beside them. `page` is what is displayed."""
 
-    def __init__(self, store):
+    def __init__(self, store, view=""):
         self.store, self.notice, self.details = store, widgets.HTML(), widgets.HTML()
-        self.heading, self.reading = widgets.HTML(), widgets.HTML()
+        self.heading, self.reading, self.link = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.verdict = _Verdict(store.root)
         self.selection = _Selection(store, self.show)
         self.training = _Training(store, self.wanted, self.selection.load)
         self.canvas = _Canvas(self.clicked, self.training.offer)
@@ -389,8 +510,18 @@ class _Explorer:
         self.again = widgets.Button(description="look again", icon="refresh", tooltip="Read the runs folder again")
         self.again.layout.width = "120px"
         self.again.on_click(lambda _: self.selection.load())
-        self.selection.load()
+        self.begin(dict(parse_qsl(view.lstrip("?#"))))
         self.page = widgets.VBox(_rows(self))
+
+    def begin(self, state):
+        """Show what a `state` names, the second curve first."""
+        if other := dict(pair.partition(":")[::2] for pair in state.get("with", "").split("/") if pair):
+            self.selection.load(other)
+            self.compare.value = self.selection.points is not None
+            self.canvas.figure = None  # Voilà does not see what is changed in place before the page is there
+            self.selection.follow(True, state)
+        else:
+            self.selection.load(state)
 
     def wanted(self):
         """The jobs of one more point of the chosen curve."""
@@ -406,6 +537,7 @@ class _Explorer:
         self.notice.value = notices_html(self.store, s.members, s.failures, s.failed)
         self.tell()
         self.canvas.show(s)
+        self.verdict.tell(s)
         if not (place := s.value("point")):
             self.details.value = ""
             return
@@ -423,12 +555,17 @@ class _Explorer:
         compared = f"<br>compared with (diamonds): {text_as_html(pinned[2])}" if pinned else ""
         self.heading.value = f"<div style='line-height:1.4'>{title_html(s.chosen)}{compared}</div>" if there else ""
         self.reading.value = f"<div style='line-height:1.4;color:#666'>{READING[view]}</div>" if there else ""
+        self.link.value = _link_html(s.address(), self.store.root, os.environ) if there else ""
 
     def clicked(self, trace, where, state):
         """plotly says that something in the plot was clicked."""
         _follow_click(self.selection, trace, where)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #0838602c
-def explore(runs: str | Path = "runs") -> widgets.Widget:
-    """The explorer of the runs folder `runs`, a widget to display. The folder is made when a network is trained."""
-    return _Explorer(Records(runs)).page
+def explore(runs: str | Path = "runs", view: str = "") -> widgets.Widget:
+    """The explorer of the runs folder `runs`, a widget to display. The folder is made when a network is trained.
+
+    view: what it shows first, as a link to a view says it behind its question mark ("dataset=mnist&strength=0.5"); what
+    of that does not exist is passed over.
+    """
+    return _Explorer(Records(runs), view).page

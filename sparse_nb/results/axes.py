@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'OKABE_ITO', 'DISTINCT_COLOURS', 'DISTINCT_SYMBOLS', 'NEUTRAL_COLOUR', 'RULE_COLOURS', 'CORRUPTION_GROUPS',
-           'GROUP_COLOURS', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'AXIS_TITLES', 'radius_text', 'few',
-           'rule_colours', 'group_colour', 'ordered_colours', 'density_colour', 'luminance', 'contrast', 'density_axis',
-           'few_labels', 'depth_axis', 'accuracy_range', 'place_points']
+           'GROUP_COLOURS', 'DENSITY_SCALE', 'BACKGROUND', 'DARK_BACKGROUND', 'AXIS_TITLES', 'radius_text',
+           'spread_text', 'few', 'rule_colours', 'group_colour', 'ordered_colours', 'density_colour', 'luminance',
+           'contrast', 'density_axis', 'few_labels', 'depth_axis', 'accuracy_range', 'drawn_range', 'place_points']
 
 # %% ../../nbs/7_results/03_axes.ipynb #c9a3aaa2
 import itertools
@@ -61,6 +61,15 @@ def radius_text(epsilon: float) -> str:
     """ε as people write it: 0.1, or 8/255."""
     return f"{epsilon:g}" if round(epsilon, 3) == epsilon else f"{255 * epsilon:.3g}/255"
 
+
+def spread_text(point) -> str:
+    """What is known of the spread over the seeds of a point, in words. point: a row of `tables`."""
+    if point.seeds > 2:
+        return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
+    if point.seeds == 2:
+        return f"two seeds: {100 * point.lowest:.1f} and {100 * point.highest:.1f}"
+    return "no interval from one seed"
+
 # %% ../../nbs/7_results/03_axes.ipynb #7448589e
 def few(values: Sequence, most: int = 4) -> list:
     """At most `most` of `values`, the first and the last among them, at even distances."""
@@ -77,7 +86,10 @@ OKABE_ITO = {
     "sky": "#56b4e9",
 }
 DISTINCT_COLOURS = tuple(OKABE_ITO.values())
-DISTINCT_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")  # for grey paper
+DISTINCT_SYMBOLS = (  # for grey paper
+    *("circle", "square", "diamond", "triangle-up", "triangle-down"),
+    *("pentagon", "star", "cross", "hourglass"),
+)
 NEUTRAL_COLOUR = "#666666"
 RULE_COLOURS = {"water_filling": OKABE_ITO["blue"], "proportional": OKABE_ITO["vermilion"], "erk": OKABE_ITO["green"]}
 
@@ -180,6 +192,12 @@ def accuracy_range(*shares: pd.Series) -> list[float]:
     room = max(0.08 * (high - low), (10 - (high - low)) / 2)
     top = min(high + room, max(101, high + 0.08 * (high - low)), 104)
     return [max(min(low - room, top - 10), -4), top]
+
+
+def drawn_range(points: pd.DataFrame) -> list[float]:
+    """`accuracy_range` of what is drawn of `points`, rows of `tables`: means, ends of intervals, two seeds."""
+    bars, dots = points[points.seeds > 2], points[points.seeds == 2]
+    return accuracy_range(points["mean"], bars.low, bars.high, dots.lowest, dots.highest)
 
 
 def place_points(points: pd.DataFrame) -> tuple[pd.DataFrame, dict]:

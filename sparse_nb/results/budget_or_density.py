@@ -69,9 +69,9 @@ def arm_curves(arms: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0011
 ARM_LINES = {  # and how far each is drawn from its place, in halvings
-    "fewer": (Line(ARMS["fewer"], "noisy_accuracy", 0, OKABE_ITO["vermilion"]), 0.05),
-    "sparser": (Line(ARMS["sparser"], "noisy_accuracy", 0, OKABE_ITO["blue"]), -0.05),
-    "both": (Line(ARMS["both"], "noisy_accuracy", 0, "#777777"), 0),
+    "fewer": (Line(ARMS["fewer"], "noisy_accuracy", 0, OKABE_ITO["vermilion"], symbol="square"), 0.05),
+    "sparser": (Line(ARMS["sparser"], "noisy_accuracy", 0, OKABE_ITO["blue"], symbol="circle"), -0.05),
+    "both": (Line(ARMS["both"], "noisy_accuracy", 0, "#777777", symbol="diamond"), 0),
 }
 
 
@@ -90,7 +90,7 @@ def _draw_arms_panel(
 ) -> None:
     """One panel of figure 12. panel: its points, with a column x; bounds: of the vertical axis; at: row and col."""
     for arm, (line, apart) in ARM_LINES.items():
-        for rule, (styled,) in lines_of_rules([line], rules).items():
+        for rule, (styled,) in lines_of_rules([line], rules, marked=True).items():
             if arm == "fewer" and rule != panel.rule.iloc[0]:
                 continue  # dense networks have no rule
             on_arm = panel[(panel.arm == arm) & (panel.rule == rule) & line.among(panel)]
@@ -114,7 +114,7 @@ def draw_arms(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.
         _draw_arms_panel(figure, panel, rules, drawn_range(across), row=row, col=col)
     figure = only_outer_labels(figure, grid)
     figure = finish(figure, title, "from the dense base", footer, grid.rows, grid.columns)
-    return add_rules(figure, dict.fromkeys(rules, ()))
+    return add_rules(figure, rules, marked=True)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #a32c0014
 def _paired(one: pd.Series | None, other: pd.Series | None) -> tuple[float, float, int]:

@@ -246,10 +246,13 @@ def density_lines(curves: pd.DataFrame) -> dict[tuple, dict[float, Line]]:
     places = curves.groupby(["dataset", "rule", "family"], sort=False).density
     shown = {place: few(sorted(set(densities), reverse=True)) for place, densities in places}
     halvings = sorted({round(-math.log2(density)) for densities in shown.values() for density in densities})
+    symbols = dict(zip(halvings, itertools.cycle(DISTINCT_SYMBOLS), strict=False))
     words = {k: ("" if k == 0 else "≈ ") + f"{100 / 2**k:.3g} %" for k in halvings}
     return {
         place: {
-            d: Line(words[k], "accuracy", 0, density_colour(2**-k)) for d in densities for k in [round(-math.log2(d))]
+            d: Line(words[k], "accuracy", 0, density_colour(2**-k), symbol=symbols[k])
+            for d in densities
+            for k in [round(-math.log2(d))]
         }
         for place, densities in shown.items()
     }
@@ -285,22 +288,21 @@ def draw_radii(curves: pd.DataFrame, attack: str, *, title: str, footer: Sequenc
     """
     lines, under = density_lines(curves), under_attack(curves, attack)
     grid, rules = grid_of(under), list(dict.fromkeys(under.rule))
-    figure, styled = empty_panels(grid, gap=55), {}
+    figure = empty_panels(grid, gap=55)
     for (dataset, _, family), (row, col) in grid.places.items():
         of_row = under[under.dataset == dataset]
         panel = of_row[of_row.family == family]
         of_rules = {rule: lines.get((dataset, rule, family), {}) for rule in rules}
-        styles = {rule: lines_of_rules(list(of_rules[rule].values()), rules)[rule] for rule in rules}
+        styles = {rule: lines_of_rules(list(of_rules[rule].values()), rules, marked=True)[rule] for rule in rules}
         of_rules = {rule: dict(zip(of_rules[rule], styles[rule], strict=True)) for rule in rules}
         _draw_radii_panel(figure, panel, of_rules, drawn_range(of_row), row=row, col=col)
-        styled |= styles
     order = {line.label: -density for of_panel in lines.values() for density, line in of_panel.items()}
     figure.for_each_trace(
         lambda trace: trace.update(legendrank=1000 + sorted(order, key=order.__getitem__).index(trace.name)),
         selector=lambda trace: trace.name in order,
     )
     figure = finish(only_outer_labels(figure, grid), title, "remaining weights", footer, grid.rows, grid.columns)
-    return add_rules(figure, styled)
+    return add_rules(figure, rules, marked=True)
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #349c4120
 def masking_table(table: pd.DataFrame, tolerance: float = 0.01) -> pd.DataFrame:

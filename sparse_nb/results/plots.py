@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULE_STYLES', 'Line', 'strength_lines', 'on_lines', 'rule_styles', 'lines_of_rules', 'add_line', 'add_diverged',
-           'Grid', 'grid_of', 'panel_grid', 'empty_panels', 'drawn_range', 'draw_panel', 'row_title', 'draw_panels',
+           'Grid', 'grid_of', 'panel_grid', 'empty_panels', 'draw_panel', 'row_title', 'draw_panels',
            'only_outer_labels', 'add_rules', 'finish', 'template']
 
 # %% ../../nbs/7_results/05_plots.ipynb #d4735e3a
@@ -23,13 +23,15 @@ from ..networks.models import FAMILIES
 from sparse_nb.results.axes import (
     AXIS_TITLES,
     DARK_BACKGROUND,
+    OKABE_ITO,
     WORDS,
-    accuracy_range,
     density_axis,
+    drawn_range,
     few,
     few_labels,
     ordered_colours,
     place_points,
+    spread_text,
 )
 from .captions import column_words, seed_words
 
@@ -83,29 +85,22 @@ def rule_styles(rules: Iterable[str]) -> dict[str, tuple[str, str]]:
     return {rule: RULE_STYLES.get(rule) or next(left) for rule in rules}
 
 
-def lines_of_rules(lines: Sequence[Line], rules: Collection[str]) -> dict[str, tuple[Line, ...]]:
-    """{rule: `lines` in its style}; as they are where there is only one rule."""
+def lines_of_rules(
+    lines: Sequence[Line], rules: Collection[str], *, marked: bool = False
+) -> dict[str, tuple[Line, ...]]:
+    """{rule: `lines` in its style}; as they are where there is only one rule. marked: they keep their markers."""
     if len(rules) == 1:
         return dict.fromkeys(rules, tuple(lines))
     return {
-        rule: tuple(replace(line, dash=dash, symbol=symbol) for line in lines)
+        rule: tuple(replace(line, dash=dash, symbol=line.symbol if marked else symbol) for line in lines)
         for rule, (dash, symbol) in rule_styles(rules).items()
     }
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10002
-def _spread_words(point) -> str:
-    """What is known of the spread over the seeds of a point, in words. point: a row of `tables.summarise_curves`."""
-    if point.seeds > 2:
-        return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
-    if point.seeds == 2:
-        return f"two seeds: {100 * point.lowest:.1f} and {100 * point.highest:.1f}"
-    return "no interval from one seed"
-
-
 def _hover(points: pd.DataFrame) -> list[str]:
     """What each of `points` says of itself when it is pointed at, as HTML."""
     return [
-        f"{100 * p.mean:.1f} % ({_spread_words(p)})<br>{WORDS[p.rule]}, remaining weights {100 * p.density:.3g} %, "
+        f"{100 * p.mean:.1f} % ({spread_text(p)})<br>{WORDS[p.rule]}, remaining weights {100 * p.density:.3g} %, "
         f"width {p.width}, depth {p.depth} × {p.repeat}<br>{p.ended}<br>{p.runs}"
         for p in points.itertuples()
     ]
@@ -128,6 +123,11 @@ def _add_dots(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, 
         )
 
 # %% ../../nbs/7_results/05_plots.ipynb #f8096407
+def _marker_size(symbol: str) -> int:
+    """Pixels of a marker: shapes that fill little of their square need more of them."""
+    return 8 if symbol.startswith(("triangle", "star", "cross", "hourglass")) else 6
+
+
 def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, col: int, faint: bool = False) -> None:
     """Draw one `Line` with its intervals, which may be faint, into a panel; the first with points is in the legend.
 
@@ -149,7 +149,7 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
         mode="lines+markers",
         line=dict(color=line.colour, width=2, dash=line.dash),
         error_y=dict(array=100 * above, arrayminus=100 * below, color=bar, thickness=1, width=3),
-        marker=dict(color=line.colour, size=8 if "triangle" in line.symbol else 6, symbol=symbols),
+        marker=dict(color=line.colour, size=_marker_size(line.symbol), symbol=symbols),
         customdata=_hover(points),
         hovertemplate=f"<b>{line.label}</b>: %{{customdata}}<extra></extra>",
     )
@@ -267,12 +267,6 @@ def empty_panels(grid: Grid, gap: int | None = None) -> go.Figure:
     return panel_grid(list(grid.places.values()), grid.headings, grid.titles, gap=gap or (text if grid.titles else 45))
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10004
-def drawn_range(points: pd.DataFrame) -> list[float]:
-    """`axes.accuracy_range` of what `add_line` draws of `points`: means, the ends of bars, and dots."""
-    bars, dots = points[points.seeds > 2], points[points.seeds == 2]
-    return accuracy_range(points["mean"], bars.low, bars.high, dots.lowest, dots.highest)
-
-
 def draw_panel(
     figure: go.Figure,
     points: pd.DataFrame,
@@ -339,7 +333,7 @@ def draw_panels(
             densities=of_column.density if growth == "width" and grid.headings else (),
         )
     figure = only_outer_labels(figure, grid)
-    return add_rules(finish(figure, title, legend, footer, grid.rows, grid.columns, len(lines)), styled)
+    return add_rules(finish(figure, title, legend, footer, grid.rows, grid.columns, len(lines)), list(styled))
 
 # %% ../../nbs/7_results/05_plots.ipynb #9f14025a
 def only_outer_labels(figure: go.Figure, grid: Grid) -> go.Figure:
@@ -358,7 +352,7 @@ def only_outer_labels(figure: go.Figure, grid: Grid) -> go.Figure:
 
 # %% ../../nbs/7_results/05_plots.ipynb #69b7762d
 def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = "", rank=None) -> None:
-    """An entry of the legend without points. group: a heading above it."""
+    """An entry of the legend without points. symbol: empty for a line without markers. group: a heading above it."""
     figure.add_scatter(
         x=[None],
         y=[None],
@@ -366,18 +360,18 @@ def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = 
         legendgroup=group or name,
         legendgrouptitle=dict(text=group or None, font_size=12),
         legendrank=rank,
-        mode="lines+markers",
+        mode="lines+markers" if symbol else "lines",
         line=line,
-        marker=dict(color=line["color"], size=8 if "triangle" in symbol else 6, symbol=symbol),
+        marker=dict(color=line["color"], size=_marker_size(symbol), symbol=symbol or None),
     )
 
 
-def add_rules(figure: go.Figure, styled: Mapping[str, Sequence[Line]]) -> go.Figure:
-    """Say in the legend which dash is which rule, if there are several; returns `figure`. styled: of
-    `lines_of_rules`.
+def add_rules(figure: go.Figure, rules: Collection[str], *, marked: bool = False) -> go.Figure:
+    """Say in the legend which dash, and which marker, is which rule, if there are several; returns `figure`. marked:
+    as in `lines_of_rules`.
     """
-    for rule, (dash, symbol) in rule_styles(styled).items() if len(styled) > 1 else ():
-        line = dict(color="#444444", width=2, dash=dash)
+    for rule, (dash, symbol) in rule_styles(rules).items() if len(rules) > 1 else ():
+        line, symbol = dict(color="#444444", width=2, dash=dash), "" if marked else symbol
         _add_entry(figure, WORDS[rule], line=line, symbol=symbol, group="<br>allocation", rank=2000)
     return figure
 

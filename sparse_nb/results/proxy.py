@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .axes import WORDS, rule_colours
-from .plots import finish, panel_grid
+from .plots import finish, panel_grid, rule_styles
 from .stats import mean_interval
 from .tables import NETWORK
 
@@ -79,6 +79,7 @@ def _draw_format(
     of all rules."""
     for rule, points in panel.groupby("rule", sort=False):
         name, colour, sizes = WORDS[rule], colours[rule], 4 + 8 * points.density**0.25
+        symbols = [rule_styles(colours)[rule][1]] * len(points)
         figure.add_scatter(
             x=points.under_noise,
             y=points.rounded,
@@ -86,7 +87,7 @@ def _draw_format(
             name=name,
             legendgroup=name,
             showlegend=name not in {trace.name for trace in figure.data},
-            marker=dict(color=colour, size=sizes, opacity=0.6, symbol=["circle"] * len(points)),
+            marker=dict(color=colour, size=sizes, opacity=0.6, symbol=symbols),
             line=dict(color=colour),
             customdata=_hover(points),
             hovertemplate="%{customdata}<extra></extra>",

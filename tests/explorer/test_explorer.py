@@ -233,18 +233,46 @@ def test_a_second_curve_is_compared(browser, served, store):
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
         page.get_by_role("button", name="Compare with").click()
         page.get_by_text("compared with (diamonds): MLP on digits").wait_for()
-        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 7")
+        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 9")
         page.locator("[role=slider]").first.focus()
         page.keyboard.press("Home")
         page.wait_for_function(
             "() => document.querySelector('.js-plotly-plot').data[1].y[0] !== "
-            "document.querySelector('.js-plotly-plot').data[6].y[0]"
+            "document.querySelector('.js-plotly-plot').data[8].y[0]"
         )
         assert drawn(page) == pytest.approx(expected(store, 0.1))
-        pinned = page.evaluate("Array.from(document.querySelector('.js-plotly-plot').data[6].y)")
+        pinned = page.evaluate("Array.from(document.querySelector('.js-plotly-plot').data[8].y)")
         assert pinned == pytest.approx(expected(store, 0.5))
         page.get_by_role("button", name="Stop comparing").click()
-        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 6")
+        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 7")
+
+
+@needs_browser
+def test_a_view_is_sent_by_its_link(browser, served, store):
+    with watched_page(browser) as page:
+        page.goto(f"{served}/?strength=0.1&with=strength:0.3&rule=%3Cimg%3E")
+        page.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 9")
+        assert drawn(page) == pytest.approx(expected(store, 0.1))
+        compared = page.evaluate("Array.from(document.querySelector('.js-plotly-plot').data[8].y)")
+        assert compared == pytest.approx(expected(store, 0.3))
+        link = page.get_by_role("link", name="Link to this view")
+        with page.context.expect_page() as opened:
+            link.click()
+        opened.value.wait_for_function("() => document.querySelector('.js-plotly-plot')?.data?.length === 9")
+        assert drawn(opened.value) == pytest.approx(expected(store, 0.1))
+        assert opened.value.get_by_role("link", name="Link to this view").get_attribute("href") == link.get_attribute(
+            "href"
+        )
+        opened.value.close()
+
+
+@needs_browser
+def test_the_verdict_of_the_claim_is_told(browser, served):
+    with watched_page(browser) as page:
+        page.goto(served)
+        page.get_by_text("in this panel: claim 1 of the paper").wait_for()
+        assert page.get_by_text("unfinished", exact=True).is_visible()  # the preset has more widths
+        page.get_by_text("looking up").wait_for(state="hidden")
 
 
 @needs_browser

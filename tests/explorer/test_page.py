@@ -134,13 +134,13 @@ def drawn(page):
 
 def by_hand(rows):
     """{width: (mean, what the 95 % interval reaches below it, and above)} over seeds, in percent: a t-interval of the
-    log-odds at the mean; first a mean over each network's records."""
+    log-odds at the mean; first a mean over each network's records. None and None for two seeds."""
     of_seed = rows.groupby(["width", "seed"]).value.mean().groupby("width").agg(["mean", "std", "size"])
     found = {}
     for width, mean, spread, seeds in of_seed.itertuples():
         reach = stats.t.ppf(0.975, seeds - 1) * spread / np.sqrt(seeds) / (mean * (1 - mean)) if 0 < mean < 1 else 0
         low, high = (special.expit(special.logit(mean) + sign * reach) for sign in (-1, 1))
-        found[width] = 100 * mean, 100 * (mean - low), 100 * (high - mean)
+        found[width] = 100 * mean, *((100 * (mean - low), 100 * (high - mean)) if seeds > 2 else (None, None))
     return found
 
 
@@ -157,6 +157,9 @@ def assert_draws(page, rows, expected):
         assert y is None if mean is None else y == pytest.approx(mean, abs=0.0051)
         for side, reach in (("arrayminus", below), ("array", above)):
             assert bar[side][0] == pytest.approx(reach, abs=0.0101) if reach is not None else not bar["visible"]
+    pairs = [width for width, (_, below, _) in expected.items() if below is None]
+    of_seed = 100 * rows[rows.width.isin(pairs)].groupby(["width", "seed"]).value.mean()
+    assert sorted(found["seeds"]["y"]) == pytest.approx(sorted(of_seed.dropna()), abs=0.0051)
 
 
 def middle_of_point(page, number):
@@ -215,7 +218,9 @@ def test_slider_by_keyboard_draws_what_pandas_finds(table, path, open_page):
         words = f"{sigma:g}" if sigma else "0 (clean)"
         assert page.inner_text("#value") == words == page.get_attribute("#strength", "aria-valuetext")
         assert f"σ = {words}" in page.inner_text("#title")
-        assert_draws(page, noise, by_hand(noise[noise.strength == sigma]))
+        assert_draws(
+            page, noise[noise.strength.isna() | (noise.strength == sigma)], by_hand(noise[noise.strength == sigma])
+        )
         clean = by_hand(noise[noise.strength == 0])
         assert [y for y in drawn(page)["clean"]["y"] if y is not None] == pytest.approx(
             [clean[width][0] for width in sorted(clean)], abs=0.0051
@@ -263,8 +268,35 @@ def test_base_best_diverged_and_unconverged_are_marked(table, path, open_page):
     assert all(run in page.inner_text("#picked") for run in place.experiment.unique())  # stays, to be copied
     choose(page, "family", "VGG")
     assert page.is_hidden("#picked")
-    kept = ["closed", "open", "interval", "clean", "compared", "diverged"]
+    kept = ["closed", "open", "interval", "pairs", "clean", "compared", "diverged"]
     assert [name for name in kept if page.is_visible(f"#key-{name}")] == ["closed", "interval", "clean"]
+
+
+ENDS = """number => {
+    let ends = 0, cut = 0, impossible = 0
+    for (const curve of data.curves) {
+        pinned = number === null ? null : {curve: data.curves[number], question: 0, stop: 0}
+        for (const [question, [, , , stops]] of curve.questions.entries()) for (const stop of stops.keys()) {
+            const {data: traces, layout} = figureOf({curve, question, stop}), [low, high] = layout.yaxis.range
+            for (const {name, y, error_y} of traces) for (const [i, value] of y.entries()) {
+                if (value === null) continue
+                const all = [value, value + (error_y?.array?.[i] ?? 0), value - (error_y?.arrayminus?.[i] ?? 0)]
+                ends += all.length
+                cut += all.filter(end => end < low || end > high).length
+                impossible += name === "diverged" ? 0 : all.filter(end => end < -1e-9 || end > 100 + 1e-9).length
+            }
+        }
+    }
+    return [ends, cut, impossible]
+}"""
+
+
+@pytest.mark.parametrize("second", [None, 0, -1])
+def test_nothing_that_the_page_draws_leaves_its_frame(table, path, open_page, second):
+    page = open_page(path)
+    curves = page.evaluate("data.curves.length")
+    ends, cut, impossible = page.evaluate(ENDS, None if second is None else second % curves)
+    assert (cut, impossible) == (0, 0) and curves > 30 and ends > 50_000
 
 
 QUESTIONS = [

@@ -1,15 +1,23 @@
-"""Nothing that a figure draws leaves its frame, and no interval leaves 0 to 100 %: the cells of every figure's
-notebook, run on a store of three seeds, and on one of two, whose points have dots instead.
+"""Nothing that a figure or the widget draws leaves its frame, no interval leaves 0 to 100 %, and no two lines of a
+panel look alike to any eye: the cells of every figure's notebook, run on a store of three seeds, and on one of two,
+whose points have dots instead; then every view of every curve of that store.
 """
 
+import itertools
 import math
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import plotly.graph_objects as go
 import pytest
+from test_eyes import alike
 
+from sparse_nb.explorer.views import VIEWS, kinds_of, plot_compared, strengths_of, views_of
 from sparse_nb.results import rendering
+from sparse_nb.results.catalogue import CHOICES, add_failures, load_curve, read_catalogue
+from sparse_nb.results.tables import points_of
+from sparse_nb.runs.store import Store
 from sparse_nb.study.figures import FIGURES
 from sparse_nb.study.studies import PRESETS
 
@@ -88,9 +96,10 @@ def drawn_by(figure, runs, seeds, monkeypatch):
 
 
 @pytest.mark.parametrize("figure", FIGURES)
-def test_nothing_that_a_figure_draws_leaves_its_frame(figure, runs, monkeypatch, capsys):
+def test_every_figure_is_inside_its_frame_and_readable(figure, runs, monkeypatch, capsys):
     for name, (made, curves) in drawn_by(figure, runs, 3, monkeypatch).items():
         cut, impossible, ends = outside(made)
+        assert (name, alike(made)) == (name, set())
         assert (name, cut, impossible) == (name, 0, 0) and (ends > 0) == (figure != "fig15")
         assert len(list(made.select_xaxes())) == len({trace.xaxis for trace in made.data if has_points(trace)})
         if figure == "fig15":
@@ -110,3 +119,36 @@ def test_two_seeds_are_dots_and_inside(runs, monkeypatch, capsys):
         (curves.quantity == "accuracy") & curves.strength.isin([float(name.split()[0]) for name in strengths])
     ]
     assert sorted(dots) == pytest.approx(sorted(100 * np.concatenate([shown.lowest, shown.highest])))
+
+
+def views_drawn(store, most):
+    """Every plot of every curve in a store, of at most so many seeds, as (what it is, figure)."""
+    catalogue = read_catalogue(store)
+    for choice in catalogue.dropna(subset="measure")[CHOICES].drop_duplicates().to_dict("records"):
+        members, records = load_curve(store, catalogue, choice)
+        points = add_failures(points_of(members[members.seed < most], records), [])
+        what = {name: choice[name] for name in ("measure", "growth")}
+        for view, kind in itertools.product(views_of(points, choice["measure"]), kinds_of(points)):
+            if view == "heat map" or (view != "curves" and kind != kinds_of(points)[0]):
+                continue  # a heat map has no ends; the others show all kinds
+            for strength in strengths_of(points, kind):
+                how = what | dict(name=kind, strength=strength, title="")
+                second = points[(points.name == kind) & (points.strength == strengths_of(points, kind)[0])]
+                yield (view, *how.values()), go.Figure(VIEWS[view](points, **how))
+                if view == "curves":
+                    yield (
+                        ("compared", *how.values()),
+                        go.Figure(plot_compared(points, (second, choice["growth"]), **how)),
+                    )
+
+
+@pytest.mark.parametrize("most", [3, 2, 1])
+def test_nothing_that_the_widget_draws_leaves_its_frame(most, runs, monkeypatch, capsys):
+    for figure in ("fig01", "fig02", "fig03", "fig06", "fig08"):
+        drawn_by(figure, runs, 3, monkeypatch)
+    seen, ends = set(), 0
+    for what, made in views_drawn(Store(runs), most):
+        cut, impossible, of_this = outside(made)
+        assert (what, cut, impossible) == (what, 0, 0)
+        seen, ends = seen | {what[0]}, ends + of_this
+    assert seen == {"curves", "compared", "small multiples", "classes", "connectivity"} and ends > 1000
