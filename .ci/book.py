@@ -55,7 +55,7 @@ def _add_libraries():
 def build():
     _lay_out()
     _add_libraries()
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", ROOT / "docs", "-d", BUILD / "doctrees", "-j", "2"]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", ROOT / "docs", "-d", BUILD / "doctrees", "-j", "auto"]
     strict = ["-q", "-W", "--keep-going"]  # a dead link is a warning
     status = subprocess.run([*command, *strict, SOURCE, BUILD / "html"]).returncode
     print(
