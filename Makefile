@@ -6,6 +6,11 @@
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14 python
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# make TORCH=cpu installs PyTorch's build without CUDA, where .venv is not there yet; TORCH_INDEX is where it comes from.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ifneq ($(filter-out cpu,$(TORCH)),)
+$(error TORCH is $(TORCH); it is cpu, or not given for the build of PyPI, which has CUDA on Linux)
+endif
 BROWSER := .venv/.browser
 # The book needs no PyTorch: where .venv is not there, it gets a small environment of its own.
 BOOK_VENV := $(if $(wildcard .venv/.installed),.venv,.venv-book)
@@ -13,6 +18,7 @@ BOOK := $(if $(filter test,$(MAKECMDGOALS)),.venv,$(BOOK_VENV))/.book
 
 help: ## this list
 	@echo "Understanding the effect of sparsity on neural networks' robustness, as a paper you can run."
+	@echo "The first target installs into .venv, 6 GB; 2 GB with PyTorch for CPUs only: make figures TORCH=cpu"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop"
@@ -53,7 +59,7 @@ versions: $(INSTALLED) ## after a change of code that shapes numbers: did the nu
 readme: $(INSTALLED) ## README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py
 
-clean-venv: ## remove .venv (6 GB), and that of the book
+clean-venv: ## remove .venv (6 GB, or 2 GB with TORCH=cpu), and that of the book
 	rm -rf .venv .venv-book
 
 # Make a virtual environment, $(1), unless it is there.
@@ -76,7 +82,12 @@ endef
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	@set -e; \
 	$(call make_venv,.venv); \
-	printf 'Installing what constraints.txt locks, 6 GB, some minutes '; \
+	if [ "$(TORCH)" = cpu ] && ! $(BIN)/python -m pip install -q --disable-pip-version-check --retries 1 --timeout 60 --no-deps \
+	        -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision >.venv/install.log 2>&1; then \
+	    echo "TORCH=cpu: $(TORCH_INDEX) cannot be reached, or lacks the $$(grep '^torch==' constraints.txt) of constraints.txt for" \
+	         "this Python (.venv/install.log). Another index: make TORCH=cpu TORCH_INDEX=https://… Or leave TORCH=cpu out: 6 GB." >&2; exit 1; \
+	fi; \
+	printf 'Installing what constraints.txt locks, %s, some minutes ' "$(if $(TORCH),2 GB,6 GB)"; \
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 & pip=$$!; \
 	trap 'kill $$pip; exit 130' INT TERM; \
 	while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; \

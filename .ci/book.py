@@ -55,9 +55,10 @@ def _add_libraries():
 def build():
     _lay_out()
     _add_libraries()
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", ROOT / "docs", "-d", BUILD / "doctrees", "-j", "2"]
+    where = ["-c", ROOT / "docs", "-d", BUILD / "doctrees"]
     strict = ["-q", "-W", "--keep-going"]  # a dead link is a warning
-    status = subprocess.run([*command, *strict, SOURCE, BUILD / "html"]).returncode
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-j", "auto", *where, *strict, SOURCE, BUILD / "html"]
+    status = subprocess.run(command).returncode
     print(
         f"the book: {(BUILD / 'html/index.html').relative_to(ROOT)}" if not status else "the book has faults",
         flush=True,

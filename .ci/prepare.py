@@ -1,5 +1,5 @@
 """What `make prepare` runs: modules from notebooks, notebooks without what differs from run to run, README.md from its
-notebook."""
+notebook, and what is published in the pages of docs/."""
 
 import json
 import os
@@ -33,7 +33,8 @@ def main():
         for notebook in Path(folder).rglob("*.ipynb"):
             if not {"rendered", ".ipynb_checkpoints"} & set(notebook.parts):
                 drop_progress(notebook)
-    subprocess.run([sys.executable, Path(__file__).with_name("readme.py")], check=True)
+    for script in (".ci/readme.py", "docs/values.py"):
+        subprocess.run([sys.executable, script], check=True)
     os.chdir("benchmarks")
     nb_export("bench.ipynb", lib_path=".", solo_nb=True)
 

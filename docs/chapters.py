@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*(\w+).*\n?", re.MULTILINE)
 CODE = re.compile(r"(?<![`\w{}\[])`([A-Za-z_][\w.]*)`(?![`\]])")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
-HTML_LINK = re.compile(r'(?<= href=")(?![a-z]+:|#)([^"#]+)(#[^"]*)?(?=")')
+HTML_LINK = re.compile(r'(?:(?<= href=")|(?<=<iframe src="))(?![a-z]+:|#)([^"#]+)(#[^"]*)?(?=")')
 
 
 def _names():
@@ -55,6 +55,8 @@ def _target(link, folder, suffix):
     path = os.path.normpath(os.path.join(folder, link[1]))
     if path == "nbs/explore.ipynb":
         return os.path.relpath(f"docs/explorer{suffix}", folder)
+    if path.startswith("docs/static/"):
+        return os.path.relpath(path.replace("docs/static", "_static"), folder)
     if path.endswith(".ipynb"):
         return link[1].removesuffix(".ipynb") + (suffix or ".ipynb") + (link[2] or "")
     if path.startswith(("figures/rendered/", "docs/", "CHANGELOG", "CONTRIBUTING")) or not (ROOT / path).exists():

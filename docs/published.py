@@ -3,96 +3,14 @@
 import ast
 import html
 import re
-import sys
-from contextlib import contextmanager
-from functools import cache
-from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import nbformat
-import pandas as pd
 from sphinx.util import logging
+from values import PRESET, RENDERED, ROOT, module, published_rows
 
 logger = logging.getLogger(__name__)
-ROOT = Path(__file__).parent.parent
-PRESET = "laptop"
-RENDERED = ROOT / "figures/rendered" / PRESET
-# Imported by the modules that draw, and needed to train and measure only.
-ABSENT = ("torch", "torchvision", "torchattacks", "numba", "llvmlite", "safetensors", "sklearn", "choreographer")
-ABSENT += ("psutil", "tqdm", "pebble", "distributed")
-
-
-class _Kind(type):
-    """The type of whatever an absent package is asked for: a class that may be a base, an annotation, a decorator."""
-
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Kind(name, (_Absent,), {})
-
-    def __or__(cls, other):
-        return cls
-
-    __ror__ = __or__
-
-    def __getitem__(cls, key):
-        return cls
-
-
-class _Absent(metaclass=_Kind):
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, function=None, *args, **kwargs):
-        return function
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Absent()
-
-
-class _AbsentModule(ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Kind(name, (_Absent,), {})
-
-
-class _AbsentPackages(MetaPathFinder, Loader):
-    def find_spec(self, name, path=None, target=None):
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in ABSENT else None
-
-    def create_module(self, spec):
-        return _AbsentModule(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
-@contextmanager
-def _without_torch():
-    """Import modules of the package as if heavy packages were there. They are neither imported nor left behind, so
-    that a drawing that needed one would fail."""
-    finder = _AbsentPackages()
-    sys.meta_path.insert(0, finder)
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-        for name in [name for name, module in sys.modules.items() if isinstance(module, _AbsentModule)]:
-            del sys.modules[name]
-
-
-@cache
-def module(name):
-    """A module of the package, imported without torch."""
-    with _without_torch():
-        return import_module(f"sparse_nb.{name}")
 
 
 def notebook_of(name):
@@ -129,13 +47,6 @@ def drawing_calls(name):
             names = (first, *(f"{first}_{rule}" for rule in rules))
             drawn |= dict.fromkeys(names, assigned[call.args[0].id])
     return {published: call for published, call in drawn.items() if (RENDERED / f"{published}.svg").exists()}
-
-
-def _published_rows(name):
-    """The table behind a published figure, as the code that draws has it."""
-    rows = pd.read_csv(RENDERED / f"{name}.csv", dtype={"claim": str})
-    texts = [column for column in ("name", "numbers", "runs", "bound") if column in rows]
-    return rows.assign(**rows[texts].fillna(""))
 
 
 def said_by(name):
@@ -177,7 +88,7 @@ def draw(name):
     and footer are left to the page."""
     statements, figures = _statements(notebook_of(name)), {}
     for published, call in drawing_calls(name).items():
-        rows = _published_rows(published)
+        rows = published_rows(published)
         scope = dict.fromkeys(("curves", "found", "judged"), rows)
         scope["part"] = SimpleNamespace(rule=rows.rule.dropna().iloc[0]) if "rule" in rows else None
         if published.startswith("fig03"):  # chosen from all radii, of which the published rows have the chosen ones
@@ -196,6 +107,7 @@ def _interactive(figure, name):
     layout = figure.layout
     height, width = int(layout.height) - 35, min(int(layout.width), 720)
     layout.width, layout.height, layout.margin.t, layout.margin.b = None, None, 45, 60
+    layout.margin.r = (layout.margin.r or 80) + 30  # the fonts of a reader may be wider than those of the SVG
     data = figure.to_json().replace("</", "<\\/")  # which would end the script
     return (
         f'<div class="plot" data-plot="{name}" style="height: {height}px; min-width: {width}px"></div>'
@@ -236,7 +148,7 @@ def _judged(figure):
     of_figure = [claim for claim in claims.values() if figure in claim.figures]
     if not of_figure:
         return ""
-    table = verdicts.as_markdown(verdicts.claims_table(_published_rows("claims"), of_figure))
+    table = verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), of_figure))
     note = (
         "Verdicts are [explained here](../nbs/8_claims/04_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
     )
@@ -256,96 +168,13 @@ def figure_page(content, name):
     return nbformat.writes(notebook)
 
 
-def _signed(value):
-    """As in +1.5, −0.2, 0.0."""
-    return "0.0" if round(value, 1) == 0 else f"{value:+.1f}".replace("-", "−")
-
-
-def _with_interval(row):
-    """As in +1.5 [+0.8, +2.3], where the interval stays on one line."""
-    return f"{_signed(row['mean'])} [{_signed(row.low)},\N{NO-BREAK SPACE}{_signed(row.high)}]"
-
-
-_DISTURBANCES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
-
-
-def effects_table():
-    """Every pooled contrast with its interval in points, as Markdown."""
-    effects = module("claims.effects")
-    pooled = effects.pooled_effects(_published_rows("effects"))
-    words = module("results.axes").WORDS
-    rows = [
-        {
-            "contrast": row.contrast,
-            "disturbance": _DISTURBANCES.get(row.disturbance, row.disturbance),
-            "rule": words.get(row["rule"], row["rule"]),
-            "effect [95 % interval]": _with_interval(row),
-            "unit": effects.CONTRASTS[row.contrast].unit,
-            "one more panel": f"{_signed(row.predicted_low)} to {_signed(row.predicted_high)}",
-            "panels": f"{row.panels:.0f}",
-            "reads": row.word,
-        }
-        for _, row in pooled.iterrows()
-    ]
-    return module("claims.verdicts").as_markdown(pd.DataFrame(rows))
-
-
-def claims_table():
-    """Every claim with its verdict, as Markdown."""
-    verdicts = module("claims.verdicts")
-    return verdicts.as_markdown(verdicts.claims_table(_published_rows("claims")))
-
-
-def gain(disturbance, rule, contrast="gain"):
-    """One pooled effect in words, as in +1.5 [+0.8, +2.3]."""
-    pooled = module("claims.effects").pooled_effects(_published_rows("effects"))
-    (row,) = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance) & (pooled.rule == rule)].iloc
-    return _with_interval(row)
-
-
-def stored_table(header):
-    """The Markdown table that begins with `header`, as nbs/published.ipynb stores it: making it takes torch."""
-    for cell in nbformat.read(ROOT / "nbs/published.ipynb", as_version=4).cells:
-        for output in cell.get("outputs", ()):
-            if (text := output.get("data", {}).get("text/markdown", "")).startswith(header):
-                return text
-    raise ValueError(f"nbs/published.ipynb has no stored output that begins with {header!r}, which docs/*.md shows")
-
-
-def figure_list():
-    """A line for each figure with its title, a small picture and a link."""
-    figures, lines = module("study.figures").FIGURES, []
-    for name, figure in figures.items():
-        link = f"../figures/{figure.notebook}"
-        lines.append(
-            f'<a class="card" href="{link}.html"><img loading="lazy" src="../figures/rendered/{PRESET}/{name}.svg" '
-            f'alt=""><span>Figure {int(name[3:])}. {html.escape(figure.title)}</span></a>'
-            if (RENDERED / f"{name}.svg").exists()
-            else f'<a class="card" href="{link}.html"><span>Figure {int(name[3:])}. {html.escape(figure.title)}'
-            "<br>(not published yet)</span></a>"
-        )
-    return "\n".join(['<div class="cards">', *lines, "</div>"])
-
-
-TABLES = {
-    "claims": claims_table,
-    "effects": effects_table,
-    "figures": figure_list,
-    "costs": lambda: stored_table("| figure | shows |"),
-    "reproducibility": lambda: stored_table("| question | answer |"),
-}
-
-
 def fill(app, name, content):
-    """Before a page is parsed: what is published, in a figure's page and where a page of docs/ says {{name}}."""
+    """Before a page is parsed: what is published, in a figure's page; pages of docs/ have it, between comments."""
     figure = re.fullmatch(r"figures/(fig\d\d|claims|effects|hero|residuals)\w*", name)
     if figure:
         content[0] = figure_page(content[0], figure[1])
     elif name.startswith("docs/"):
-        content[0] = re.sub(r"\{\{(\w+)\}\}", lambda m: TABLES[m[1]](), content[0])
-        content[0] = re.sub(
-            r"\{\{gain (\w+) (\w+)(?: (\w+))?\}\}", lambda m: gain(m[1], m[2], m[3] or "gain"), content[0]
-        )
+        content[0] = re.sub(r"<!-- (value: [\w ]+|end) -->", "", content[0])
 
 
 def add_scripts(app, name, template, context, doctree):

@@ -205,17 +205,35 @@ def test_notebook_outputs_kept_in_git_are_text_and_small_pictures(notebook):
 
 def test_links_inside_the_project_lead_somewhere():
     links = {}
-    for file in (*NOTEBOOKS, ROOT / "README.md"):
+    pages = [*ROOT.glob("docs/*.md"), *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"))]
+    for file in (*NOTEBOOKS, *pages):
         text = file.read_text(encoding="utf-8")
-        pages = (
+        parts = (
             ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
             if file.suffix == ".ipynb"
             else [text]
         )
-        for link in (a or b for page in pages for a, b in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', page)):
+        for link in (a or b for part in parts for a, b in re.findall(r'\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"', part)):
             if not re.match(r"[a-z]+:", link):
                 links[file, link] = file.parent / link.partition("#")[0]
     assert len(links) > 100 and [link for link, target in links.items() if not target.exists()] == []
+
+
+def test_pages_of_docs_hold_their_values(monkeypatch):
+    """What is read on a code host is what is published, and no placeholder for it."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from values import VALUE, filled
+
+    pages = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md")}
+    marks = [match for page in pages.values() for match in VALUE.finditer(page)]
+    assert len(marks) > 15 and all(len(re.sub("<!--.*?-->", "", match[0])) > 3 for match in marks)
+    assert [name for name, page in pages.items() if "{{" in page] == []
+    assert [name for name, page in pages.items() if filled(page) != page] == [], "run make prepare"
+
+
+def test_make_names_a_torch_that_it_does_not_know():
+    done = subprocess.run(["make", "help", "TORCH=gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "TORCH is gpu; it is cpu, or" in done.stderr
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.name)

@@ -23,7 +23,6 @@ from ..networks.models import FAMILIES
 from sparse_nb.results.axes import (
     AXIS_TITLES,
     DARK_BACKGROUND,
-    OKABE_ITO,
     WORDS,
     density_axis,
     drawn_range,
