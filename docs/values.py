@@ -143,7 +143,8 @@ def effects_table():
 def claims_table():
     """Every claim with its verdict, as Markdown."""
     verdicts = module("claims.verdicts")
-    return verdicts.as_markdown(verdicts.claims_table(published_rows("claims")))
+    pooled = module("claims.effects").pooled_effects(published_rows("effects"))
+    return verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), pooled=pooled))
 
 
 def gain(disturbance, rule, contrast="gain"):

@@ -251,11 +251,13 @@ def effects_of_claim(number: str, pooled: pd.DataFrame) -> str:
         rows = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance)]
         unit = _UNITS[CONTRASTS[contrast].unit]
         parts = [
-            f"{WORDS[row['rule']]} {row['mean']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]{unit}".replace(" -", " −")
+            "{} {:+.1f} [{:+.1f}, {:+.1f}]{}".format(
+                WORDS[row["rule"]], *(round(row[name], 1) + 0.0 for name in ("mean", "low", "high")), unit
+            )
             for row in rows.to_dict("records")
         ]
         if parts:
-            said.append(f"{contrast}, {disturbance}: {'; '.join(parts)}".replace("[-", "[−"))
+            said.append(f"{contrast}, {disturbance}: {'; '.join(parts)}".replace(" -", " −").replace("[-", "[−"))
     return ". ".join(said) or "–"
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #9bc42e7a
