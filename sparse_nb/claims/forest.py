@@ -49,8 +49,9 @@ def effects_of_store(preset, store, *, root: Path | str | None = None) -> tuple[
 
 def _runs_behind(row, tables) -> str:
     """The hashes of all networks that a row compares."""
-    figures = {"capacity": ["fig12"], "depth": ["fig06"], "schedule": [PRUNED.get(row.disturbance)]}
-    figures = figures.get(row.contrast, []) + [SCORES[row.disturbance][0]] * (row.contrast not in ("capacity", "depth"))
+    figures = {"capacity": ["fig12"], "depth": ["fig06"]}.get(row.contrast, [SCORES[row.disturbance][0]])
+    if row.contrast == "schedule":
+        figures = [PRUNED[row.disturbance], *figures]
     datasets = [row.dataset, "mnist"] if row.contrast == "peak" else [row.dataset]
     runs = []
     for table in (tables[figure] for figure in figures):

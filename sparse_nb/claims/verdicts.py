@@ -249,12 +249,11 @@ def effects_of_claim(number: str, pooled: pd.DataFrame) -> str:
     said = []
     for contrast, disturbance in MEASURED_BY.get(number, ()):
         rows = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance)]
+        numbers = [rows[name].round(1) + 0.0 for name in ("mean", "low", "high")]
         unit = _UNITS[CONTRASTS[contrast].unit]
         parts = [
-            "{} {:+.1f} [{:+.1f}, {:+.1f}]{}".format(
-                WORDS[row["rule"]], *(round(row[name], 1) + 0.0 for name in ("mean", "low", "high")), unit
-            )
-            for row in rows.to_dict("records")
+            f"{WORDS[rule]} {mean:+.1f} [{low:+.1f}, {high:+.1f}]{unit}"
+            for rule, mean, low, high in zip(rows["rule"], *numbers, strict=True)
         ]
         if parts:
             said.append(f"{contrast}, {disturbance}: {'; '.join(parts)}".replace(" -", " −").replace("[-", "[−"))
