@@ -72,9 +72,7 @@ def _hover(points: pd.DataFrame) -> list[str]:
     return [f"width {p.width}, {100 * p.density:.3g} % of the weights, seed {p.seed}" for p in points.itertuples()]
 
 # %% ../../nbs/7_results/13_proxy.ipynb #69b6a05e
-def _draw_format(
-    figure: go.Figure, panel: pd.DataFrame, colours: Mapping[str, str], *, row: int, col: int
-) -> None:
+def _draw_format(figure: go.Figure, panel: pd.DataFrame, colours: Mapping[str, str], *, row: int, col: int) -> None:
     """One panel: a point for each network. panel: rows of `loss_increases` of one dataset, family and format. colours:
     of all rules."""
     for rule, points in panel.groupby("rule", sort=False):
