@@ -28,11 +28,13 @@ def text_as_html(value: object) -> str:
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #f234545c
 def strength_text(measure: str, strength: float) -> str:
-    """A strength as people write it: σ = 0.3, severity 4, ε = 8/255. measure: of the records."""
+    """A strength as people write it: σ = 0.3, severity 4, ε = 8/255, 4 bits. measure: of the records."""
     if measure == "weight_noise":
         return f"σ = {strength:g}"
     if measure == "corruption":
         return f"severity {strength:g}" if strength else "the one severity of MNIST-C"
+    if measure == "quantisation":
+        return f"{strength:g} bit{'s' * (strength != 1)}"
     return f"ε = {radius_text(strength)}" if measure == "attack" else ""
 
 
@@ -44,8 +46,11 @@ def kind_text(name: str) -> str:
 def first_strength(measure: str, of_base: Mapping[float, float]) -> float:
     """The strength at which a slider begins. of_base: {strength: accuracy of the dense base}, not empty; 0 is clean.
 
-    The strongest; of an attack the strongest that leaves a tenth of the highest accuracy, or the weakest above 0.
+    The strongest; of an attack the strongest that leaves a tenth of the highest accuracy, or the weakest above 0; of
+    rounding the fewest bits that leave half of it.
     """
+    if measure == "quantisation":
+        return min(bits for bits, accuracy in of_base.items() if accuracy >= max(of_base.values()) / 2)
     if measure != "attack":
         return max(of_base)
     kept = [strength for strength, accuracy in of_base.items() if strength and accuracy >= max(of_base.values()) / 10]
@@ -70,13 +75,21 @@ CHOICE_WORDS = {
     "dataset": WORDS,
     "family": WORDS,
     "growth": {"width": "width", "depth": "depth"},
-    "schedule": {"static": "before training", "magnitude": "after training"},
+    "schedule": {
+        "static": "before training",
+        "magnitude": "after training",
+        "set": "during training (SET)",
+        "rigl": "during training (RigL)",
+        "imp": "in rounds, rewinding (IMP)",
+        "beta_lasso": "by a penalty (β-Lasso)",
+    },
     "rule": WORDS,
     "measure": {
         "weight_noise": "weight noise",
         "corruption": "corrupted images",
         "attack": "adversarial attacks",
         "class_recall": "none (class recall)",
+        "quantisation": "rounded weights",
         "clean": "none",
     },
 }
@@ -87,6 +100,7 @@ MEASURE_WORDS = {  # label of the kind, label of the slider; in the title: what 
     "corruption": ("Corruption", "Severity", "accuracy on corrupted images", "severity "),
     "attack": ("Attack", "Radius ε", "accuracy under attack", "ε = "),
     "class_recall": ("Class", "", "recall of a class", ""),
+    "quantisation": ("Format", "Bits", "accuracy with rounded weights", ""),
     "clean": ("", "", "accuracy without disturbance", ""),
 }
 _RULES = (

@@ -77,13 +77,17 @@ def curve_members(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(kept, ignore_index=True)[[*runs.columns]] if kept else runs
 
 # %% ../../nbs/7_results/11_catalogue.ipynb #4ec9599f
+MEASURES = ["weight_noise", "corruption", "attack", "class_recall", "quantisation", "clean"]
+
+
 def read_catalogue(store: Records) -> pd.DataFrame:
-    """Everything that can be chosen: a row for each network, curve and measurement, the columns of `curve_members` and
-    measure, evaluation.
+    """Everything that can be chosen: a row for each network, curve and measurement of `MEASURES`, the columns of
+    `curve_members` and measure, evaluation.
 
     Networks of which nothing was measured, as diverged ones, have rows too, with an empty measure.
     """
     runs, measured = store.runs(), store.measurements()
+    measured = measured[measured.measure.isin(MEASURES)]
     if runs.empty:
         return pd.DataFrame(columns=[*runs.columns, *CURVE, "variant", "measure", "evaluation"]).loc[
             :, lambda c: ~c.columns.duplicated()
@@ -91,7 +95,6 @@ def read_catalogue(store: Records) -> pd.DataFrame:
     return curve_members(runs).merge(measured[["experiment", "evaluation", "measure"]], on="experiment", how="left")
 
 # %% ../../nbs/7_results/11_catalogue.ipynb #6f4b6612
-MEASURES = ["weight_noise", "corruption", "attack", "class_recall", "clean"]
 _ORDER = [*WORDS, "width", "depth", "static", "magnitude", "none", *MEASURES]
 CHOICES = ["dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation"]
 

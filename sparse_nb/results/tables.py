@@ -253,7 +253,7 @@ def _named(found: pd.DataFrame, measure: str) -> pd.DataFrame:
         ]  # without a radius all attacks are the same
         return found.assign(name=found.name.where(found.strength > 0, "clean"))
     clean = (found.strength == 0) & (found.name == "") if measure != "clean" else found.strength == 0
-    return found.assign(name=found.name.where(found.name != "", _WITHOUT_NAME[measure]).mask(clean, "clean"))
+    return found.assign(name=found.name.where(found.name != "", _WITHOUT_NAME.get(measure, "")).mask(clean, "clean"))
 
 
 def tidy(records: pd.DataFrame, measure: str) -> pd.DataFrame:
