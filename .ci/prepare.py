@@ -13,8 +13,10 @@ BIN = Path(sys.executable).parent
 
 
 def drop_progress(notebook):
-    """Take what a notebook's cells wrote to the standard error, progress bars and warnings, out of its outputs."""
+    """Take what a notebook's cells wrote to the standard error, progress bars and warnings, out of its outputs, and the
+    state of its widgets, which can be 100 MB, out of the file."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
+    content["metadata"].pop("widgets", None)
     for cell in content["cells"]:
         if "outputs" in cell:
             cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]

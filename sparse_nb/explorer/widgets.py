@@ -16,8 +16,10 @@ from importlib.util import LazyLoader
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
+import anywidget
 import ipywidgets as widgets
 import plotly.graph_objects as go
+import traitlets
 
 from sparse_nb.explorer.texts import (
     GLOSSARY,
@@ -122,6 +124,8 @@ def _fill(control, options, value=None):
     value = control.value if value is None else value
     values = [v for _, v in options]
     if options:
+        if control.index and control.index >= len(options):
+            control.index = 0  # a browser that finds its index beyond the options sends the last one back
         control.options = options
         control.value = value if value in values else values[0]
     control.layout.display = "" if len(options) > 1 else "none"
@@ -287,6 +291,28 @@ class _Selection:
             self.failed = failures_on(self.failures, self.members, self.chosen)
             self.points = add_failures(points_of(self.members, self.records), self.failed)
 
+# %% ../../nbs/9_explorer/04_widgets.ipynb #484d779c
+class _Ruler(anywidget.AnyWidget):
+    """How wide the room for plots is in the browser; invisible. width: in pixels, 0 as long as nobody looks."""
+
+    _esm = """
+    export default {
+      render({ model, el }) {
+        el.style.width = "100%";
+        const ruler = new ResizeObserver(() => {
+          const width = Math.floor(el.getBoundingClientRect().width);
+          if (width > 0 && width !== model.get("width")) {
+            model.set("width", width);
+            model.save_changes();
+          }
+        });
+        ruler.observe(el);
+        return () => ruler.disconnect();
+      },
+    };
+    """
+    width = traitlets.Int(0).tag(sync=True)
+
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9da2bafc
 class _Canvas:
     """Where the plot of a `_Selection` is. holder: the widget; clicked: called as plotly does; offer: called with the
@@ -294,7 +320,8 @@ class _Canvas:
 
     def __init__(self, clicked, offer):
         self.clicked, self.offer, self.holder = clicked, offer, widgets.VBox()
-        self.figure, self.plot, self.shown, self.key = None, None, None, widgets.HTML()
+        self.figure, self.plot, self.shown, self.key, self.ruler = None, None, None, widgets.HTML(), _Ruler()
+        self.ruler.observe(lambda change: self.fit(), "width")
 
     def show(self, selection):
         """Show the chosen view, in place where that is possible."""
@@ -306,13 +333,20 @@ class _Canvas:
                 self.holder.children = _gallery(selection, self.offer)
             return
         plot = _plot(selection)
+        if self.ruler.width:
+            plot["layout"]["width"] = self.ruler.width
         if self.figure is None or self.shown != (view, chosen) or not _change(self.figure, plot, self.plot):
             self.figure = _widget_class()(plot)
             for trace in self.figure.data:
                 trace.on_click(self.clicked)
-            self.holder.children = (self.figure, self.key)
+            self.holder.children = (self.ruler, self.figure, self.key)
         self.key.value = key_html(plot["data"])
         self.plot, self.shown = plot, (view, dict(chosen))
+
+    def fit(self):
+        """Make the plot as wide as the room for it."""
+        if self.figure is not None:
+            self.plot["layout"]["width"] = self.figure.layout.width = self.ruler.width
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #05bf1bba
 def _plot(selection):
