@@ -59,7 +59,8 @@ def _target(link, folder, suffix):
         return os.path.relpath(path.replace("docs/static", "_static"), folder)
     if path.endswith(".ipynb"):
         return link[1].removesuffix(".ipynb") + (suffix or ".ipynb") + (link[2] or "")
-    if path.startswith(("figures/rendered/", "docs/", "CHANGELOG", "CONTRIBUTING")) or not (ROOT / path).exists():
+    of_book = path.startswith(("figures/rendered/", "docs/", "CHANGELOG", "CONTRIBUTING"))
+    if not (ROOT / path).exists() or of_book and not (ROOT / path).is_dir():
         return link[0]
     from conf import branch, repository
 

@@ -401,13 +401,15 @@ def curvatures(table: pd.DataFrame) -> pd.Series:
 
 
 def _flatnesses(tables):
-    """Rows of flatness, with the column equal_loss: whether all networks of the panel stopped at the same loss."""
+    """Rows of flatness, with the column equal_loss: whether all that are compared stopped at the same loss."""
     if "fig01" not in tables:
         return []
     table, rows = tables["fig01"], []
     for curve, panel in panels(curvatures(table)).items():
         if curve[3] == "width" and len(panel) > 1 and (values := gain(panel)) is not None:
-            mine = table[(table[["dataset", "rule", "family", "growth"]] == list(curve)).all(axis=1)]
+            compared = [panel.columns[place][1] for place in (0, *_inner(panel))]  # widths
+            mine = (table[["dataset", "rule", "family", "growth"]] == list(curve)).all(axis=1)
+            mine = table[mine & table.width.isin(compared)]
             row = _row("flatness", "noise", curve[:3], values)
             rows.append(row | dict(equal_loss=bool((mine.status == "converged").all())))
     return rows
@@ -433,7 +435,8 @@ def effects(tables: Mapping[str, pd.DataFrame], images: Mapping[tuple[str, str],
     """The contrasts of `CONTRASTS` in every panel that has what they need: a row each, with `interval`'s columns.
 
     tables: {figure: of `tables.collect`}; images: {(figure, dataset): number of test images}. A row of peak carries the
-    set that MNIST is compared with. equal_loss: of flatness only, whether all networks stopped at the same loss.
+    set that MNIST is compared with. equal_loss: of flatness only, whether all networks that it
+    compares stopped at the same loss.
     """
     rows = [*_gains_and_falls(tables, images), *_recalls(tables), *_schedules(tables, images)]
     rows += [*_peaks_and_onsets(tables), *_flatnesses(tables), *_other_growths(tables)]
