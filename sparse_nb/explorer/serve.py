@@ -67,12 +67,33 @@ def _limits(most, token):
     class Kernels(AsyncMappingKernelManager):
         begun = 0  # how many are being started, and not yet counted by len()
 
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.left = {}  # kernels whose page was closed, in that order
+
+        def notify_connect(self, kernel_id):
+            super().notify_connect(kernel_id)
+            self.left.pop(kernel_id, None)
+
+        def notify_disconnect(self, kernel_id):
+            super().notify_disconnect(kernel_id)
+            if kernel_id in self and not self.kernel_model(kernel_id)["connections"]:
+                self.left[kernel_id] = True
+
+        async def make_room(self):
+            while len(self) + self.begun >= most and self.left:
+                kernel_id = next(iter(self.left))
+                del self.left[kernel_id]
+                if kernel_id in self:
+                    await self.shutdown_kernel(kernel_id, now=True)
+
         async def start_kernel(self, **how):
+            await self.make_room()
             if len(self) + self.begun >= most:
                 raise HTTPError(503, reason=f"{most} kernels are running, which is the limit; try again in ten minutes")
             self.begun += 1
             try:
-                return await super().start_kernel(**how, extra_arguments=["--IPKernelApp.log_level=40"])
+                return await super().start_kernel(**how, extra_arguments=["--IPKernelApp.log_level=50"])
             finally:
                 self.begun -= 1
 

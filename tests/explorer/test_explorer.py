@@ -487,6 +487,20 @@ def test_no_more_kernels_than_the_limit(store, tmp_path):
         assert answer(f"http://127.0.0.1:{port}/")[0] == 503 and len(family(process)) == 2
 
 
+@needs_browser
+def test_a_closed_page_makes_room_for_the_next(browser, store, tmp_path):
+    """Where one kernel is allowed, a second reader waits for the first to leave, and no longer."""
+    port = free_port()
+    with ended(start_server(PAGE, tmp_path, runs=store.root, port=port, most_kernels=1)) as process:
+        wait_for_port(port, process)
+        for _ in range(2):
+            with watched_page(browser) as page:
+                page.goto(f"http://127.0.0.1:{port}")
+                page.wait_for_selector(".js-plotly-plot .scatterlayer .trace")
+                assert answer(f"http://127.0.0.1:{port}/")[0] == 503
+            time.sleep(1)  # the server hears that the page is gone
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_server_ends_with_its_command(store, number):
     port, words = free_port(), ["explore", "--runs", str(store.root), "--notebooks", str(PAGE.parent)]
