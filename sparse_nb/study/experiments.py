@@ -108,7 +108,7 @@ def _check_budget(shapes, budget):
     """Raise ValueError unless layers of these shapes can keep the budget, which does not depend on the rule."""
     allocation.allocate(shapes, budget, allocation.RULES[0])
 
-
+# %% ../../nbs/4_study/02_experiments.ipynb #63be28c3
 def check_settings(described):
     """Raise ValueError for settings of schedules that make no sense. described: an `Experiment`, or what has its fields
     drop, update_every, update_until, rewind, l1 and beta."""
@@ -118,7 +118,7 @@ def check_settings(described):
     if type(d.rewind) is not int or d.rewind < 0:
         raise ValueError(f"rewind is {d.rewind!r}; it must be a whole number, at least 0")
 
-
+# %% ../../nbs/4_study/02_experiments.ipynb #2071aa94
 def check_experiment(experiment):
     """Raise ValueError or TypeError, naming the value and what is accepted, for an `Experiment` that could not be
     trained."""

@@ -33,7 +33,7 @@ class Figure:
     rules: tuple[str, ...] | None = None
     also: tuple[str, ...] = ()
 
-
+# %% ../../nbs/4_study/04_figures.ipynb #ca1c0b04
 FIGURES = {
     "fig01": Figure(
         "fig01_weight_noise_width",
@@ -278,7 +278,7 @@ def scheduled(setting, schedule, dataset=None):
         widths = setting.pruned_widths
     return dataclasses.replace(setting, widths=widths)
 
-
+# %% ../../nbs/4_study/04_figures.ipynb #4ea9213e
 def _curves_of(spec, setting, dataset):
     """(growth, schedule, `FamilySetting`) of each curve of a `Figure` for one dataset, as an iterator."""
     for growth in _growths(spec, setting):
@@ -294,7 +294,7 @@ def _curves_of(spec, setting, dataset):
         else:
             yield growth, spec.schedule, scheduled(setting, spec.schedule, dataset)
 
-
+# %% ../../nbs/4_study/04_figures.ipynb #9d5edf25
 def curve(growth, schedule, rule, dataset, family, setting, seed, measurement, version="", bits="native"):
     """The points of one curve, or of the control, for one seed, as a list. version: of training; bits: of convolutional
     networks."""

@@ -78,7 +78,7 @@ class Compared:
         """The settings of schedules: {name: value}, arguments of `Experiment`."""
         return {name: getattr(self, name) for name in OF_SCHEDULES if hasattr(self, name)}
 
-
+# %% ../../nbs/4_study/03_studies.ipynb #5463676b
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """Learning rates that a study puts beside the recipe's, for one family: of networks of these widths, beside the
@@ -94,7 +94,7 @@ class Rates:
         for rate in self.learning_rates:
             Recipe(learning_rate=rate)
 
-
+# %% ../../nbs/4_study/03_studies.ipynb #2e521d5a
 @dataclass(frozen=True, kw_only=True)
 class FamilySetting:
     """What a study does with one family.
@@ -234,7 +234,7 @@ def _with_versions(table, folders):
                 part[key] = {known.get(name, name): value for name, value in part[key].items()}
     return table
 
-
+# %% ../../nbs/4_study/03_studies.ipynb #5c47fd17
 def study_of(table: Mapping, name: str, file: str = "") -> Study:
     """The `Study` of the tables of a file. Raises `reading.Wrong`, with the path of the key, for what is no study."""
     named = value_of(str, table.get("name", name), ("name",))
@@ -551,7 +551,7 @@ def _with_widths(compared, widths):
         return compared
     return dataclasses.replace(compared, widths=tuple(widths))
 
-
+# %% ../../nbs/4_study/03_studies.ipynb #8f150f4a
 def narrow(
     preset: Study | Path | str, *, datasets=(), families=(), rules=(), seeds=None, epochs=None, widths=()
 ) -> Study:
