@@ -20,7 +20,7 @@ from .. import own
 
 # %% ../../nbs/7_results/03_axes.ipynb #c92aa1d1
 class _Words(dict):
-    """Names as people write them; a family or a dataset of somebody's own is called as its function."""
+    """Names as people write them; a family or a dataset of the user's own is called as its function."""
 
     def __missing__(self, name: str) -> str:
         if not own.is_own(name):
@@ -95,7 +95,7 @@ RULE_COLOURS = {"water_filling": OKABE_ITO["blue"], "proportional": OKABE_ITO["v
 
 
 def rule_colours(rules: Iterable[str]) -> dict[str, str]:
-    """{rule: its colour}; rules of somebody's own get, in their order, those that are left."""
+    """{rule: its colour}; rules of the user's own get, in their order, those that are left."""
     left = itertools.cycle(colour for colour in DISTINCT_COLOURS if colour not in RULE_COLOURS.values())
     return {rule: RULE_COLOURS.get(rule) or next(left) for rule in rules}
 

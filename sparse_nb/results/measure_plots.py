@@ -84,7 +84,7 @@ CLEAN = Line("clean", "accuracy", 0, NEUTRAL_COLOUR, "", dash="dot")
 
 def severity_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
     """The `Line`s of figures 2, 5 and 7: clean, then the mean over corruptions at each severity; 0 means MNIST-C's
-    published ones, or one for each corruption where some are somebody's own.
+    published ones, or one for each corruption where some are the user's own.
 
     curves: `tables.summarise_curves` of `tables.corruption_means`.
     """
@@ -98,7 +98,7 @@ def severity_lines(curves: pd.DataFrame) -> tuple[Line, ...]:
 
 # %% ../../nbs/7_results/06_measure_plots.ipynb #a68b412c
 def type_lines(corruptions: set[str]) -> dict[str, tuple[Line, ...]]:
-    """{group: its `Line`s}: clean, then each of the `corruptions` in it, those of somebody's own last. Groups of
+    """{group: its `Line`s}: clean, then each of the `corruptions` in it, those of the user's own last. Groups of
     which none is there are left out.
     """
     styles = tuple(zip(DISTINCT_COLOURS, DISTINCT_SYMBOLS, strict=False))

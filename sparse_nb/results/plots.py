@@ -79,7 +79,7 @@ _OWN_STYLES = (("dashdot", "triangle-up"), ("longdash", "triangle-down"), ("long
 
 
 def rule_styles(rules: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{rule: (dash, symbol)}; rules of somebody's own get, in their order, those that are left."""
+    """{rule: (dash, symbol)}; rules of the user's own get, in their order, those that are left."""
     left = itertools.cycle(_OWN_STYLES)
     return {rule: RULE_STYLES.get(rule) or next(left) for rule in rules}
 

@@ -495,7 +495,7 @@ class CorrectImages(Evaluation):
 # %% ../../nbs/4_study/02_experiments.ipynb #f3539dd7
 @dataclass(frozen=True)
 class OwnMeasure(Evaluation):
-    """A measure of somebody's own. function: its import path with the version, as `own.find` gives it. seed: handed to
+    """A measure of the user's own. function: its import path with the version, as `own.find` gives it. seed: handed to
     it. test_images: a random sample of the test set, None for all of it."""
 
     function: str = ""

@@ -167,7 +167,7 @@ def shown_families(figure, preset):
 
 
 def _shows(spec, family):
-    """Whether a `Figure` shows a family; one of somebody's own wherever several are shown."""
+    """Whether a `Figure` shows a family; one of the user's own wherever several are shown."""
     return family in spec.families or own.is_own(family) and len(spec.families) > 1
 
 
@@ -182,7 +182,7 @@ def _growths(spec, setting):
 
 def shown_rules(figure, preset):
     """The rules of `figure` (a name of `FIGURES`) under a `Study`: its own, of which the user may have asked for some
-    only, or the preset's. Rules of somebody's own are shown wherever several are."""
+    only, or the preset's. Rules of the user's own are shown wherever several are."""
     known = FIGURES[figure].rules
     if known is None:
         return preset.rules

@@ -135,7 +135,7 @@ class Study:
     attack_epsilons: {channels of the images: radii}. only_rules: the rules that were asked for by name, which then
     hold for a figure with rules of its own as well.
     bits: of convolutional networks, "native" or "portable"; see `Experiment`. own_measures: import paths of measures of
-    somebody's own, made of every network on a curve by width. Datasets, rules, families and names of corruptions may be
+    the user's own, made of every network on a curve by width. Datasets, rules, families and names of corruptions may be
     import paths as well, with the versions that `own.find` gives.
     beside: measures that are made of every network on a curve by width, though no figure shows them.
     versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
@@ -370,7 +370,7 @@ def check_budgets(study: Study) -> None:
 
 # %% ../../nbs/4_study/03_studies.ipynb #07c1cc7f
 def check_own(study: Study) -> None:
-    """Raise `reading.Wrong` for a family of somebody's own whose base network does not turn two images of each dataset
+    """Raise `reading.Wrong` for a family of the user's own whose base network does not turn two images of each dataset
     into (2, classes) numbers, or has no portable form if bits are to be portable."""
     from sparse_nb.networks.portable import check_portable  # needs numba, which drawing does not
 
@@ -411,7 +411,7 @@ def _smallest_sparse(study, dataset, family):
 
 
 def check_own_rules(study: Study) -> None:
-    """Raise `reading.Wrong` for a rule of somebody's own that does not keep a budget as `your_own.check_rule` says, on
+    """Raise `reading.Wrong` for a rule of the user's own that does not keep a budget as `your_own.check_rule` says, on
     the smallest sparse network of each family."""
     for rule in filter(own.is_own, study.rules):
         for dataset in study.datasets:
@@ -428,7 +428,7 @@ def check_own_rules(study: Study) -> None:
 
 # %% ../../nbs/4_study/03_studies.ipynb #fb60de91
 def check_own_corruptions(study: Study) -> None:
-    """Raise `reading.Wrong` for a corruption of somebody's own that does not turn images of each dataset into such
+    """Raise `reading.Wrong` for a corruption of the user's own that does not turn images of each dataset into such
     images, and for names or severities that a dataset does not have, where names are given."""
     asked = study.corruption
     for dataset in study.datasets:

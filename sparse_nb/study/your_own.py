@@ -22,7 +22,7 @@ from .versions import code_hash, digest
 
 # %% ../../nbs/4_study/06_your_own.ipynb #fd7f139b
 def check_rule(rule: str, shapes: Mapping[str, tuple[int, ...]], budget: int) -> None:
-    """Raise ValueError, in one sentence, unless a rule of somebody's own keeps `budget` weights of these {name: shape}
+    """Raise ValueError, in one sentence, unless a rule of the user's own keeps `budget` weights of these {name: shape}
     as `masks.kept_by_rule` says, and the same ones when it is called again with the same generator."""
     one, two = (kept_by_rule(shapes, budget, rule, 0) for _ in range(2))
     if any(not torch.equal(torch.as_tensor(one[name]), torch.as_tensor(two[name])) for name in shapes):
@@ -31,7 +31,7 @@ def check_rule(rule: str, shapes: Mapping[str, tuple[int, ...]], budget: int) ->
 
 
 def check_rules(experiments: Iterable[Experiment]) -> None:
-    """`check_rule` for each of the `Experiment`s with a rule of somebody's own; those that differ in seeds or in their
+    """`check_rule` for each of the `Experiment`s with a rule of the user's own; those that differ in seeds or in their
     training only are one. Raises ValueError naming the first network for which a rule fails."""
     checked = set()
     for e in experiments:
@@ -47,7 +47,7 @@ def check_rules(experiments: Iterable[Experiment]) -> None:
 
 # %% ../../nbs/4_study/06_your_own.ipynb #5403e643
 def check_corruption(name: str, shape: Sequence[int], severities: Iterable[int]) -> None:
-    """Raise ValueError, in one sentence, unless a corruption of somebody's own turns images of `shape` into such images
+    """Raise ValueError, in one sentence, unless a corruption of the user's own turns images of `shape` into such images
     at each of the severities, with values up to 255, and into the same ones for the same generator."""
     pixels = torch.randint(256, (2, *shape), generator=generator(0, "to be corrupted"), dtype=torch.uint8)
     pixels[:, :, 0] = 255
@@ -103,14 +103,14 @@ def _sources(module):
 
 
 def text_of(function: str) -> str:
-    """16 hexadecimal digits for the code of a function of somebody's own: its module, and whatever that imports from
+    """16 hexadecimal digits for the code of a function of the user's own: its module, and whatever that imports from
     its package or its folder. Comments, docstrings and layout do not count."""
     texts = _sources(own.resolve(function).__module__)
     return digest({name: code_hash(text) for name, text in texts.items()})
 
 
 def checked_texts(functions: Iterable[str], datasets: Iterable[str], known: Mapping[str, str], where: object) -> dict:
-    """What the functions (families, rules, corruptions, measures) and the datasets of somebody's own among these are
+    """What the functions (families, rules, corruptions, measures) and the datasets of the user's own among these are
     made of now: {name: 16 hexadecimal digits}.
 
     known: the same of earlier, which `where`, a file, remembers. Raises ValueError, with what to do, if one of them is

@@ -1,4 +1,4 @@
-"""Families, datasets, masks and corruptions of somebody's own: trained in workers, named by their versions, refused
+"""Families, datasets, masks and corruptions of the user's own: trained in workers, named by their versions, refused
 before training."""
 
 import json

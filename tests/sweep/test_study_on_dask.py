@@ -1,4 +1,4 @@
-"""A study in a file, with a family of somebody's own, on a Dask cluster: through the command, as a user runs it."""
+"""A study in a file, with a family of the user's own, on a Dask cluster: through the command, as a user runs it."""
 
 import pandas as pd
 import pytest

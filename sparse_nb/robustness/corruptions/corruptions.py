@@ -195,7 +195,7 @@ def _looking_in(root: Path | str, corruption: CorruptionKind) -> CorruptionKind:
 
 # %% ../../../nbs/3_robustness/corruptions/05_corruptions.ipynb #52dc2b5b
 def _own_pixels(name, pixels, severity, stream):
-    """Pixels under a corruption of somebody's own. Raises ValueError, in one sentence, if it fails or gives anything
+    """Pixels under a corruption of the user's own. Raises ValueError, in one sentence, if it fails or gives anything
     but uint8 of the same shape."""
     function, called = own.resolve(name), own.plain(name)
     try:
