@@ -50,7 +50,8 @@ def first_strength(measure: str, of_base: Mapping[float, float]) -> float:
     rounding the fewest bits that leave half of it.
     """
     if measure == "quantisation":
-        return min(bits for bits, accuracy in of_base.items() if accuracy >= max(of_base.values()) / 2)
+        half = max(of_base.values()) / 2
+        return min((bits for bits, accuracy in of_base.items() if accuracy >= half), default=max(of_base))
     if measure != "attack":
         return max(of_base)
     kept = [strength for strength, accuracy in of_base.items() if strength and accuracy >= max(of_base.values()) / 10]
