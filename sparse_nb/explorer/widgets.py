@@ -11,16 +11,12 @@ import os
 import subprocess
 import sys
 import threading
-from importlib.machinery import PathFinder
-from importlib.util import LazyLoader
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-import anywidget
 import ipywidgets as widgets
-import plotly.graph_objects as go
-import traitlets
 
+from .plot_widget import PlotWidget
 from sparse_nb.explorer.texts import (
     GLOSSARY,
     LABELS,
@@ -46,47 +42,6 @@ from ..results.catalogue import CHOICES, add_failures, choose, failures_on, load
 from ..results.tables import points_of
 from ..runs.attempts import load_failures
 from ..runs.index import Records
-
-# %% ../../nbs/9_explorer/04_widgets.ipynb #8e888f5e
-def _differences(new, old):
-    """The entries of the dict `new` that are not equal in `old`."""
-    return {key: value for key, value in new.items() if key not in old or old[key] != value}
-
-
-def _change(figure, new, old):
-    """Change the plotly widget `figure` from the plot `old` to `new` (of a view) in place, if they are alike enough.
-
-    Returns whether they are.
-    """
-    types = ([trace["type"] for trace in plot["data"]] for plot in (new, old))
-    if new["layout"].keys() != old["layout"].keys() or next(types) != next(types):
-        return False
-    with figure.batch_update():
-        for trace, now, before in zip(figure.data, new["data"], old["data"], strict=True):
-            trace.update(_differences(now, before))
-        figure.layout.update(_differences(new["layout"], old["layout"]))
-    return True
-
-# %% ../../nbs/9_explorer/04_widgets.ipynb #1dd9ee0a
-class _LazyFinder(PathFinder):
-    """Finds the modules that only plotly's other ways to show a figure need, such that they are loaded at first use."""
-
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        """The spec of the module `name`, or None for others."""
-        spec = super().find_spec(name, path, target) if name in ("nbformat", "kaleido") else None
-        if spec:
-            spec.loader = LazyLoader(spec.loader)
-        return spec
-
-
-def _widget_class():
-    """plotly's `FigureWidget`, imported with the help of `_LazyFinder`."""
-    sys.meta_path.insert(0, _LazyFinder)
-    try:
-        return go.FigureWidget
-    finally:
-        sys.meta_path.remove(_LazyFinder)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #5a7d76a4
 _CONTROLS = ("dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation", "name", "point")
@@ -291,62 +246,29 @@ class _Selection:
             self.failed = failures_on(self.failures, self.members, self.chosen)
             self.points = add_failures(points_of(self.members, self.records), self.failed)
 
-# %% ../../nbs/9_explorer/04_widgets.ipynb #484d779c
-class _Ruler(anywidget.AnyWidget):
-    """How wide the room for plots is in the browser; invisible. width: in pixels, 0 as long as nobody looks."""
-
-    _esm = """
-    export default {
-      render({ model, el }) {
-        el.style.width = "100%";
-        const ruler = new ResizeObserver(() => {
-          const width = Math.floor(el.getBoundingClientRect().width);
-          if (width > 0 && width !== model.get("width")) {
-            model.set("width", width);
-            model.save_changes();
-          }
-        });
-        ruler.observe(el);
-        return () => ruler.disconnect();
-      },
-    };
-    """
-    width = traitlets.Int(0).tag(sync=True)
-
 # %% ../../nbs/9_explorer/04_widgets.ipynb #9da2bafc
 class _Canvas:
-    """Where the plot of a `_Selection` is. holder: the widget; clicked: called as plotly does; offer: called with the
-    jobs that train what a gallery lacks, returns a widget. key: what its lines and markers mean."""
+    """Where the plot of a `_Selection` is. holder: the widget; clicked: of `PlotWidget`; offer: called with the jobs
+    that train what a gallery lacks, returns a widget. key: what the plot's lines and markers mean."""
 
     def __init__(self, clicked, offer):
         self.clicked, self.offer, self.holder = clicked, offer, widgets.VBox()
-        self.figure, self.plot, self.shown, self.key, self.ruler = None, None, None, widgets.HTML(), _Ruler()
-        self.ruler.observe(lambda change: self.fit(), "width")
+        self.figure, self.key = None, widgets.HTML()
 
     def show(self, selection):
-        """Show the chosen view, in place where that is possible."""
-        view, chosen = selection.value("view"), selection.chosen
-        if selection.points is None or view == "gallery":
-            self.figure = None
-            self.holder.children = () if selection.points is None else (widgets.HTML(_BUSY.format("loading networks")),)
-            if selection.points is not None:
-                self.holder.children = _gallery(selection, self.offer)
-            return
-        plot = _plot(selection)
-        if self.ruler.width:
-            plot["layout"]["width"] = self.ruler.width
-        if self.figure is None or self.shown != (view, chosen) or not _change(self.figure, plot, self.plot):
-            self.figure = _widget_class()(plot)
-            for trace in self.figure.data:
-                trace.on_click(self.clicked)
-            self.holder.children = (self.ruler, self.figure, self.key)
-        self.key.value = key_html(plot["data"])
-        self.plot, self.shown = plot, (view, dict(chosen))
-
-    def fit(self):
-        """Make the plot as wide as the room for it."""
-        if self.figure is not None:
-            self.plot["layout"]["width"] = self.figure.layout.width = self.ruler.width
+        """Show the chosen view."""
+        if selection.points is None:
+            self.holder.children = ()
+        elif selection.value("view") == "gallery":
+            self.holder.children = (widgets.HTML(_BUSY.format("loading networks")),)
+            self.holder.children = _gallery(selection, self.offer)
+        else:
+            plot = _plot(selection)
+            self.key.value = key_html(plot["data"])
+            if self.figure is None:
+                self.figure = PlotWidget(plot, self.clicked)
+            self.figure.plot = plot
+            self.holder.children = (self.figure, self.key)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #05bf1bba
 def _plot(selection):
@@ -479,19 +401,14 @@ class _Training:
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #28ad984f
 def _follow_click(selection, trace, where):
-    """Choose the point of a `trace`, or the cell of a heat map, that was clicked.
-
-    where: plotly's, with `point_inds`, of a cell its row and column.
-    """
+    """Choose the point of a `trace` that was clicked, or the cell of a heat map. where: as of `PlotWidget`."""
     points, controls = selection.points, selection.controls
-    if not where.point_inds:
-        return
-    if trace.type == "heatmap":
-        row, column = where.point_inds[0]
+    if trace["type"] == "heatmap":
+        row, column = where
         controls["strength"].value = strengths_of(points, controls["name"].value)[row]
         controls["point"].value = list(percent_labels(points))[column]
-    elif trace.customdata is not None:
-        runs = trace.customdata[where.point_inds[0]].split()
+    elif trace.get("customdata") is not None:
+        runs = trace["customdata"][where].split()
         row = points[points.runs.map(lambda found: found == runs)].iloc[0]
         controls["point"].value = tuple(row[["density", "depth", "repeat"]])
 
@@ -552,7 +469,6 @@ class _Explorer:
         if other := dict(pair.partition(":")[::2] for pair in state.get("with", "").split("/") if pair):
             self.selection.load(other)
             self.compare.value = self.selection.points is not None
-            self.canvas.figure = None  # Voilà does not see what is changed in place before the page is there
             self.selection.follow(True, state)
         else:
             self.selection.load(state)
@@ -591,8 +507,8 @@ class _Explorer:
         self.reading.value = f"<div style='line-height:1.4;color:#666'>{READING[view]}</div>" if there else ""
         self.link.value = _link_html(s.address(), self.store.root, os.environ) if there else ""
 
-    def clicked(self, trace, where, state):
-        """plotly says that something in the plot was clicked."""
+    def clicked(self, trace, where):
+        """Something in the plot was clicked."""
         _follow_click(self.selection, trace, where)
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #0838602c
