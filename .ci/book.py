@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "docs/_build"
 SOURCE = BUILD / "source"
 PRESET = "laptop"
+SECOND = "laptop2"  # published in part, with measures that the first has not
 PAGES = ("nbs/**/*.ipynb", "figures/*.ipynb", "benchmarks/*.ipynb", "docs/*.md", "CHANGELOG.md", "CONTRIBUTING.md")
 PUBLISHED = f"figures/rendered/{PRESET}"
 FIRST_PAGE = '<!DOCTYPE html><meta charset="utf-8"><title>sparse-nb</title>'
@@ -78,9 +79,11 @@ def explorer():
     with tempfile.TemporaryDirectory() as folder:
         store, page = Store(Path(folder, "runs")), Path(folder, "curves.html")
         exchange.merge(store, ROOT / "results" / PRESET)
+        exchange.merge(store, ROOT / "results" / SECOND)
         judged = pd.read_csv(ROOT / PUBLISHED / "claims.csv", dtype={"claim": str}).fillna({"numbers": ""})
         effects = pd.read_csv(ROOT / PUBLISHED / "effects.csv")
-        store_page(store, PRESETS[PRESET], page, judged=judged, effects=effects, include_plotlyjs="directory")
+        claims = {"judged": judged, "effects": effects}
+        store_page(store, PRESETS[PRESET], page, others=[PRESETS[SECOND]], include_plotlyjs="directory", **claims)
         shutil.copy(page, ROOT / "docs/static/curves.html")
     print("docs/static/curves.html")
     return 0

@@ -187,9 +187,9 @@ def _render(command, figures, pictures):
     with tqdm(total=len(figures), disable=None, bar_format=form) as bar:
         for _ in draw_figures(figures, command.notebooks, parameters, command.out):
             bar.update()
-    endings = ", ".join((*pictures, "csv", "ipynb"))
+    endings = ", ".join(("html", *pictures, "csv", "ipynb"))
     page = command.out / narrowed(command).name / f"{figures[0]}.html"
-    print(f"{_counted(len(figures), 'figure')} in {page.parent}, to hover over as html and as {endings}; open {page}")
+    print(f"{_counted(len(figures), 'figure')} as {endings}; open {page}")
 
 
 def figures_command(command: options.Figures) -> None:
@@ -229,6 +229,7 @@ def _progress(wanted, store, costs, device, failed):
 def status_command(command: options.Status) -> None:
     """Print how far the runs of each figure are."""
     store, device = Store(command.runs, write=False), resolve_device(command.device)
+    _announce(f"Looking for what is in {command.runs}")
     costs, failed = _known_costs(store, device), {failure["run"] for failure in load_failures(store)}
     wanted = {figure: _wanted(command, (figure,)) for figure in _figures_of(command)}
     if len(wanted) > 1:
@@ -237,7 +238,7 @@ def status_command(command: options.Status) -> None:
             for e, evaluations in of_figure.items():
                 every[e] = tuple(dict.fromkeys([*every.get(e, ()), *evaluations]))
         wanted["all"] = every
-    print(f"{'':8}{'networks':>14}{'failed':>8}{'measurements':>16}   left, in one process on the {device.type}")
+    print(f"{'':8}{'networks':>14}{'failed':>8}{'measurements':>16}   left, in one process, {device.type}")
     for name, of_figure in wanted.items():
         nets, there, bad, evaluations, measured, seconds = _progress(of_figure, store, costs, device, failed)
         left = f"about {_range(seconds)}" if any(seconds) else "done"
@@ -322,6 +323,7 @@ def merge_command(command: options.Merge) -> None:
 
 def export_command(command: options.Export) -> None:
     """Publish finished runs. Raises RuntimeError if none of what is asked for is there."""
+    _announce(f"Looking for finished runs in {command.runs}")
     store, wanted = Store(command.runs, write=False), _wanted(command, _figures_of(command))
     there = [experiment for experiment in wanted if store.has_run(experiment)]
     parents = [parent for parent in {a for e in wanted for a in ancestors(e)} if store.has_run(parent)]
@@ -350,13 +352,13 @@ def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path)
 # %% ../../nbs/cli/02_commands.ipynb #e3bf701d
 def claims_command(command: options.Claims) -> None:
     """Judge the paper's claims and plot the verdicts. Raises RuntimeError if there is nothing to judge."""
+    _announce(f"Judging the claims by what is in {command.runs}")
     from sparse_nb.claims.verdicts import claims_table, judge_store
     from sparse_nb.results.rendering import OF_CLAIMS, check_drawing, notebook_of
 
     store, preset = Store(command.runs, write=False), narrowed(command)
     for name in OF_CLAIMS:
         notebook_of(name, command.notebooks)
-    _announce(f"Judging the claims by what is in {store.root}")
     judged, _, _ = judge_store(preset, store, root=command.data)
     if not judged.numbers.any():
         remedy = f"`sparse-nb sweep --preset {command.preset}` makes what is missing"
@@ -365,7 +367,8 @@ def claims_command(command: options.Claims) -> None:
         raise RuntimeError(f"no claim can be judged by what is in {store.root}; {remedy}")
     pictures = check_drawing(command.out / preset.name, _pictures(command))
     for row in claims_table(judged).to_dict("records"):
-        print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']:52}{row['the paper says']}")
+        print(f"{row['claim']:4}{row['in every panel']:15}{row['panels']}", f"    {row['the paper says']}", sep="\n")
+    _announce("Looking for what can be plotted of the verdicts")
     _render(command, _drawable(preset, store, command.data), pictures)
 
 
@@ -441,6 +444,7 @@ def explore_command(command: options.Explore) -> None:
     """Write the static page, or serve the explorer until Ctrl-C. Raises ValueError for options without a meaning
     there."""
     if command.static:
+        _announce(f"Writing {command.static} from what is in {command.runs}")
         from sparse_nb.explorer import page
 
         print(
@@ -457,7 +461,10 @@ def explore_command(command: options.Explore) -> None:
         given = ", ".join(f"--{name}" for name in names)
         raise ValueError(f"{given} can only be given with --static; the explorer shows whatever is in {command.runs}")
     notebook = (command.notebooks or own_notebooks("nbs")) / "explore.ipynb"
-    serve(notebook, runs=command.runs, port=command.port, address=command.address, public=command.public)
+    try:
+        serve(notebook, runs=command.runs, port=command.port, address=command.address, public=command.public)
+    except KeyboardInterrupt:
+        print("the explorer has ended")
 
 # %% ../../nbs/cli/02_commands.ipynb #633c17aa
 _COMMANDS: dict = {

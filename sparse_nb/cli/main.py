@@ -15,12 +15,14 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import tyro
 
 from .. import __version__
 from . import options
+from .lines import fit_terminal
 
 # %% ../../nbs/cli/03_main.ipynb #8448acd7
 def _ensure_home():
@@ -54,31 +56,30 @@ def _check_command(args: Sequence[str]) -> None:
     if not args or args[0].startswith("-") or args[0] in _OPTIONS:
         return
     nearest = difflib.get_close_matches(args[0], _OPTIONS, n=1)
-    meant = f"did you mean {nearest[0]}? " if nearest else ""
-    raise ValueError(f"there is no command {args[0]!r}; {meant}The commands are {', '.join(_OPTIONS)}")
+    meant = f"; did you mean {nearest[0]}?" if nearest else "."
+    raise ValueError(f"there is no command {args[0]!r}{meant} The commands are {', '.join(_OPTIONS)}")
 
-# %% ../../nbs/cli/03_main.ipynb #7f0c3d53
-def main(args: Sequence[str] | None = None) -> None:
-    """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
-            stream.reconfigure(errors="replace")
-    _ensure_home()
-    args = sys.argv[1:] if args is None else args
-    if list(args) == ["--version"]:
-        print(f"sparse-nb {__version__}")
-        return
-    description = "Understanding the effect of sparsity on neural networks robustness: the paper, run."
+# %% ../../nbs/cli/03_main.ipynb #abf2553a
+def _start(command):
+    """Say on a terminal what takes seconds before anything else is seen; returns the module of the commands."""
+    if isinstance(command, options.Explore) and not command.static:
+        said = f"Starting the explorer of {command.runs} …\n" if sys.stderr.isatty() else ""
+    else:
+        said = "Starting …\r" if sys.stderr.isatty() else ""
+    print(said, end="", file=sys.stderr, flush=True)
+    from sparse_nb.cli import commands  # takes seconds, which --help and a misspelt option need not wait for
+
+    print(" " * len("Starting …") + "\r" if said.endswith("\r") else "", end="", file=sys.stderr, flush=True)
+    return commands
+
+# %% ../../nbs/cli/03_main.ipynb #a8e210f0
+def _run(args):
+    """Do what the command line `args` asks for. Raises SystemExit with 1 after an error, with 130 after Ctrl-C."""
+    description = "The effect of sparsity on the robustness of neural networks: the paper, run."
     try:
         _check_command(args)
         command = tyro.extras.subcommand_cli_from_dict(_OPTIONS, args=args, prog="sparse-nb", description=description)
-        starting = "Starting …" if sys.stderr.isatty() else ""
-        print(starting, end="\r" * bool(starting), file=sys.stderr, flush=True)
-        from sparse_nb.cli import commands  # takes seconds, which --help and a misspelt option need not wait for
-
-        print(" " * len(starting), end="\r" * bool(starting), file=sys.stderr, flush=True)
-
-        commands.carry_out(command)
+        _start(command).carry_out(command)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -90,3 +91,17 @@ def main(args: Sequence[str] | None = None) -> None:
         kept = "finished networks and measurements are kept, and the same command goes on from there"
         print(f"sparse-nb: interrupted; {kept}", file=sys.stderr)
         raise SystemExit(130) from None
+
+# %% ../../nbs/cli/03_main.ipynb #0e2937ec
+def main(args: Sequence[str] | None = None) -> None:
+    """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
+            stream.reconfigure(errors="replace")
+    _ensure_home()
+    args = sys.argv[1:] if args is None else args
+    if list(args) == ["--version"]:
+        print(f"sparse-nb {__version__}")
+        return
+    with redirect_stdout(fit_terminal(sys.stdout)), redirect_stderr(fit_terminal(sys.stderr)):
+        _run(args)

@@ -165,8 +165,12 @@ function titleOf(view) {
 
 function pinnedWords() {
   const [schedule, rule] = pinned.curve.where.slice(3, 5).map(text);
-  return `${titleOf(pinned)}; weights removed ${schedule}, allocation rule: ${rule}`;
+  return `${titleOf(pinned)}; weights removed ${schedule}, allocation rule: ${rule}${studyWords(pinned.curve)}`;
 }
+
+// Which study a curve is of, where the page has several: the last menu.
+const studyOf = curve => curve.where.length > 6 ? text(curve.where[6]) : "";
+const studyWords = curve => studyOf(curve) && `; study ${studyOf(curve)}`;
 
 // The two ends of the curve, which nobody has picked. What the paper claims of it is judged over all strengths.
 function summary(view, measured) {
@@ -283,20 +287,33 @@ function traces(points, base, best, bottom, ink, compared) {
 }
 
 function annotation(p, words, points, axis, ink) {
-  const side = p === points[0] ? {xanchor: "left", xshift: -12}
+  const side = p === points[0] ? {xanchor: "left", xshift: -6}
     : p === points[points.length - 1] ? {xanchor: "right", xshift: 12} : {};
   return {x: axis.type === "log" ? Math.log10(p.x) : p.x, y: p.mean / 100, text: words, showarrow: false, yshift: 22,
     ...side, borderpad: 1, bgcolor: ink.veil, font: {size: 12, color: ink.ink}};
 }
 
-function layoutOf(points, base, best, axis, range, value) {
+// Labels stand straight and apart: where a tick has less room than the longest label needs, every second or third has
+// one. width: of the plot, in pixels.
+function straightened(axis, width) {
+  const places = axis.tickvals.map(value => axis.type === "log" ? Math.log10(value) : value);
+  const room = width * Math.abs((places[1] - places[0]) / (axis.range[1] - axis.range[0])) || Infinity;
+  const longest = Math.max(...axis.ticktext.flatMap(words => words.split("<br>")).map(line => line.length));
+  const every = Math.ceil((7 * longest + 8) / room);
+  return {...axis, tickangle: 0, ticktext: axis.ticktext.map((words, i) => i % every ? "" : words)};
+}
+
+const margin = {l: 58, r: 18, t: 22, b: 58};
+
+function layoutOf(points, base, best, axis, range, value, width) {
   const scheme = night.matches ? "dark" : "light", ink = inks[scheme];
   const labels = base && base === best ? [[base, "base and best"]]
     : [[base, "base"], [best, "best"]].filter(([p]) => p);
   return {
-    template: templates[scheme], margin: {l: 58, r: 18, t: 22, b: 58}, dragmode: false, hovermode: "closest",
+    template: templates[scheme], margin, dragmode: false, hovermode: "closest",
     hoverlabel: {align: "left", bgcolor: ink.ground, bordercolor: ink.soft, font: {color: ink.ink}},
-    xaxis: {...axis, title: {text: axis.title}, fixedrange: true, zeroline: false},
+    xaxis: {...straightened(axis, width - margin.l - margin.r), title: {text: axis.title}, fixedrange: true,
+      zeroline: false},
     yaxis: {range, title: {text: escaped(text(value)) + " (%)"}, fixedrange: true, zeroline: false},
     annotations: labels.map(([p, words]) => annotation(p, words, points, axis, ink)),
   };
@@ -316,7 +333,7 @@ function tellKey(points) {
   for (const [name, occurs] of Object.entries(there)) find("key-" + name).hidden = !occurs;
 }
 
-function figureOf(view) {
+function figureOf(view, width = find("chart").clientWidth) {
   const {curve, question: asked} = view, [value, , , , means, lows, highs] = curve.questions[asked];
   const axis = axisOf(view, pinned), points = pointsOf(view, axis), ink = inks[night.matches ? "dark" : "light"];
   const measured = points.filter(p => p.mean !== null), base = measured.find(p => p.density === 1);
@@ -326,14 +343,14 @@ function figureOf(view) {
   const compared = pinned ? [comparedTrace(others, titleOf(pinned), ink),
     {...pairsOf(others, () => ink.soft), name: "compared seeds"}] : [];
   return {points, measured, data: traces(points, base, best, range[0], ink, compared),
-    layout: layoutOf(points, base, best, axis, range, value)};
+    layout: layoutOf(points, base, best, axis, range, value, width)};
 }
 
 function plot() {
   const view = chosenView(), {curve} = view, [, , , stops] = curve.questions[view.question];
   const figure = figureOf(view), {points} = figure;
   find("title").textContent = titleOf(view);
-  find("method").textContent = `${text(curve.words[4])}; allocation rule: ${text(curve.where[4])}.`;
+  find("method").textContent = `${text(curve.words[4])}; allocation rule: ${text(curve.where[4])}${studyWords(curve)}.`;
   find("summary").textContent = summary(view, figure.measured);
   find("compare").textContent = pinned ? "Stop comparing" : "Compare with …";
   find("compare").setAttribute("aria-pressed", String(pinned !== null));
@@ -362,14 +379,15 @@ function wrapped(words, most) {
 
 // A saved plot goes without the page: it carries its title and where its numbers come from.
 function save() {
-  const view = chosenView(), {data: drawn, layout} = figureOf(view), title = titleOf(view);
+  const view = chosenView(), {data: drawn, layout} = figureOf(view, 800), title = titleOf(view);
   const method = find("method").textContent + (pinned ? ` Diamonds: ${pinnedWords()}.` : "");
-  const source = `sparse-nb. ${document.querySelector("footer").lastElementChild?.textContent ?? ""}`;
+  const made = [...document.querySelectorAll("footer p")].map(line => line.textContent);
+  const source = `sparse-nb. ${made.find(line => line.startsWith(studyOf(view.curve) + ": ")) ?? made.at(-1) ?? ""}`;
   const note = (words, y, more) => ({text: words, xref: "paper", yref: "paper", x: 0, y, xanchor: "left", align: "left",
     showarrow: false, font: {size: 11}, ...more});
   const annotations = [...layout.annotations, note(wrapped(method, 130), 1, {yanchor: "bottom", yshift: 12}),
     note(wrapped(source, 130), 0, {yanchor: "top", yshift: -55, font: {size: 9}})];
-  const figure = {data: drawn, layout: {...layout, annotations, margin: {l: 58, r: 18, t: 95, b: 120},
+  const figure = {data: drawn, layout: {...layout, annotations, margin: {...margin, t: 95, b: 120},
     title: {text: wrapped(title, 85), x: 0.02, y: 0.97, yanchor: "top", font: {size: 15}}}};
   const filename = title.replace(/[^A-Za-z0-9.-]+/g, "_");
   Plotly.downloadImage(figure, {format: "svg", width: 800, height: 560, filename});
@@ -403,6 +421,7 @@ question.addEventListener("change", chooseQuestion);
 slider.addEventListener("input", plot);
 for (const control of [...controls, question, slider]) control.addEventListener("input", changed);
 night.addEventListener("change", plot);
+addEventListener("resize", plot);
 addEventListener("hashchange", restore);
 find("save").addEventListener("click", save);
 find("compare").addEventListener("click", compare);

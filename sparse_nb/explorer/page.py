@@ -33,11 +33,12 @@ from sparse_nb.explorer.texts import (
     choice_text,
     first_strength,
     kind_text,
+    strength_text,
     text_as_html,
 )
-from ..results.axes import AXIS_TITLES, WORDS, density_colour, place_points, radius_text
+from ..results.axes import AXIS_TITLES, WORDS, density_colour, place_points
 from ..results.captions import footer_lines
-from ..results.catalogue import curve_members
+from ..results.catalogue import MEASURES, curve_members
 from ..results.plots import template
 from ..results.provenance import of_points
 from ..results.tables import collect, corruption_means, summarise_curves
@@ -45,7 +46,7 @@ from ..robustness.attacks import ATTACKS
 from ..runs.files import write_whole
 from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
-from ..study.figures import FIGURES, Point, plan, shown_families
+from ..study.figures import FIGURES, Point, measurements, plan, shown_families
 from ..study.studies import PRESETS, Study
 from ..study.versions import canonical
 
@@ -74,12 +75,23 @@ def _curves_of(points, schedule):
     ].drop_duplicates()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #82fabec2
-_QUANTITIES = {
-    "weight_noise": ["accuracy"],
-    "corruption": ["mean_accuracy", "accuracy"],
-    "attack": ["accuracy"],
-    "class_recall": ["lowest_recall", "recall"],
-}
+def _planned_points(preset, root=None):
+    """{(schedule, measure): {point: None}} of the curves of all figures under a `Study`, each point once.
+
+    Measures: those of `catalogue.MEASURES` that a figure has or that the study measures beside the figures.
+    """
+    planned = {}
+    for name, figure in FIGURES.items():
+        if not (set(figure.growths) <= set(AXIS_TITLES) and shown_families(name, preset)):
+            continue
+        points = plan(name, preset, root=root)
+        wanted = measurements(points, preset, root=root)
+        for point in points:
+            for evaluation in wanted[point.experiment] if point.growth == "width" else [point.evaluation]:
+                if evaluation.measure in MEASURES:
+                    measured = dataclasses.replace(point, evaluation=evaluation)
+                    planned.setdefault((figure.schedule, evaluation.measure), {})[measured] = None
+    return planned
 
 
 def measured_points(
@@ -89,12 +101,8 @@ def measured_points(
 
     root: folder of the datasets, see `figures.plan`.
     """
-    plans, measured = {}, {}
-    for name, figure in FIGURES.items():
-        on_page = figure.measure in _QUANTITIES and set(figure.growths) <= set(AXIS_TITLES)
-        if on_page and shown_families(name, preset):
-            plans.setdefault((figure.schedule, figure.measure), {}).update(dict.fromkeys(plan(name, preset, root=root)))
-    for (schedule, measure), points in plans.items():
+    measured = {}
+    for (schedule, measure), points in _planned_points(preset, root).items():
         there = [
             p
             for p in points
@@ -121,6 +129,9 @@ def page_table(store: Store, points: Mapping[tuple[str, str], Sequence[Point]]) 
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 # %% ../../nbs/9_explorer/06_page.ipynb #6b51d431
+_QUESTIONS = ("mean_accuracy", "lowest_recall", "accuracy", "recall")  # quantities, in the order of the menu
+
+
 def _page_curves(rows, measure):
     """`tables.summarise_curves` of the rows of a `page_table` with one schedule and `measure`: what the page shows."""
     if measure == "corruption":
@@ -131,7 +142,7 @@ def _page_curves(rows, measure):
         rows = pd.concat(
             [means[means.quantity != "type_accuracy"], each.assign(strength=each.strength.mask(grey, 0.0))]
         )
-    return summarise_curves(rows[rows.value.isna() | rows.quantity.isin([*_QUANTITIES[measure], "accuracy"])])
+    return summarise_curves(rows[rows.value.isna() | rows.quantity.isin(_QUESTIONS)])
 
 
 def _question_text(quantity, name):
@@ -143,11 +154,10 @@ def _question_text(quantity, name):
 
 def _stop_text(measure, quantity, strength):
     """What a strength is called on the slider."""
-    if measure == "corruption":
-        return "0 (clean)" if quantity == "clean" else f"{strength:g}" if strength else "the one of MNIST-C"
-    if measure == "class_recall":
-        return ""
-    return "0 (clean)" if strength == 0 else radius_text(strength) if measure == "attack" else f"{strength:g}"
+    if measure == "corruption" and quantity != "clean" and strength == 0:
+        return "the one of MNIST-C"
+    words = strength_text(measure, strength).removeprefix(MEASURE_WORDS[measure][3])
+    return "0 (clean)" if words and strength == 0 else words
 
 # %% ../../nbs/9_explorer/06_page.ipynb #e629fa65
 _NOTHING = (math.nan, math.nan, math.nan)
@@ -177,12 +187,14 @@ def _numbers_of(points):
 
 
 def _clean_of(numbers):
-    """{place: (mean, low, high)} without disturbance, from `_numbers_of` a curve: an attack with ε = 0, or no name."""
-    return next(
+    """{place: (mean, low, high)} without disturbance, from `_numbers_of` a curve: an attack with ε = 0, or no name.
+    Empty if it was not measured."""
+    found = (
         by_strength[0]
         for (quantity, name), by_strength in numbers.items()
         if quantity == "accuracy" and 0 in by_strength and (name == "" or name in ATTACKS)
     )
+    return next(found, {})
 
 # %% ../../nbs/9_explorer/06_page.ipynb #0cf66c3b
 def _stops_of(numbers, quantity, name, measure):
@@ -194,11 +206,15 @@ def _stops_of(numbers, quantity, name, measure):
     return stops, list(of_base).index(first_strength(measure, of_base))
 
 
-def _asked_of(numbers, measure):
-    """The (quantity, name) in `numbers` that are questions of a `measure`, in the order of the menu."""
-    order, position = _QUANTITIES[measure], list(WORDS).index
-    asked = [pair for pair in numbers if pair[0] in order and (measure, *pair) != ("corruption", "accuracy", "")]
-    return sorted(asked, key=lambda pair: (order.index(pair[0]), position(pair[1]) if pair[1] in WORDS else -1))
+def _asked_of(numbers):
+    """The (quantity, name) in `numbers` that are questions, in the order of the menu: the accuracy without disturbance
+    only if there is nothing else."""
+    position = list(WORDS).index
+    disturbed = [pair for pair in numbers if pair != ("accuracy", "") or set(numbers[pair]) != {0}]
+    return sorted(
+        disturbed or numbers,
+        key=lambda pair: (_QUESTIONS.index(pair[0]), position(pair[1]) if pair[1] in WORDS else -1),
+    )
 
 # %% ../../nbs/9_explorer/06_page.ipynb #74b89832
 def _questions_of(numbers, places, measure):
@@ -207,7 +223,7 @@ def _questions_of(numbers, places, measure):
     numbers: of `_numbers_of`. Means, and lows and highs of the intervals, hold a list over `places` for each stop.
     """
     questions = []
-    for quantity, name in _asked_of(numbers, measure):
+    for quantity, name in _asked_of(numbers):
         stops, start = _stops_of(numbers, quantity, name, measure)
         words = [_stop_text(measure, q, strength) for q, strength, _ in stops]
         means, lows, highs = (
@@ -254,7 +270,7 @@ _SCORE_OF = {"weight_noise": "noise", "corruption": "corruption", "attack": "att
 
 def _effect_text(effects, dataset, family, growth, schedule, rule, measure):
     """The gain of sparse networks in this panel, in words; empty if `effects` (of `effects.effects`) has none."""
-    wanted = dict(contrast="gain", disturbance=_SCORE_OF[measure], rule=rule, dataset=dataset, family=family)
+    wanted = dict(contrast="gain", disturbance=_SCORE_OF.get(measure), rule=rule, dataset=dataset, family=family)
     rows = effects[(effects[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     if rows.empty or (schedule, growth) != ("static", "width"):
         return ""
@@ -319,8 +335,8 @@ def _place_row(point, texts, runs):
 def _curve_data(points, where, claim, texts, runs, places, axes):
     """One curve as plain data.
 
-    points: its rows of `_page_curves`; where: values for `CONTROLS`; claim: of `claim_text`; the others: `_Numbered`,
-    which are added to.
+    points: its rows of `_page_curves`; where: values for `CONTROLS`, and the study if there are several; claim: of
+    `claim_text`; the others: `_Numbered`, which are added to.
     """
     growth, measure = where[2], where[5]
     points, axis = place_points(points)
@@ -330,7 +346,7 @@ def _curve_data(points, where, claim, texts, runs, places, axes):
     numbers = _numbers_of(points)
     clean = _clean_of(numbers)
     return {
-        "where": [texts[choice_text(*pair)] for pair in zip(CONTROLS, where, strict=True)],
+        "where": [texts[words] for words in (*map(choice_text, CONTROLS, where), *where[len(CONTROLS) :])],
         "words": [texts[words] for words in _words_of(where[3], measure)],
         "claim": [texts[words] for words in claim],
         "axis": axes[json.dumps({**axis, "title": AXIS_TITLES[growth]})],
@@ -352,6 +368,21 @@ def _curve_data(points, where, claim, texts, runs, places, axes):
     }
 
 # %% ../../nbs/9_explorer/06_page.ipynb #c2356069
+def _with_clean(rows, table):
+    """`rows`, of one measure, of a `page_table`, and those of the measure `clean` of the same networks if none of them
+    is without disturbance."""
+    if ((rows.quantity == "accuracy") & (rows.strength == 0)).any():
+        return rows
+    place = ["study", "schedule", "experiment", "growth", "rule"]
+    clean = table[(table.measure == "clean") & (table.quantity == "accuracy")]
+    return pd.concat([rows, clean.merge(rows[place].drop_duplicates(), on=place)[rows.columns]])
+
+
+def _of_study(frame, study):
+    """The rows of a table that are about one study: all if it has no column study."""
+    return frame[frame.study == study] if "study" in frame else frame
+
+# %% ../../nbs/9_explorer/06_page.ipynb #80ca4576
 def page_data(
     table: pd.DataFrame, *, judged: pd.DataFrame | None = None, effects: pd.DataFrame | None = None
 ) -> dict[str, list]:
@@ -361,17 +392,22 @@ def page_data(
     text for each menu, "words", "claim", "axis", "places", "seeds", "clean", "questions": as `_questions_of`}]}. Words,
     runs, places and axes are numbers, positions in those lists; accuracies are hundredths of a percent, None where
     missing.
-    judged, effects: of `claim_text`; without them, no claim is told.
+    judged, effects: of `claim_text`; without them, no claim is told. All three tables can have a column study; if the
+    table has several studies, the last menu is the study.
     """
     texts, runs, places, axes, curves = _Numbered(), _Numbered(), _Numbered(), _Numbered(), []
     judged, effects = (pd.DataFrame() if each is None else each for each in (judged, effects))
-    for (schedule, measure), rows in table.groupby(["schedule", "measure"], sort=False) if len(table) else ():
-        for (dataset, family, growth, rule), points in _page_curves(rows, measure).groupby(
-            ["dataset", "family", "growth", "rule"], sort=False
-        ):
+    table = table if "study" in table else table.assign(study="")
+    several = table.study.nunique() > 1
+    kind, panel = ["study", "schedule", "measure"], ["dataset", "family", "growth", "rule"]
+    for (study, schedule, measure), rows in table.groupby(kind, sort=False) if len(table) else ():
+        found = _page_curves(_with_clean(rows, table), measure)
+        for (dataset, family, growth, rule), points in found.groupby(panel, sort=False):
             where = (dataset, family, growth, schedule, rule, measure)
             if points.quantity.notna().any():
-                curves.append(_curve_data(points, where, claim_text(judged, effects, where), texts, runs, places, axes))
+                claim = claim_text(_of_study(judged, study), _of_study(effects, study), where)
+                where += (study,) * several
+                curves.append(_curve_data(points, where, claim, texts, runs, places, axes))
     return {
         "texts": list(texts),
         "runs": list(runs),
@@ -394,13 +430,13 @@ def _part(name):
 _TWO_VERSIONS = re.compile(r"<!-- if there are curves -->\n(.*?)<!-- otherwise -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 
-def _fields_html():
-    """The menus of `CONTROLS`, empty, each with its label and what that means."""
+def _fields_html(names):
+    """Menus, empty, each with its label and what that means. names: of choices."""
     return "\n".join(
         f'<div class="field"><label for="{name}">{text_as_html(LABELS[name])}</label>'
         f'<select id="{name}" class="where" autocomplete="off" aria-describedby="{name}-hint"></select>'
         f'<small class="hint" id="{name}-hint">{text_as_html(GLOSSARY[name])}</small></div>'
-        for name in CONTROLS
+        for name in names
     )
 
 # %% ../../nbs/9_explorer/06_page.ipynb #5afcba81
@@ -416,7 +452,7 @@ def _page_html(made, library, provenance, fill):
     return Template(_TWO_VERSIONS.sub(lambda found: found[version], _part("page.html"))).substitute(
         style=_part("page.css"),
         script=_part("page.js"),
-        fields=_fields_html(),
+        fields=_fields_html([*CONTROLS, "study"][: len(made["curves"][0]["where"]) if version == 1 else 0]),
         reading=text_as_html(READING["curves"]),
         library=library,
         data=_json_in_script(made),
@@ -457,6 +493,13 @@ def write_page(
     return [path, path.with_name("plotly.min.js")] if beside else [path]
 
 # %% ../../nbs/9_explorer/06_page.ipynb #e4dcdeb4
+def _claims_of(store, study, root, judged=None, effects=None):
+    """The verdicts and the effects of a `Study`, of a store unless they are given, each with a column study."""
+    judged = judge_store(study, store, root=root)[0] if judged is None else judged
+    effects = effects_of_store(study, store, root=root)[0] if effects is None else effects
+    return judged.assign(study=study.name), effects.assign(study=study.name)
+
+
 def store_page(
     store: Store,
     preset: Study,
@@ -465,24 +508,29 @@ def store_page(
     root: str | Path | None = None,
     judged: pd.DataFrame | None = None,
     effects: pd.DataFrame | None = None,
+    others: Sequence[Study] = (),
     include_plotlyjs: bool | str = True,
 ) -> list[Path]:
     """`write_page` of everything that a store has of a `Study`'s figures; returns the paths written.
 
-    root: of the datasets. judged, effects: of `claim_text`, by default of this store. Raises as `write_page`
-    and `figures.plan`.
+    root: of the datasets. judged, effects: of `claim_text`, by default of this store. others: studies that the page
+    shows too, behind a menu. Raises as `write_page` and `figures.plan`.
     """
-    measured = measured_points(store, preset, root=root)
-    points = [point for of_measure in measured.values() for point in of_measure]
-    made_of = [*footer_lines(preset, points), of_points(preset, points, store).line] if points else []
-    judged = judge_store(preset, store, root=root)[0] if judged is None else judged
-    effects = effects_of_store(preset, store, root=root)[0] if effects is None else effects
+    studies, given, tables, lines = (preset, *others), {preset.name: (judged, effects)}, [], []
+    for study in studies:
+        measured = measured_points(store, study, root=root)
+        tables.append(page_table(store, measured).assign(study=study.name))
+        if points := [point for of_measure in measured.values() for point in of_measure]:
+            made_of = of_points(study, points, store).line
+            lines += [*footer_lines(study, points), f"{study.name}: {made_of}" if others else made_of]
+    claims = [_claims_of(store, study, root, *given.get(study.name, ())) for study in studies]
+    judged, effects = (pd.concat(of_studies, ignore_index=True) for of_studies in zip(*claims, strict=True))
     return write_page(
-        page_table(store, measured),
+        pd.concat(tables, ignore_index=True),
         path,
         judged=judged,
         effects=effects,
-        provenance=made_of or [f"Preset {preset.name}."],
+        provenance=lines or [f"Preset {preset.name}."],
         fill=f"sparse-nb sweep {Path(preset.file).name or '--preset ' + preset.name}",
         include_plotlyjs=include_plotlyjs,
     )

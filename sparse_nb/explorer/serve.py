@@ -6,6 +6,7 @@
 __all__ = ['start_server', 'serve']
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #877903bd
+import contextlib
 import hmac
 import ipaddress
 import logging
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #dfd290be
@@ -132,7 +134,9 @@ _TEMPLATE = """{%- extends 'voila/templates/lab/index.html.j2' -%}
 {%- block notebook_css -%}
   {{ resources.include_js("static/voila-style.js") }}
   {{ spinner.css() }}
+  <meta name="color-scheme" content="only light">
   <style>
+    :root { color-scheme: only light; }
     .jp-mod-noOutputs.jp-mod-noInput, .in-jupyterlab { display: none; }
     #rendered_cells { margin: 0 auto; }
     .jp-Cell, .jp-OutputArea-output { padding-left: 0; padding-right: 0; }
@@ -206,6 +210,15 @@ def start_server(
     return subprocess.Popen(command, env=os.environ | added, cwd=folder, stdin=subprocess.PIPE)
 
 # %% ../../nbs/9_explorer/05_serve.ipynb #50829a7a
+def _wait_for(process, address, port, seconds=60):
+    """Wait until somebody listens at `address` and `port`, the process has ended, or so many seconds are over."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
+            return
+        time.sleep(0.1)
+
+
 def serve(
     notebook: str | Path,
     *,
@@ -228,6 +241,7 @@ def serve(
         try:
             host = f"[{address}]" if ":" in address else address
             place = f"http://{host}:{port}/" + (f"?token={token}" if token else "")
+            _wait_for(process, address, port)
             print(f"the explorer of {Path(runs).absolute()}: {place} (Ctrl-C ends it)", flush=True)
             if public:
                 print(_OPEN_TO_OTHERS, flush=True)

@@ -121,6 +121,8 @@ GLOSSARY = {
     "corruption": "A change of the test images, with a severity from 1 (weak) to 5.",
     "attack": "Adversarial examples: no pixel changes by more than ε, where pixels lie between 0 and 1.",
     "class_recall": "The share of the images of one class that are recognised.",
+    "quantisation": "Each weight is rounded: to whole numbers of so many bits times a scale, of the tensor or of each "
+    "output channel, or to a float with so many bits after the leading one.",
     "clean": "Networks and images are left as they are.",
 }
 

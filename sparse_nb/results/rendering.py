@@ -9,6 +9,8 @@ __all__ = ['PARAMETERS', 'OF_CLAIMS', 'read_parameters', 'Rendering', 'own_noteb
 # %% ../../nbs/7_results/09_rendering.ipynb #d4735e3a
 import ast
 import json
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -278,7 +280,7 @@ def notebook_of(figure: str, notebooks: str | Path | None = None) -> Path:
 
 def has_browser() -> bool:
     """Whether a Chrome or Chromium is found, through which plotly makes SVG, PNG and PDF."""
-    return bool(Chromium.find_browser(skip_local=False))
+    return shutil.which(Chromium.find_browser(skip_local=False) or "") is not None
 
 
 def check_drawing(folder: Path, pictures: Sequence[str] = ("svg", "png")) -> tuple[str, ...]:
@@ -293,7 +295,10 @@ def check_drawing(folder: Path, pictures: Sequence[str] = ("svg", "png")) -> tup
     if not pictures or has_browser():
         return tuple(pictures)
     kinds, remedy = ", ".join(map(str.upper, pictures)), "install Chrome or Chromium, or run plotly_get_chrome"
-    print(f"no {kinds}, since there is no browser to draw them; HTML and CSV are written ({remedy})", file=sys.stderr)
+    why, named = "there is no browser to draw them", os.environ.get("BROWSER_PATH")
+    if named:  # kaleido then looks nowhere else
+        why, remedy = f"BROWSER_PATH is {named!r}, where no program is", "name a Chrome or Chromium, or unset it"
+    print(f"no {kinds}, since {why}; HTML, CSV and the notebook are written ({remedy})", file=sys.stderr)
     return ()
 
 # %% ../../nbs/7_results/09_rendering.ipynb #4fc82b26

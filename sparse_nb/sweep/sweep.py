@@ -9,6 +9,7 @@ __all__ = ['Summary', 'check_engine', 'run']
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -108,7 +109,8 @@ class _Progress:
             f"{tqdm.format_interval(elapsed)} gone" if left is None else f"{tqdm.format_interval(round(left))} left"
         )
         failed = f", {len(self.board.failed)} failed" * bool(self.board.failed)
-        return f"{len(self.board.done)} of {len(self.work)} networks{failed}, {time_text}{newest}"[:61]
+        text = f"{len(self.board.done)} of {len(self.work)} networks{failed}, {time_text}{newest}"
+        return textwrap.shorten(text, 61, placeholder=" …")
 
     def show(self, shares):
         """shares: {running job: (share of it that is done, words)}."""

@@ -1,5 +1,6 @@
 """What no cell can test of the page: by keyboard it plots what pandas finds, and hostile text stays text."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -452,6 +453,100 @@ def test_dark(path, open_page):
     assert drawn(page)["points"]["marker"]["color"] == dark  # one colour for one density, day and night
 
 
+COLOURS = """() => {
+    const found = [], ground = element => {
+        for (let e = element; e; e = e.parentElement) {
+            const colour = getComputedStyle(e).backgroundColor;
+            if (!/rgba\\(.*, 0\\)/.test(colour)) return colour;
+        }
+    };
+    for (const e of document.querySelectorAll("body *")) {
+        const own = [...e.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+        if (!own || !e.getClientRects().length || ["SCRIPT", "STYLE", "OPTION"].includes(e.tagName)) continue;
+        const style = getComputedStyle(e);
+        found.push([e.textContent, e instanceof SVGElement ? style.fill : style.color, ground(e)]);
+    }
+    for (const {name, marker} of document.getElementById("chart").data)
+        for (const colour of [marker?.color ?? []].flat()) found.push([name, colour, ground(document.body)]);
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_markers_are_readable_by_day_and_by_night(path, open_page, scheme):
+    """WCAG 2.1 asks for 4.5 to 1 for text, and 3 to 1 for what a plot is read by."""
+    page = open_page(path, scheme=scheme)
+    page.click("#compare")
+    page.select_option("#family", label="VGG")
+    page.click("#numbers summary")
+    page.mouse.click(*middle_of_point(page, 2))
+    page.wait_for_selector("#picked")
+    colours = page.evaluate(COLOURS)
+    traces = {trace["name"] for trace in page.evaluate("document.getElementById('chart').data")}
+    said = [text for text, *_ in colours]
+    assert {"points", "compared"} <= traces and len(said) > 100
+    assert any("remaining weights (%)" in text for text in said)
+    faint = [
+        (text, ink, ground)
+        for text, ink, ground in colours
+        if axes.contrast(ink, ground) < (3 if text in traces else 4.5)
+    ]
+    assert faint == []
+
+
+TICKS = """() => [...document.querySelectorAll("#chart .xtick text")].filter(e => e.textContent.trim()).map(e => {
+    const box = e.getBoundingClientRect();
+    return [box.left, box.right, e.getAttribute("transform")];
+})"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 1366])
+def test_labels_of_ticks_are_straight_and_apart(path, open_page, width):
+    page, seen = open_page(path, width=width, height=844), 0
+    for growth in ("width", "depth"):
+        for family in ("vgg", "mlp"):
+            for compared in (False, True):
+                page.evaluate("words => { location.hash = words; }", f"#growth={growth}&family={family}&dataset=mnist")
+                page.wait_for_function("words => location.hash.includes(words)", arg=f"growth={growth}&family={family}")
+                if compared:
+                    page.click("#compare")
+                    page.evaluate("location.hash += '&growth=depth'")
+                ticks = sorted(page.evaluate(TICKS))
+                assert all(right + 3 < left for (_, right, _), (left, _, _) in itertools.pairwise(ticks)), ticks
+                assert not any("rotate" in transform for *_, transform in ticks) and len(ticks) >= 4
+                assert ticks[0][0] >= 0 and ticks[-1][1] <= width
+                seen += len(ticks)
+    assert seen > 8 * 4
+
+
+def test_rounded_weights_and_a_second_study(table, open_page, tmp_path):
+    """A measure of which the page is told nothing; and the same curves of another study, behind a menu."""
+    noise = table[(table.dataset == "mnist") & (table.measure == "weight_noise") & (table.schedule == "static")]
+    clean = noise[noise.strength == 0].assign(measure="clean")
+    some = noise.strength.isin([0.1, 0.2, 0.3]) | noise.strength.isna()
+    rounded = noise[some].assign(measure="quantisation")
+    rounded = rounded.assign(strength=(10 * rounded.strength).round() + 1, name="integer_per_channel")
+    both = [noise.assign(study="first"), *(t.assign(study="second") for t in (noise, clean, rounded))]
+    page = open_page(write_page(pd.concat(both), tmp_path / "explore.html")[0])
+    assert chosen(page, "study") == "first" and page.locator("#study option").count() == 2
+    choose(page, "measure", "rounded weights")
+    assert chosen(page, "study") == "second" and page.is_visible("#key-clean")
+    assert [page.get_attribute("#strength", name) for name in ("min", "max")] == ["0", "2"]
+    keyboard_to(page, "strength")
+    page.keyboard.press("End")
+    assert page.inner_text("#value") == "4 bits" and page.inner_text("#title").endswith("rounded weights, 4 bits")
+    curve = dict(rule="water_filling", family="mlp", growth="width")
+    mlp, of_mlp = (t[(t[list(curve)] == pd.Series(curve)).all(axis=1)] for t in (noise, rounded))
+    assert_draws(page, of_mlp[~of_mlp.strength.isin([2, 3])], by_hand(of_mlp[of_mlp.strength == 4]))
+    of_clean = by_hand(mlp[mlp.strength == 0])
+    assert [y for y in drawn(page)["clean"]["y"] if y is not None] == pytest.approx(
+        [of_clean[width][0] for width in sorted(of_clean)], abs=0.0051
+    )
+    page.wait_for_function("() => location.hash.includes('measure=rounded-weights&study=second')")
+    page.click("#compare")
+    assert "study second" in page.inner_text("#compared") and "study second" in page.inner_text("#method")
+
+
 HOSTILE = """</script><!--<script>window.hurt=1</script><img src=x onerror="hurt=1"><a href='//evil.example'>&lt;"""
 
 
@@ -685,3 +780,4 @@ def test_the_published_page_is_made_of_these_files():
     fixed = re.split(r"[$]\w+|<!-- if there are curves -->\n", with_curves)
     assert len(fixed) > 8 and [part for part in fixed if part not in page] == []
     assert all(f">{LABELS[name]}</label>" in page and GLOSSARY[name] in page for name in CONTROLS)
+    assert "rounded weights" in page and len(page.encode()) < 600_000

@@ -1,8 +1,10 @@
 """What no cell can test of the figures' command: whole processes, what they publish, how they fail, stop and go on."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import pty
 import random
 import re
 import shutil
@@ -144,9 +146,7 @@ def test_command_publishes_five_files_and_leaves_nothing_else(drawn):
     words = (drawn / "words").read_text().splitlines()
     assert words[0] == "4 networks: 4 made now, 0 already there; 4 measurements made now"
     folder = drawn / "out/smoke"
-    assert words[1:] == [
-        f"1 figure in {folder}, to hover over as html and as svg, png, csv, ipynb; open {folder / 'fig01.html'}"
-    ]
+    assert words[1:] == [f"1 figure as html, svg, png, csv, ipynb; open {folder / 'fig01.html'}"]
     kept = {p.name for p in (drawn / "runs").iterdir()}
     assert len({name for name in kept if RUN.fullmatch(name)}) == 4
     assert {name for name in kept if not RUN.fullmatch(name)} <= {
@@ -154,6 +154,49 @@ def test_command_publishes_five_files_and_leaves_nothing_else(drawn):
         "index.sqlite-wal",
         "index.sqlite-shm",
     }
+
+
+def in_terminal(tmp_path, *words, **environment):
+    """What a command shows on a terminal of 80 columns, in the order of coming, and its exit status."""
+    leader, follower = pty.openpty()
+    env = os.environ | {"COLUMNS": "80", "TERM": "xterm"} | environment
+    command = [sys.executable, "-m", "sparse_nb", *map(str, words)]
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=env, cwd=tmp_path)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # which Linux raises at the end
+        while some := os.read(leader, 65536):
+            shown += some
+    os.close(leader)
+    return re.sub("\x1b\\[[0-9;]*m", "", shown.decode()).replace("\r\n", "\n"), process.wait()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--help"], "usage: sparse-nb"),
+        (["index"], "there is no command 'index'. The commands are figures, sweep"),
+        (["status", "--runs", "{drawn}/runs"], "left, in one process"),
+        (["verify", "--runs", "{drawn}/runs"], "4 runs"),
+        (["trace", "{drawn}/out/smoke/fig01.svg", "--runs", "{drawn}/runs"], "not converged"),
+        (["claims", "--preset", "smoke", "--runs", "nowhere", "--notebooks", str(ROOT / "figures")], "is not there"),
+    ],
+)
+def test_a_terminal_of_80_columns_breaks_lines_between_words_only(words, said, drawn, tmp_path):
+    shown, _ = in_terminal(tmp_path, *(word.format(drawn=drawn) for word in words))
+    lines = [line.rpartition("\r")[2] for line in shown.split("\n")]
+    assert said in " ".join(shown.split())
+    assert [line for line in lines if len(line) > 80 and " " in line.strip()] == []
+    assert "Warning" not in shown and words[0] in ("--help", "index") or shown.startswith("Starting …\r")
+
+
+def test_without_a_browser_all_but_pictures_is_written(drawn, tmp_path):
+    where = ("--runs", drawn / "runs", "--notebooks", ROOT / "figures")
+    shown, status = in_terminal(tmp_path, "figures", "fig01", *SMALL, *where, BROWSER_PATH="/nowhere/chrome")
+    folder = tmp_path / "figures/rendered/smoke"
+    assert status == 0 and "Traceback" not in shown
+    assert "no SVG, PNG, since BROWSER_PATH is '/nowhere/chrome', where no program is;" in shown
+    assert {path.name for path in folder.iterdir()} == {"fig01.html", "fig01.csv", "fig01.ipynb", SCRIPT}
 
 
 def test_png_is_a_picture(drawn):
