@@ -32,7 +32,8 @@ from .. import __version__
 from .axes import WORDS
 from .captions import smaller_than_paper
 from ..runs.exchange import published_folders
-from ..runs.files import check_seal, read_about
+from ..runs.record_files import check_seal
+from ..runs.schema import read_about
 from ..runs.store import run_status
 from ..study.experiments import ancestors, evaluation_hash, experiment_hash
 from ..study.versions import digest, name_of, versions_now

@@ -33,7 +33,7 @@ from sparse_nb.networks.models import counted_weights
 from sparse_nb.networks.sparse_layers import pattern
 from sparse_nb.networks.training import Recipe
 from sparse_nb.results import plots, provenance, rendering, tables
-from sparse_nb.runs.files import parse_records
+from sparse_nb.runs.record_files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.study.figures import plan
