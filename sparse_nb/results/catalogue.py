@@ -16,7 +16,7 @@ import pandas as pd
 
 from .axes import WORDS
 from .tables import PLACE, tidy
-from ..runs.index import Records
+from ..runs.queries import Records
 from ..study.versions import canonical
 
 # %% ../../nbs/7_results/11_catalogue.ipynb #19581e27

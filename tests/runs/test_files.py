@@ -16,7 +16,7 @@ from sparse_nb.runs import record_files, schema
 from sparse_nb.runs.attempts import load_failures, save_failure
 from sparse_nb.runs.exchange import export, merge
 from sparse_nb.runs.files import sha256
-from sparse_nb.runs.index import Records
+from sparse_nb.runs.queries import Records
 from sparse_nb.runs.record_files import parse_records, records_text
 from sparse_nb.runs.schema import read_about, read_history
 from sparse_nb.runs.store import Store, load_history, load_run, run_status, save_records, save_run

@@ -8,7 +8,7 @@ import large_store
 import pytest
 
 from sparse_nb.networks.training import Recipe
-from sparse_nb.runs import files, index, record_files
+from sparse_nb.runs import files, index, queries, record_files
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import Clean, Experiment
 from sparse_nb.study.figures import measurements, plan
@@ -105,7 +105,7 @@ def test_a_question_to_a_store_that_is_known_opens_no_file_of_it(large, counted)
 def test_with_a_limit_of_time_the_store_is_asked_once(tmp_path, counted):
     nets = [Experiment("digits", "mlp", 16, 1, 1000, seed, Recipe(epochs=1), train_images=50) for seed in range(3)]
     store = Store(tmp_path / "runs")
-    calls = counted(index.Records, "runs")
+    calls = counted(queries.Records, "runs")
     known = counted(sweep, "_remember")
     assert sweep.run(nets, [], store=store, device="cpu", minutes=60, show=False).made == 3
     assert calls["runs"] == 1 and known["_remember"] == 3
