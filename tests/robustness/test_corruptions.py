@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparse_nb.data import IMAGE_SHAPES, ImageSet, load_images
 from sparse_nb.networks.models import build_model
 from sparse_nb.robustness.corruptions import archives, cifar_c, corruptions
+from sparse_nb.robustness.corruptions.batches import CorruptionKind, apply, draw_all
 from sparse_nb.robustness.corruptions.corruptions import benchmark, corrupt, evaluate, names
-from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw_all
 from sparse_nb.robustness.evaluation import sample
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
