@@ -81,7 +81,7 @@ def notebook_parameters(command: options.Study) -> dict:
 
 def _pictures(command: options.Drawing) -> tuple[str, ...]:
     """The kinds of pictures that a command asks for. Raises ValueError for a format that there is not."""
-    from sparse_nb.results.provenance import PICTURES
+    from sparse_nb.results.figure_files import PICTURES
 
     for kind in command.format:
         accept("format", kind, PICTURES)
@@ -393,10 +393,10 @@ def zoo_command(command: options.Zoo) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #d585d63f
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
-    from sparse_nb.results import provenance
+    from sparse_nb.results import figure_files, trace
 
-    made = provenance.read(command.figure)
-    print(*provenance.trace_lines(made, command.runs), sep="\n")
+    made = figure_files.read(command.figure)
+    print(*trace.trace_lines(made, command.runs), sep="\n")
 
 # %% ../../nbs/cli/02_commands.ipynb #967a6dda
 def _with_file(command):
