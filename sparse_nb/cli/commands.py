@@ -29,7 +29,8 @@ from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, ancestors, experiment_hash, is_trained
 from ..study.figures import FIGURES, measurements, plan, shown_families
-from ..study.studies import Study, load, narrow
+from ..study.grid import Study
+from ..study.studies import load, narrow
 from ..sweep import sweep
 from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words

@@ -32,7 +32,8 @@ from .provenance import Provenance, of_points
 from .tables import collect, finished
 from ..runs.store import Store
 from ..study.figures import FIGURES, measurements, plan
-from ..study.studies import Study, load, narrow
+from ..study.grid import Study
+from ..study.studies import load, narrow
 from ..sweep import sweep
 from ..sweep.jobs import resolve_device
 
