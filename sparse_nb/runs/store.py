@@ -131,7 +131,7 @@ def check_writable(store: Store) -> None:
 
 
 def described_experiment(about: Mapping) -> Experiment:
-    """The `Experiment` of a run's description (`files.read_about`). Raises ValueError if this release has none."""
+    """The `Experiment` of a run's description (`schema.read_about`). Raises ValueError if this release has none."""
     described = about["experiment"]
     try:
         version = "" if about["code"] == versions.TRAINING else about["code"]
