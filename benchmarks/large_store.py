@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from sparse_nb.cli.main import main as sparse_nb
-from sparse_nb.runs.files import records_text, sha256
+from sparse_nb.runs.files import sha256
+from sparse_nb.runs.record_files import records_text
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import evaluation_hash, evaluation_identity, experiment_hash, experiment_identity
 from sparse_nb.study.figures import measurements, plan

@@ -29,7 +29,8 @@ from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, ancestors, experiment_hash, is_trained
 from ..study.figures import FIGURES, measurements, plan, shown_families
-from ..study.studies import Study, load, narrow
+from ..study.grid import Study
+from ..study.studies import load, narrow
 from ..sweep import sweep
 from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
@@ -81,7 +82,7 @@ def notebook_parameters(command: options.Study) -> dict:
 
 def _pictures(command: options.Drawing) -> tuple[str, ...]:
     """The kinds of pictures that a command asks for. Raises ValueError for a format that there is not."""
-    from sparse_nb.results.provenance import PICTURES
+    from sparse_nb.results.figure_files import PICTURES
 
     for kind in command.format:
         accept("format", kind, PICTURES)
@@ -396,10 +397,10 @@ def zoo_command(command: options.Zoo) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #d585d63f
 def trace_command(command: options.Trace) -> None:
     """Print what a figure's file says of itself, and its runs."""
-    from sparse_nb.results import provenance
+    from sparse_nb.results import figure_files, trace
 
-    made = provenance.read(command.figure)
-    print(*provenance.trace_lines(made, command.runs), sep="\n")
+    made = figure_files.read(command.figure)
+    print(*trace.trace_lines(made, command.runs), sep="\n")
 
 # %% ../../nbs/cli/02_commands.ipynb #967a6dda
 def _with_file(command):

@@ -23,7 +23,7 @@ from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS, perturb
 from ..robustness.class_recall import class_labels
 from ..robustness.corruptions.corruptions import corrupt, default_severities, names
 from ..robustness.evaluation import sample
-from ..runs.index import Records
+from ..runs.queries import Records
 from ..runs.store import Store, load_run
 from ..study.experiments import ancestors
 from ..sweep.jobs import Job

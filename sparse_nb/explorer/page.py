@@ -47,7 +47,8 @@ from ..runs.files import write_whole
 from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
 from ..study.figures import FIGURES, Point, measurements, plan, shown_families
-from ..study.studies import PRESETS, Study
+from ..study.grid import Study
+from ..study.studies import PRESETS
 from ..study.versions import canonical
 
 # %% ../../nbs/9_explorer/06_page.ipynb #1317c057

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .. import own
 from ..results.axes import NEUTRAL_COLOUR, WORDS, radius_text, spread_text
-from ..runs.index import Records
+from ..runs.queries import Records
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #3e32842e
 def text_as_html(value: object) -> str:

@@ -41,7 +41,7 @@ from .views import VIEWS, kinds_of, percent_labels, plot_compared, strengths_of,
 from ..results.catalogue import CHOICES, add_failures, choose, failures_on, load_curve, read_catalogue
 from ..results.tables import points_of
 from ..runs.attempts import load_failures
-from ..runs.index import Records
+from ..runs.queries import Records
 
 # %% ../../nbs/9_explorer/04_widgets.ipynb #5a7d76a4
 _CONTROLS = ("dataset", "family", "growth", "schedule", "rule", "measure", "study", "evaluation", "name", "point")

@@ -20,8 +20,9 @@ from ..data import SIZES
 from ..networks.models import FAMILIES
 from .axes import WORDS, radius_text
 from .tables import PANEL, panel_of
+from ..study.grid import MANY_PASSES, sample_size
 from ..study.reading import differences
-from ..study.studies import MANY_PASSES, PRESETS, sample_size
+from ..study.studies import PRESETS
 
 # %% ../../nbs/7_results/04_captions.ipynb #6c2b324e
 def in_range(values: Iterable[int]) -> str:

@@ -4,26 +4,19 @@
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'write_whole', 'sync_folder', 'sha256', 'commit_folder', 'is_name', 'run_folders', 'record_files',
-           'read_bytes', 'read_verified', 'load_json', 'read_manifest', 'read_about', 'read_history', 'check_failure',
-           'check_network', 'records_text', 'check_seal', 'kind_of', 'check_records', 'read_records', 'parse_records',
-           'Kinds', 'read_values']
+           'read_bytes', 'error_words', 'read_verified', 'load_json', 'read_manifest']
 
-# %% ../../nbs/5_runs/01_files.ipynb #9def4952
+# %% ../../nbs/5_runs/01_files.ipynb #5ab1e25f
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from ..study.versions import canonical, name_of
+from typing import Any
 
 # %% ../../nbs/5_runs/01_files.ipynb #89f5a363
 def write_whole(path: Path | str, content: bytes) -> None:
@@ -108,7 +101,7 @@ def read_bytes(path: Path | str) -> bytes:
         return file.read()
 
 
-def _words(error):
+def error_words(error: Exception) -> str:
     """The text of an error: the message of a ValueError, the `repr` of any other."""
     return str(error) if isinstance(error, ValueError) else repr(error)
 
@@ -123,7 +116,7 @@ def read_verified(folder: Path | str, name: str) -> bytes:
         expected = load_json(read_bytes(os.path.join(folder, "manifest.json")))[name]
         content = read_bytes(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be verified by its manifest ({_words(error)}); {remedy}") from error
+        raise ValueError(f"{path} cannot be verified by its manifest ({error_words(error)}); {remedy}") from error
     if sha256(content) != expected:
         found = f"its sha256 is {sha256(content)}, its manifest says {expected}"
         raise ValueError(f"{path} was altered: {found}; {remedy}")
@@ -154,7 +147,7 @@ def read_manifest(folder: Path | str) -> dict[str, str]:
     try:
         manifest, found = load_json(read_bytes(path)), f"it does not name {', '.join(RUN_FILES)} with their sha256"
     except (OSError, ValueError) as error:
-        manifest, found = None, _words(error)
+        manifest, found = None, error_words(error)
     sound = (
         isinstance(manifest, dict)
         and set(manifest) == set(RUN_FILES)
@@ -163,360 +156,3 @@ def read_manifest(folder: Path | str) -> dict[str, str]:
     if not sound:
         raise ValueError(f"{path} was altered: {found}; delete the folder {folder} to compute it again")
     return manifest
-
-# %% ../../nbs/5_runs/01_files.ipynb #90d64639
-class _Kind(NamedTuple):
-    words: str
-    accepts: Callable
-
-
-_LARGEST = sys.float_info.max
-_TEXT = _Kind("printable text", lambda value: isinstance(value, str) and len(value) <= 1000 and value.isprintable())
-_FLAG = _Kind("true or false", lambda value: type(value) is bool)
-
-
-def _whole(least):
-    return _Kind(f"a whole number, {least} to 2^63 − 1", lambda value: type(value) is int and least <= value < 2**63)
-
-
-def _number(least=-_LARGEST, most=_LARGEST):
-    words = f"a finite number, {least} to {most}" if most < _LARGEST else "a finite number"
-    words += f" of at least {least}" * (least > -_LARGEST and most == _LARGEST)
-    return _Kind(words, lambda value: type(value) in (int, float) and least <= value <= most)
-
-
-def _or_none(kind):
-    return _Kind(f"{kind.words}, or null", lambda value: value is None or kind.accepts(value))
-
-# %% ../../nbs/5_runs/01_files.ipynb #bc395cf3
-def _check_fields(found, needed, optional=None):
-    """Raise ValueError naming a field that is missing or not of its kind. needed, optional: {name: _Kind}."""
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(found)[:60]!r} is not an object with names and values")
-    for kinds in (needed, optional or {}):
-        for name, kind in kinds.items():
-            if name in found and not kind.accepts(found[name]):
-                raise ValueError(f"{name} is {repr(found[name])[:60]}; accepted: {kind.words}")
-            if kinds is needed and name not in found:
-                raise ValueError(f"{name} is missing")
-
-# %% ../../nbs/5_runs/01_files.ipynb #b9d9c5ff
-def _is_plain(value):
-    """Whether a table can hold this plain data."""
-    kind = type(value)
-    if kind is str:
-        return len(value) <= 1000 and value.isprintable()
-    if kind is int or kind is float:
-        return -(2**63) <= value < 2**63 if kind is int else abs(value) <= _LARGEST
-    if kind is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if kind is list else True
-
-
-def _check_plain(where, value):
-    """Raise ValueError naming the place in plain data, called `where`, of a value that no table can hold."""
-    if _is_plain(value):
-        return
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(f"a name in {where}", key)
-            _check_plain(f"{where}.{key}", item)
-    elif isinstance(value, list):
-        for item in value:
-            _check_plain(where, item)
-    elif isinstance(value, str):
-        raise ValueError(f"{where} is {value[:60]!r}; accepted: {_TEXT.words}")
-    else:
-        accepted = "whole numbers from −2^63 to 2^63 − 1" if type(value) is int else "a finite number"
-        raise ValueError(f"{where} is {repr(value)[:60]}; accepted: {accepted}")
-
-# %% ../../nbs/5_runs/01_files.ipynb #92bbe26b
-_STATUS = _Kind("converged, epochs or diverged", lambda value: value in ("converged", "epochs", "diverged"))
-_EXPERIMENT = {"dataset": _TEXT, "family": _TEXT, "seed": _whole(-(2**63))}
-_EXPERIMENT |= dict.fromkeys(("width", "depth", "budget"), _whole(1))
-_EXPERIMENT_MORE = {
-    "rule": _or_none(_TEXT),
-    "schedule": _TEXT,
-    "initial_scale": _TEXT,
-    "train_images": _or_none(_whole(1)),
-    "batch_norm": _FLAG,
-    "repeat": _whole(1),
-    "pruning": _TEXT,
-    "bits": _TEXT,
-    "drop": _number(0, 1),
-    "update_every": _whole(1),
-    "update_until": _whole(1),
-    "rewind": _whole(0),
-    "l1": _number(0),
-    "beta": _number(0),
-}
-_RESULT_MORE = {
-    "diverged_at": _or_none(_whole(0)),
-    "epochs": _or_none(_whole(0)),
-    "train_loss": _or_none(_number()),
-    "train_accuracy": _or_none(_number(0, 1)),
-    "seconds": _or_none(_number(0)),
-    "counted": _or_none(_whole(1)),
-    "density": _or_none(_number(0, 1)),
-    "effective_density": _or_none(_number(0, 1)),
-    "distance": _or_none(_number(0)),
-}
-_ENVIRONMENT_MORE = {
-    "threads": _or_none(_whole(1)),
-    **dict.fromkeys(("cpu", "torch", "numba", "torchattacks", "text", "commit"), _or_none(_TEXT)),
-}
-
-# %% ../../nbs/5_runs/01_files.ipynb #88d9b032
-_OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
-_ABOUT = {"data": _TEXT, "code": _TEXT, **dict.fromkeys(("experiment", "result", "environment"), _OBJECT)}
-
-
-def _check_about(about):
-    """Raise ValueError unless `about`, of an `experiment.json`, has the fields of one, each of its kind."""
-    _check_fields(about, _ABOUT)
-    _check_plain("it", about)
-    _check_fields(about["experiment"], _EXPERIMENT, _EXPERIMENT_MORE)
-    _check_fields(about["result"], {"status": _STATUS}, _RESULT_MORE)
-    _check_fields(about["environment"], {"device": _TEXT}, _ENVIRONMENT_MORE)
-
-
-def read_about(folder: Path | str) -> dict[str, Any]:
-    """`experiment.json` of a run: verified, belonging to the run that names the folder, each field of its kind.
-
-    Raises ValueError naming the file.
-    """
-    path, remedy = os.path.join(folder, "experiment.json"), f"delete the folder {folder} to compute it again"
-    content = read_verified(folder, "experiment.json")
-    try:
-        about = load_json(content)
-        _check_about(about)
-        found = name_of("experiment", about)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a run ({_words(error)}); {remedy}") from error
-    if found != Path(folder).name:
-        raise ValueError(f"{path} describes the run {found}; {remedy}")
-    return about
-
-# %% ../../nbs/5_runs/01_files.ipynb #a6042e69
-_EPOCH = {
-    "epoch": _whole(0),
-    "loss": _Kind("a number", lambda value: type(value) in (int, float)),
-    "accuracy": _number(0, 1),
-    "learning_rate": _number(),
-    "seconds": _number(0),
-}
-
-
-def read_history(folder: Path | str) -> list[dict]:
-    """The epochs of a run, one dict each, from its verified `history.jsonl`. Raises ValueError naming the file."""
-    path, epochs = Path(folder) / "history.jsonl", []
-    for line in read_verified(folder, path.name).splitlines():
-        try:
-            epochs.append(json.loads(line))
-            _check_fields(epochs[-1], _EPOCH)
-            if unknown := epochs[-1].keys() - _EPOCH.keys():
-                raise ValueError(f"there is no field {sorted(unknown)[0][:60]!r}")
-        except (ValueError, RecursionError) as error:
-            words = f"{path} holds a line that is not an epoch ({error})"
-            raise ValueError(f"{words}; delete the folder {folder} to compute it again") from error
-    return epochs
-
-# %% ../../nbs/5_runs/01_files.ipynb #a45e6750
-_LINES = _Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
-_FAILURE = {
-    "run": _TEXT,
-    "network": _TEXT,
-    "reason": _Kind("text", lambda value: isinstance(value, str)),
-    "when": _TEXT,
-}
-
-
-def check_failure(found: Any) -> None:
-    """Raise ValueError unless `found` has the fields of a recorded failure; see `attempts.load_failures`."""
-    _check_fields(found, {**_FAILURE, "tries": _whole(0), "log": _LINES}, {"density": _number(0, 1)})
-    if "experiment" in found:
-        _check_plain("experiment", found["experiment"])
-        _check_fields(found["experiment"], _EXPERIMENT, _EXPERIMENT_MORE)
-
-# %% ../../nbs/5_runs/01_files.ipynb #6f55e8a9
-def check_network(entry: Any) -> None:
-    """Raise ValueError unless `entry` has the fields of a network in a zoo; see `zoo.add`."""
-    checksum = _Kind("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value))
-    about = _Kind("an object", lambda value: isinstance(value, dict))
-    more = {"accuracy": _number(0, 1), "bytes": _whole(0), "test_images": _or_none(_whole(1)), "about": about}
-    _check_fields(entry, {"sha256": checksum, "checkpoint": checksum, **more})
-    _check_about(entry["about"])
-
-# %% ../../nbs/5_runs/01_files.ipynb #1a547401
-def records_text(run: str, identity: Mapping, records: Sequence) -> bytes:
-    """The content of a record file: a header line, then one JSON record per line.
-
-    run: its name. identity: of the measurement (`experiments.evaluation_identity`). records: of `Record`, or dicts.
-    """
-    body = "".join(canonical(record) + "\n" for record in records)
-    header = {"experiment": run, **identity, "records": len(records), "sha256": sha256(body.encode())}
-    return (canonical(header | {"sealed": _seal(header)}) + "\n" + body).encode()
-
-
-def _seal(header: Mapping) -> str:
-    """SHA-256 of a record file's header, since the name of a measurement does not cover settings that it leaves out."""
-    return sha256(canonical({key: value for key, value in header.items() if key != "sealed"}).encode())
-
-
-def check_seal(header: Mapping) -> None:
-    """Raise ValueError if a header whose name leaves settings out was altered."""
-    if "unnamed" in header and header.get("sealed") != _seal(header):
-        raise ValueError("its header is not the one that was written")
-
-# %% ../../nbs/5_runs/01_files.ipynb #427ed36d
-_RECORD = {"measure": _TEXT, "quantity": _TEXT, "name": _TEXT}
-_RECORD |= {"strength": _number(0), "draw": _whole(0), "value": _number()}
-_SOURCE = _Kind(_TEXT.words, lambda value: isinstance(value, str) and len(value) <= 20_000 and value.isprintable())
-_SHARES = {"accuracy", "recall", "lowest_recall"}  # quantities that are a share of the images
-
-
-def kind_of(record: Mapping) -> tuple:
-    """What the value of a record, a dict, measures: (measure, quantity, name, strength, draw, source)."""
-    return (*(record[name] for name in ("measure", "quantity", "name", "strength", "draw")), record.get("source", ""))
-
-
-def check_records(records):
-    """Raise ValueError unless the fields of `records` are valid and no two records have the same `kind_of`."""
-    for number, record in enumerate(records, 1):
-        try:
-            _check_fields(record, _RECORD, {"source": _SOURCE})
-            if record["quantity"] in _SHARES and not 0 <= record["value"] <= 1:
-                raise ValueError(f"{record['quantity']} is {record['value']}; accepted: 0 to 1")
-            if unknown := record.keys() - {*_RECORD, "source"}:
-                raise ValueError(f"there is no field {sorted(unknown)[0][:60]!r}")
-        except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from None
-    if len({kind_of(record) for record in records}) < len(records):
-        raise ValueError("several values for the same quantity")
-
-# %% ../../nbs/5_runs/01_files.ipynb #cb169701
-def _split_records(path):
-    """(header, the content after it, as bytes) of a record file. Raises ValueError, OSError, KeyError or TypeError."""
-    header, _, body = read_bytes(path).partition(b"\n")
-    header = load_json(header)
-    _check_plain("its first line", header)
-    check_seal(header)
-    names = sha256(body), name_of("evaluation", header), header["experiment"]
-    if names != (header["sha256"], path.stem, path.parent.parent.name):
-        raise ValueError("its content does not match its header or its name")
-    return header, body
-
-# %% ../../nbs/5_runs/01_files.ipynb #80b91940
-def read_records(path: Path) -> tuple[dict, list[dict]]:
-    """(header, records) of a record file: the evaluation's settings, measure and version, and a dict for each record.
-
-    Raises ValueError naming the file if it was altered, belongs to another run or measurement, or holds invalid
-    records.
-    """
-    path, remedy = Path(path), "delete it to measure again"
-    try:
-        header, body = _split_records(path)
-        records = load_json(b"[" + b",".join(body.splitlines()) + b"]")
-        if len(records) != header["records"]:
-            raise ValueError("its content does not match its header")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} was altered ({_words(error)}); {remedy}") from error
-    try:
-        _check_fields(header, {"measure": _TEXT, "code": _TEXT})
-        check_records(records)
-    except ValueError as error:
-        raise ValueError(f"{path} holds invalid records ({error}); {remedy}") from error
-    return header, records
-
-
-def parse_records(path: Path) -> list[dict]:
-    """The records of a file, as dicts. Raises as `read_records`."""
-    return read_records(path)[1]
-
-# %% ../../nbs/5_runs/01_files.ipynb #9f6ba2e0
-class Kinds:
-    """What the values of a record file measure. kinds: from `kind_of`, sorted; order: the line of each kind's value in
-    the file; shares: the lines whose values are shares, 0 to 1."""
-
-    def __init__(self, records: Sequence[Mapping]):
-        self.order = sorted(range(len(records)), key=lambda place: kind_of(records[place]))
-        self.kinds = tuple(kind_of(records[place]) for place in self.order)
-        self.shares = [place for place, record in enumerate(records) if record["quantity"] in _SHARES]
-
-
-_VALUE = re.compile(rb',"value":(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\}\n')
-
-
-@lru_cache(maxsize=256)
-def _known_kinds(before: tuple[bytes, ...]) -> Kinds | None:
-    """The `Kinds` of records from the bytes before each value; None if they are not valid records of this form."""
-    numbered = [b'%b,"value":%d}' % (part, number) for number, part in enumerate(before)]
-    try:
-        records = load_json(b"[" + b",".join(numbered) + b"]")
-        if [record["value"] for record in records] != list(range(len(before))):
-            return None
-        for record in records:
-            record["value"] = 0
-        check_records(records)
-    except (ValueError, KeyError, TypeError):
-        return None
-    return Kinds(records)
-
-# %% ../../nbs/5_runs/01_files.ipynb #658637bb
-def _values_of(body: bytes) -> tuple[Kinds, list] | None:
-    """(`Kinds`, values in the order of the file) of the lines of a record file; None if there is any doubt."""
-    parts = _VALUE.split(body)
-    kinds = _known_kinds(tuple(parts[:-1:2])) if len(parts) > 1 and not parts[-1] and b"\r" not in body else None
-    try:
-        values = load_json(b"[" + b",".join(parts[1::2]) + b"]")
-    except ValueError:
-        return None
-    if kinds is None or not (-_LARGEST <= min(values) and max(values) <= _LARGEST):
-        return None
-    return (kinds, values) if all(0 <= values[place] <= 1 for place in kinds.shares) else None
-
-# %% ../../nbs/5_runs/01_files.ipynb #2e580058
-_OF_ONE_RUN = re.compile(
-    rb'(?<="experiment":")[0-9a-f]{16}(?=")|(?<="sealed":")[0-9a-f]{64}(?=")|(?<="sha256":")[0-9a-f]{64}(?=")'
-)
-
-
-@lru_cache(maxsize=256)
-def _known_header(common: bytes) -> tuple[dict, str] | None:
-    """(header, name of the measurement) from a first line without its run and checksums; None if there is any doubt."""
-    try:
-        header = load_json(common)
-        _check_plain("its first line", header)
-        _check_fields(header, {"measure": _TEXT, "code": _TEXT})
-        cut = [header[name] for name in ("experiment", "sealed", "sha256")] == ["", "", ""]
-        same = cut and "unnamed" in header and canonical(header).encode() == common
-        return (header, name_of("evaluation", header)) if same else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _quick_header(first: bytes, path: str, checksum: str) -> dict | None:
-    """The header of a record file from its first line. checksum: of what follows. None if there is any doubt."""
-    *_, run, _, file = ["", "", "", *path.split(os.sep)]
-    cut = list(_OF_ONE_RUN.finditer(first))
-    found = _known_header(_OF_ONE_RUN.sub(b"", first)) if len(cut) == 3 else None
-    if found is None or f"{found[1]}.jsonl" != file:
-        return None
-    own = {name: match[0].decode() for name, match in zip(("experiment", "sealed", "sha256"), cut, strict=True)}
-    unsealed = first[: cut[1].start() - len('"sealed":"')] + first[cut[1].end() + len('",') :]
-    expected = {"experiment": run, "sealed": sha256(unsealed), "sha256": checksum}
-    return {**found[0], **own} if own == expected else None
-
-# %% ../../nbs/5_runs/01_files.ipynb #4f25131f
-def read_values(path: Path | str) -> tuple[dict, Kinds, list]:
-    """(header, `Kinds`, values in the order of the kinds) of a record file; a faster `read_records`, which raises the
-    same errors."""
-    with suppress(OSError):
-        first, _, body = read_bytes(path).partition(b"\n")
-        header, found = _quick_header(first, os.fspath(path), sha256(body)), _values_of(body)
-        if header and found and len(found[1]) == header["records"]:
-            kinds, values = found
-            return header, kinds, [values[place] for place in kinds.order]
-    header, records = read_records(Path(path))
-    kinds = Kinds(records)
-    return header, kinds, [records[place]["value"] for place in kinds.order]

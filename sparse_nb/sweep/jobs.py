@@ -27,7 +27,7 @@ import torch
 
 from .. import data, own
 from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
-from ..runs.files import read_about
+from ..runs.schema import read_about
 from sparse_nb.runs.store import (
     Store,
     load_history,

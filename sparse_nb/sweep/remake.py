@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 
 from ..data import ImageSet
-from ..runs.files import read_about, read_manifest, sha256
+from ..runs.files import read_manifest, sha256
+from ..runs.schema import read_about
 from ..runs.store import Store, described_experiment, pack, what_differs
 from ..study import versions
 from ..study.experiments import Experiment, ancestors, is_portable, is_trained, prune, train

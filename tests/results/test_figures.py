@@ -34,8 +34,8 @@ from sparse_nb.cli.main import main
 from sparse_nb.networks.models import counted_weights
 from sparse_nb.networks.sparse_layers import pattern
 from sparse_nb.networks.training import Recipe
-from sparse_nb.results import plots, provenance, rendering, tables
-from sparse_nb.runs.files import parse_records
+from sparse_nb.results import figure_files, plots, provenance, rendering, tables
+from sparse_nb.runs.record_files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
 from sparse_nb.study.figures import plan
@@ -874,7 +874,7 @@ def test_claims_are_judged_from_the_store_and_drawn(drawn, tmp_path, capfd):
         judged.verdict == "unfinished"
     ].p_for.isna().all()
     runs = {path.parent.name for path in (drawn / "runs").glob("*/manifest.json")}
-    assert set(" ".join(final.runs).split()) <= runs == set(provenance.read(folder / "claims.svg").runs)
+    assert set(" ".join(final.runs).split()) <= runs == set(figure_files.read(folder / "claims.svg").runs)
 
 
 def test_nothing_is_judged_of_an_empty_store(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""Whatever a figure's file holds: `provenance.read` tells what it is or refuses it by name, at once."""
+"""Whatever a figure's file holds: `figure_files.read` tells what it is or refuses it by name, at once."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 
 from sparse_nb.cli import main as cli
-from sparse_nb.results import provenance
+from sparse_nb.results import figure_files, provenance, trace
 
 ENDINGS = ("svg", "png", "html", "csv")
 RUNS = tuple(f"{number:016x}" for number in range(40))
@@ -34,7 +34,7 @@ def figure(tmp_path_factory):
     )
     curves = pd.DataFrame({"mean": [0.9, 0.8], "runs": [" ".join(RUNS[:20]), " ".join(RUNS[20:])]})
     picture = go.Figure(go.Scatter(x=[1, 2], y=[0.9, 0.8])).update_layout(width=300, height=200)
-    provenance.publish(picture, curves, folder, "fig01", made)
+    figure_files.publish(picture, curves, folder, "fig01", made)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_changed_file_is_understood_or_refused_by_name(figure, ending, tmp_pat
         path.write_bytes(content[:start] + mutated(content[start:stop], chance) + content[stop:])
         began = time.process_time()
         try:
-            lines = provenance.trace_lines(provenance.read(path), tmp_path)
+            lines = trace.trace_lines(figure_files.read(path), tmp_path)
         except (ValueError, OSError) as error:
             assert str(path) in str(error)
             lines = [str(error)]
@@ -120,7 +120,7 @@ def test_hostile_files_are_refused_at_once(name, content, words, tmp_path, capfd
     path.write_bytes(content)
     began = time.process_time()
     if words is None:
-        provenance.trace_lines(provenance.read(path), tmp_path)
+        trace.trace_lines(figure_files.read(path), tmp_path)
     else:
         with pytest.raises(SystemExit) as end:
             cli.main(["trace", str(path), "--runs", str(tmp_path / "runs")])
@@ -136,11 +136,11 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     (tmp_path / "link.png").symlink_to("/dev/zero")
     for name in ("pipe.html", "folder.svg", "link.png"):
         with pytest.raises(ValueError, match=f"{name} is not a file but a folder, a pipe or a device"):
-            provenance.read(tmp_path / name)
+            figure_files.read(tmp_path / name)
     with open(tmp_path / "large.svg", "wb") as file:
         file.truncate(10**9)
     with pytest.raises(ValueError, match="large.svg has 1,000,000,000 bytes; no figure has more than"):
-        provenance.read(tmp_path / "large.svg")
+        figure_files.read(tmp_path / "large.svg")
 
 
 def test_trace_of_a_published_figure_in_a_fresh_clone_names_merge_once(figure, tmp_path, capfd, monkeypatch):

@@ -29,6 +29,7 @@ from PIL import Image
 
 from sparse_nb import data
 from sparse_nb.robustness.corruptions import archives as ca
+from sparse_nb.robustness.corruptions import downloads
 
 COUNT = 6  # test images of the small archives
 
@@ -115,7 +116,7 @@ def root(tmp_path, monkeypatch):
     """An empty data root in a folder of its own; the archives are small, and nothing may ask the network."""
     monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar())
     monkeypatch.setitem(ca.ARCHIVES, "mnist", mnist())
-    monkeypatch.setattr(ca, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(downloads, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     (tmp_path / "root").mkdir()
     return tmp_path / "root"
 
@@ -125,7 +126,7 @@ def unpacked(root):
     """That root with both archives, unpacked."""
     (root / "CIFAR-10-C.tar").write_bytes(CIFAR_TAR)
     (root / "mnist_c.zip").write_bytes(MNIST_ZIP)
-    ca.fetch("cifar10", root=root), ca.fetch("mnist", root=root)
+    downloads.fetch("cifar10", root=root), downloads.fetch("mnist", root=root)
     return root
 
 
@@ -170,7 +171,7 @@ def test_each_array_stands_alone(root):
         ca.load_official("cifar10", "snow", 3, root=root)
     for fact in (str(root / "CIFAR-10-C" / "snow.npy"), "there: fog", "fetch('cifar10')", "SPARSE_NB_DATA"):
         assert fact in str(caught.value)
-    assert ca.verify("cifar10", root=root) == {"CIFAR-10-C/fog.npy": "md5"}
+    assert downloads.verify("cifar10", root=root) == {"CIFAR-10-C/fog.npy": "md5"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_wrong_arguments(unpacked, dataset, name, severity, said):
 
 def test_names_of_sets():
     assert ca.available("digits") == ()
-    for function in (ca.available, ca.fetch, ca.verify):
+    for function in (ca.available, downloads.fetch, downloads.verify):
         with pytest.raises(ValueError, match="cifar10, cifar100, mnist"):
             function("minst")
     assert set(ca.ARCHIVES) == set(data.DATASETS) - {"digits"}
@@ -240,7 +241,7 @@ def test_damaged_arrays_are_refused_by_name(unpacked, path, report):
     file = unpacked / path
     for damaged in damages((CIFAR_FILES | MNIST_FILES)[path], 25, path):
         file.write_bytes(damaged)
-        attempts = [lambda: ca.verify(dataset, root=unpacked), lambda: ca.fetch(dataset, root=unpacked)]
+        attempts = [lambda: downloads.verify(dataset, root=unpacked), lambda: downloads.fetch(dataset, root=unpacked)]
         if path.endswith((f"{name}.npy", "images.npy")):
             attempts.append(lambda: ca.load_official(dataset, name, severity, root=unpacked))
         for attempt in attempts:
@@ -257,12 +258,12 @@ def test_damaged_archives_are_refused_by_name_and_nothing_is_written(root, datas
     for damaged in [*damages(good, 50, dataset), good + b"\0", b""]:
         path.write_bytes(damaged)
         with pytest.raises(ValueError) as caught:
-            ca.fetch(dataset, root=root)
+            downloads.fetch(dataset, root=root)
         assert (
             str(path) in str(caught.value) and contents(root) == {path.name: damaged} and list(root.iterdir()) == [path]
         )
         with pytest.raises(ValueError, match=path.name):
-            ca.verify(dataset, root=root)
+            downloads.verify(dataset, root=root)
     report(
         f"archive {path.name}",
         "102 of 102 truncations, flipped bits and other lengths refused by name, nothing written",
@@ -283,7 +284,7 @@ def test_a_damaged_archive_with_a_forged_sum_gives_whole_arrays_or_its_name(root
         path.write_bytes(damaged)
         monkeypatch.setitem(ca.ARCHIVES, dataset, make(damaged))
         try:
-            ca.fetch(dataset, root=root)
+            downloads.fetch(dataset, root=root)
         except ValueError as error:
             assert str(path) in str(error)
         found = contents(root)
@@ -342,11 +343,11 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
         monkeypatch.setitem(ca.ARCHIVES, dataset, archive)
         (root / archive.file).write_bytes(packed)
         with pytest.raises(ValueError, match=archive.file):
-            ca.fetch(dataset, root=root)
+            downloads.fetch(dataset, root=root)
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(bomb)
         with pytest.raises(ValueError, match=Path(path).name):
-            ca.verify(dataset, root=root)
+            downloads.verify(dataset, root=root)
         (root / path).unlink()
     assert not mark.exists()
     report(f"pickles as {path}", "4 offered, 0 executed")
@@ -358,8 +359,9 @@ def test_a_malicious_pickle_is_never_opened(root, tmp_path, monkeypatch, path, r
 @pytest.fixture
 def sums_taken(monkeypatch):
     """The files whose sums were taken, in a world that is three seconds ahead of the files."""
-    taken, take, now = [], ca._md5_sum, time.time_ns
-    monkeypatch.setattr(ca, "_md5_sum", lambda path: taken.append(Path(path).name) or take(path))
+    taken, take, now = [], ca.md5_sum, time.time_ns
+    for module in (ca, downloads):
+        monkeypatch.setattr(module, "md5_sum", lambda path: taken.append(Path(path).name) or take(path))
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3 * 10**9)
     return taken
 
@@ -369,7 +371,7 @@ def test_a_sum_is_taken_once(unpacked, sums_taken):
         ca.load_official("cifar10", "fog", 1, root=unpacked)
         ca.load_official("mnist", "fog", None, root=unpacked)
     assert sums_taken == ["fog.npy", "test_images.npy"]
-    ca.verify("cifar10", root=unpacked)
+    downloads.verify("cifar10", root=unpacked)
     assert sorted(sums_taken[2:]) == ["CIFAR-10-C.tar", "fog.npy", "labels.npy", "snow.npy"]
 
 
@@ -434,7 +436,7 @@ def test_a_folder_that_cannot_be_written_to_is_read(unpacked, sums_taken, monkey
     def refuse(folder, verified):
         raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(ca, "_write_verified", refuse)
+    monkeypatch.setattr(ca, "write_sums", refuse)
     for _ in range(2):
         assert len(ca.load_official("cifar10", "fog", 1, root=unpacked)) == COUNT
     assert sums_taken == ["fog.npy", "fog.npy"]
@@ -443,7 +445,7 @@ def test_a_folder_that_cannot_be_written_to_is_read(unpacked, sums_taken, monkey
 def test_mnist_copied_by_hand_is_checked_for_its_form(unpacked):
     (unpacked / "mnist_c.zip").unlink()
     (unpacked / "mnist_c" / ".verified.json").unlink()
-    assert set(ca.verify("mnist", root=unpacked).values()) == {"form"}
+    assert set(downloads.verify("mnist", root=unpacked).values()) == {"form"}
     assert len(ca.load_official("mnist", "fog", None, root=unpacked)) == COUNT
 
 
@@ -513,7 +515,7 @@ def test_a_hostile_archive_is_named_and_writes_nothing(root, tmp_path, monkeypat
     monkeypatch.setitem(ca.ARCHIVES, dataset, archive)
     (root / archive.file).write_bytes(packed)
     with pytest.raises(ValueError) as caught:
-        ca.fetch(dataset, root=root)
+        downloads.fetch(dataset, root=root)
     for fact in (str(root / archive.file), "its member '", "Nothing was written"):
         assert fact in str(caught.value)
     assert contents(tmp_path) == {f"root/{archive.file}": packed, "outside/kept": b"before"}
@@ -529,7 +531,7 @@ def test_rights_are_not_taken_from_the_archive(root, monkeypatch):
         tar.addfile(member, io.BytesIO(CIFAR_FILES[member.name]))
     monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar(packed.getvalue()))
     (root / "CIFAR-10-C.tar").write_bytes(packed.getvalue())
-    ca.fetch("cifar10", root=root)
+    downloads.fetch("cifar10", root=root)
     assert (root / member.name).stat().st_mode & 0o6022 == 0
 
 
@@ -549,7 +551,7 @@ def test_archives_with_other_content(root, monkeypatch, packed, said):
     monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar(packed))
     (root / "CIFAR-10-C.tar").write_bytes(packed)
     with pytest.raises(ValueError) as caught:
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert str(root / "CIFAR-10-C.tar") in str(caught.value) and said in str(caught.value)
     assert not (root / "CIFAR-10-C" / "fog.npy").exists() and not list(root.rglob(".unpack-*"))
 
@@ -558,7 +560,7 @@ def test_a_python_without_the_filter_is_refused_before_any_work(root, monkeypatc
     (root / "CIFAR-10-C.tar").write_bytes(CIFAR_TAR)
     monkeypatch.delattr(tarfile, "data_filter")
     with pytest.raises(RuntimeError) as caught:
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert str(root / "CIFAR-10-C.tar") in str(caught.value) and "3.10.12" in str(caught.value)
     assert contents(root) == {"CIFAR-10-C.tar": CIFAR_TAR}
 
@@ -623,12 +625,12 @@ def test_a_download_is_unpacked_once(online, capfd):
     with serving(CIFAR_TAR) as server:
         publish(server.url)
         for _ in range(2):
-            assert ca.fetch("cifar10", root=root) == root / "CIFAR-10-C"
+            assert downloads.fetch("cifar10", root=root) == root / "CIFAR-10-C"
     assert server.log == [None] and contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "100%" in said, "one bar"
     (root / "CIFAR-10-C.tar").unlink()
-    ca.fetch("cifar10", root=root)  # nothing is missing: nothing is asked for
+    downloads.fetch("cifar10", root=root)  # nothing is missing: nothing is asked for
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -637,7 +639,7 @@ def test_a_line_that_breaks_is_taken_up_again(online, capfd, reset, length):
     root, publish = online
     with serving(CIFAR_TAR, cut=7000, reset=reset, length=length) as server:
         publish(server.url)
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
     assert (
         server.log[0] is None
@@ -652,13 +654,13 @@ def test_a_later_call_continues_what_an_earlier_one_left(online):
     with serving(CIFAR_TAR, cut=7000, ranges=False) as server:
         publish(server.url)
         with pytest.raises(FileNotFoundError) as caught:
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
     for fact in (str(root / "CIFAR-10-C.tar"), server.url, "7,000 of", "call again to continue", md5(CIFAR_TAR)):
         assert fact in str(caught.value)
     assert contents(root) == {"CIFAR-10-C.tar.part": CIFAR_TAR[:7000]}
     with serving(CIFAR_TAR) as server:
         publish(server.url)
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert server.log == ["bytes=7000-"] and contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
 
 
@@ -669,7 +671,7 @@ def test_a_server_that_ignores_range(online, part):
     (root / "CIFAR-10-C.tar.part").write_bytes(part)
     with serving(CIFAR_TAR, ranges=False) as server:
         publish(server.url)
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert len(server.log) == (part != CIFAR_TAR) and contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
 
 
@@ -689,7 +691,7 @@ def test_wrong_content_or_length_is_not_kept(online, content, plan):
     with serving(content, **plan) as server:
         publish(server.url)
         with pytest.raises(ValueError) as caught:
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
     assert server.url in str(caught.value) and f"{len(CIFAR_TAR):,}" in str(caught.value) and contents(root) == {}
 
 
@@ -698,7 +700,7 @@ def test_a_stream_without_end_is_left_early(online):
     with serving(CIFAR_TAR + bytes(3 * 10**6), length=False) as server:
         publish(server.url)
         with pytest.raises(ValueError) as caught:
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
     got = int(re.search(r"gave ([\d,]+) bytes", str(caught.value))[1].replace(",", ""))
     assert len(CIFAR_TAR) < got < 10**6 and contents(root) == {}
 
@@ -711,9 +713,9 @@ def test_a_wrong_beginning_is_found_and_the_next_call_starts_anew(online, part):
     with serving(CIFAR_TAR) as server:
         publish(server.url)
         with pytest.raises(ValueError, match="CIFAR-10-C.tar.part was not CIFAR-10-C.tar and was deleted"):
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
         assert contents(root) == {}
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert contents(root) == CIFAR_FILES | {"CIFAR-10-C.tar": CIFAR_TAR}
 
 
@@ -723,7 +725,7 @@ def test_a_server_that_gives_nothing(online, plan):
     with serving(CIFAR_TAR, **plan) as server:
         publish(server.url)
         with pytest.raises(FileNotFoundError) as caught:
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
     assert (
         str(root / "CIFAR-10-C.tar") in str(caught.value)
         and len(server.log) == 1
@@ -738,7 +740,7 @@ def test_a_server_that_gives_another_stretch(online):
     with serving(CIFAR_TAR, shift=512) as server:
         publish(server.url)
         with pytest.raises(ValueError, match="from 9000 on"):
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
     assert contents(root) == {"CIFAR-10-C.tar.part": CIFAR_TAR[:9000]}
 
 
@@ -746,7 +748,7 @@ def test_no_network(online):
     root, publish = online
     publish("http://127.0.0.1:9/CIFAR-10-C.tar")
     with pytest.raises(FileNotFoundError, match="refused"):
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert contents(root) == {}
 
 
@@ -757,9 +759,9 @@ def test_a_truncated_archive_can_be_continued_as_its_error_says(online):
     with serving(CIFAR_TAR) as server:
         publish(server.url)
         with pytest.raises(ValueError, match="name it CIFAR-10-C.tar.part"):
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
         (root / "CIFAR-10-C.tar").rename(root / "CIFAR-10-C.tar.part")
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert server.log == ["bytes=5000-"]
 
 
@@ -767,22 +769,22 @@ def test_a_truncated_archive_can_be_continued_as_its_error_says(online):
 
 
 def test_room_is_asked_for_before_the_first_byte(root, monkeypatch):
-    monkeypatch.setattr(ca.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OSError, match="CIFAR-10-C.tar and its arrays need") as caught:
-        ca.fetch("cifar10", root=root)
+        downloads.fetch("cifar10", root=root)
     assert caught.value.filename == str(root) and list(root.iterdir()) == []
 
 
 FULL = """
     import resource, signal, sys
     import test_archives as small
-    from sparse_nb.robustness.corruptions import archives as ca
+    from sparse_nb.robustness.corruptions import archives as ca, downloads
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     ca.ARCHIVES["cifar10"] = small.cifar(url=sys.argv[1])
     for root, limit in zip(sys.argv[2::2], sys.argv[3::2]):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
         try:
-            ca.fetch("cifar10", root=root)
+            downloads.fetch("cifar10", root=root)
         except OSError as error:
             print(f"{type(error).__name__}: {error}")
 """
@@ -814,13 +816,13 @@ def test_a_full_disk_leaves_no_half_file_under_a_final_name(tmp_path):
 
 
 def test_frost_photographs(tmp_path, monkeypatch):
-    colours = {name: pixels(5, 7, 3, seed=i) for i, name in enumerate(ca._FROST_MD5)}
+    colours = {name: pixels(5, 7, 3, seed=i) for i, name in enumerate(downloads._FROST_MD5)}
     pictures = {}
     for name, array in colours.items():
         file = io.BytesIO()
         Image.fromarray(array).save(file, "png")
         pictures[name] = file.getvalue()
-    monkeypatch.setattr(ca, "_FROST_MD5", {name: md5(content) for name, content in pictures.items()})
+    monkeypatch.setattr(downloads, "_FROST_MD5", {name: md5(content) for name, content in pictures.items()})
     asked = []
 
     def download_file(path, expected, urls):
@@ -828,15 +830,15 @@ def test_frost_photographs(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pictures[path.name])
 
-    monkeypatch.setattr(ca, "download_file", download_file)
-    assert ca.frost_photographs(root=tmp_path) is None and list(tmp_path.iterdir()) == []
-    six = ca.frost_photographs(root=tmp_path, download=True)
+    monkeypatch.setattr(downloads, "download_file", download_file)
+    assert downloads.frost_photographs(root=tmp_path) is None and list(tmp_path.iterdir()) == []
+    six = downloads.frost_photographs(root=tmp_path, download=True)
     assert [np.array_equal(a, b) for a, b in zip(six, colours.values(), strict=True)] == [True] * 6 and six[
         0
     ].dtype == np.uint8
-    assert asked == [ca._FROST_URL + name for name in pictures]
+    assert asked == [downloads._FROST_URL + name for name in pictures]
     (tmp_path / "frost" / "frost4.jpg").write_bytes(pictures["frost4.jpg"][:-1])
     with pytest.raises(ValueError, match="frost4.jpg is not the published file"):
-        ca.frost_photographs(root=tmp_path)
+        downloads.frost_photographs(root=tmp_path)
     (tmp_path / "frost" / "frost4.jpg").unlink()
-    assert ca.frost_photographs(root=tmp_path) is None
+    assert downloads.frost_photographs(root=tmp_path) is None

@@ -18,8 +18,9 @@ from PIL import Image
 from scipy.stats import poisson
 
 from sparse_nb.data import load_images
-from sparse_nb.robustness.corruptions import cifar_c, mnist_c
-from sparse_nb.robustness.corruptions.cifar_c import _frosted
+from sparse_nb.robustness.corruptions import cifar_c, cifar_weather, mnist_c
+from sparse_nb.robustness.corruptions.cifar_digital import jpeg_library
+from sparse_nb.robustness.corruptions.cifar_weather import _frosted
 from sparse_nb.robustness.corruptions.corruptions import corrupt
 
 REFERENCE = os.environ.get("SPARSE_NB_REFERENCE")
@@ -194,7 +195,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_values(name, severity):
     """Every value of every image equals the original's."""
-    if name == "jpeg_compression" and cifar_c.jpeg_library() != "libjpeg 9d":
+    if name == "jpeg_compression" and jpeg_library() != "libjpeg 9d":
         pytest.skip("needs jpeglib, which brings the library of the original")
     arrays, corruption = originals("cifar10c.npz"), CIFAR[name]
     images, parameters = torch.from_numpy(channels_last_to_first(arrays["clean"])), corruption.parameters[severity - 1]
@@ -268,7 +269,7 @@ def assert_close(dataset, key, name, severity, monkeypatch):
     last of the six digits that are stored, and for shares of values 10 values more or less, since counts of rare values
     are not normal. Deterministic corruptions have nothing but these.
     """
-    monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (textures(), "photographs"))
+    monkeypatch.setattr(cifar_weather, "frost_textures", lambda root=None: (textures(), "photographs"))
     entry = json.loads((Path(REFERENCE) / "statistics.json").read_text())[
         "cifar10c" if dataset == "cifar10" else "mnistc"
     ]["corruptions"][key]
@@ -295,7 +296,7 @@ def assert_close(dataset, key, name, severity, monkeypatch):
 @pytest.mark.parametrize("severity", (1, 3, 5))
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_statistics(name, severity, monkeypatch):
-    if name == "jpeg_compression" and cifar_c.jpeg_library() != "libjpeg 9d":
+    if name == "jpeg_compression" and jpeg_library() != "libjpeg 9d":
         pytest.skip("needs jpeglib, which brings the library of the original")
     assert_close("cifar10", f"{name}_{severity}", name, severity, monkeypatch)
 

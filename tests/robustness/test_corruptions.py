@@ -20,20 +20,20 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_nb.data import IMAGE_SHAPES, ImageSet, load_images
 from sparse_nb.networks.models import build_model
-from sparse_nb.robustness.corruptions import archives, cifar_c, corruptions
+from sparse_nb.robustness.corruptions import cifar_weather, corruptions, downloads
+from sparse_nb.robustness.corruptions.batches import CorruptionKind, apply, draw_all
 from sparse_nb.robustness.corruptions.corruptions import benchmark, corrupt, evaluate, names
-from sparse_nb.robustness.corruptions.filters import CorruptionKind, apply, draw_all
 from sparse_nb.robustness.evaluation import sample
 
 ALL = [(dataset, name) for dataset in ("mnist", "cifar10") for name in names(dataset)]
-ICE, FROST_TEXTURES = cifar_c._grown_ice(), cifar_c.frost_textures
+ICE, FROST_TEXTURES = cifar_weather._grown_ice(), cifar_weather.frost_textures
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     """Grown ice, and nobody asks the network."""
-    monkeypatch.setattr(cifar_c, "frost_textures", lambda root=None: (ICE, "grown ice"))
-    monkeypatch.setattr(archives, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
+    monkeypatch.setattr(cifar_weather, "frost_textures", lambda root=None: (ICE, "grown ice"))
+    monkeypatch.setattr(downloads, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
 
 
 def pictures(dataset, count=8):
@@ -95,7 +95,7 @@ def test_an_error_in_a_block_comes_out_and_the_threads_stay():
 
 def checksum(task):
     dataset, name, severity = task
-    cifar_c.frost_textures = lambda root=None: (ICE, "grown ice")
+    cifar_weather.frost_textures = lambda root=None: (ICE, "grown ice")
     return hashlib.md5(corrupt(pictures(dataset), name, severity, seed=3).pixels.numpy().tobytes()).hexdigest()
 
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_not_kept(made, monkeypatch):
 def two_winters(tmp_path, monkeypatch):
     """Two folders with photographs of frost, all of one colour in each, and the colours."""
     files, colours = {}, {}
-    for number, name in enumerate(archives._FROST_MD5):
+    for number, name in enumerate(downloads._FROST_MD5):
         file = io.BytesIO()
         Image.new("RGB", (400, 300), (10, 20, 30)).save(file, "png")
         files[name] = file.getvalue() + bytes(number)  # each with a sum of its own
@@ -207,9 +207,9 @@ def two_winters(tmp_path, monkeypatch):
         (tmp_path / folder / "frost").mkdir(parents=True)
         for name in files:
             Image.new("RGB", (400, 300), colour).save(tmp_path / folder / "frost" / name, "png")
-    monkeypatch.setattr(cifar_c, "frost_textures", FROST_TEXTURES)
-    monkeypatch.setattr(archives, "checked_bytes", lambda path, md5: path.read_bytes())
-    monkeypatch.setattr(archives, "download_file", lambda path, *_: refuse(path))
+    monkeypatch.setattr(cifar_weather, "frost_textures", FROST_TEXTURES)
+    monkeypatch.setattr(downloads, "checked_bytes", lambda path, md5: path.read_bytes())
+    monkeypatch.setattr(downloads, "download_file", lambda path, *_: refuse(path))
     return colours
 
 

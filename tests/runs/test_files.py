@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from sparse_nb.networks.training import Epoch, History, Recipe
 from sparse_nb.robustness.evaluation import Record
-from sparse_nb.runs import files
+from sparse_nb.runs import record_files, schema
 from sparse_nb.runs.attempts import load_failures, save_failure
 from sparse_nb.runs.exchange import export, merge
-from sparse_nb.runs.files import parse_records, read_about, read_history, records_text, sha256
-from sparse_nb.runs.index import Records
+from sparse_nb.runs.files import sha256
+from sparse_nb.runs.queries import Records
+from sparse_nb.runs.record_files import parse_records, records_text
+from sparse_nb.runs.schema import read_about, read_history
 from sparse_nb.runs.store import Store, load_history, load_run, run_status, save_records, save_run
 from sparse_nb.runs.verify import leftovers, verify
 from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, evaluation_identity, experiment_hash, prepare
@@ -118,7 +120,7 @@ def offer_records(store, records):
     path = store.records_path(ONE, Clean())
     body = "".join(plain(record) + "\n" for record in records).encode()
     header = json.loads(path.read_bytes().partition(b"\n")[0]) | {"records": len(records), "sha256": sha256(body)}
-    path.write_bytes(canonical(header | {"sealed": files._seal(header)}).encode() + b"\n" + body)
+    path.write_bytes(canonical(header | {"sealed": record_files._seal(header)}).encode() + b"\n" + body)
     return path
 
 
@@ -256,7 +258,7 @@ def test_any_record_is_either_sane_or_refused_by_name(odd, trained, tmp_path):
     part=st.sampled_from(["experiment", "result", "environment"]),
     odd=st.dictionaries(
         st.sampled_from(
-            [*Experiment.__dataclass_fields__, *files._RESULT_MORE, "status", "device", "cpu", "threads", "x"]
+            [*Experiment.__dataclass_fields__, *schema._RESULT_MORE, "status", "device", "cpu", "threads", "x"]
         ),
         JSON,
         min_size=1,

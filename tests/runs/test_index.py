@@ -19,7 +19,8 @@ import pytest
 from sparse_nb.networks.training import Epoch, History, Recipe
 from sparse_nb.robustness.evaluation import Record
 from sparse_nb.runs import index as module
-from sparse_nb.runs.index import _RECORD_KEY, Records, index_path
+from sparse_nb.runs.index import _RECORD_KEY, index_path
+from sparse_nb.runs.queries import Records
 from sparse_nb.runs.store import Store, save_records, save_run
 from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, experiment_hash, prepare
 
@@ -353,7 +354,7 @@ def test_the_table_is_what_the_files_say(filled):
 
 def test_tables_need_no_torch(filled):
     code = (
-        "import sys; from sparse_nb.runs.index import Records; from sparse_nb.runs.attempts import load_failures; "
+        "import sys; from sparse_nb.runs.queries import Records; from sparse_nb.runs.attempts import load_failures; "
         "r = Records(sys.argv[1]); print(len(r.table()), len(load_failures(r)), 'torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code, filled.root], capture_output=True, text=True, check=True).stdout

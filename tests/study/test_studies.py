@@ -13,7 +13,7 @@ import pytest
 
 import sparse_nb
 from sparse_nb.cli.main import main
-from sparse_nb.study import reading, studies
+from sparse_nb.study import checks, reading, studies
 from sparse_nb.study.figures import measurements, plan, shown_families
 from sparse_nb.study.versions import canonical
 
@@ -62,7 +62,7 @@ def test_a_study_of_the_package_plans_the_networks_that_it_planned_before_it_was
 
 @pytest.mark.parametrize("study", studies.STUDIES)
 def test_networks_of_the_package_hold_their_budgets(study):
-    studies.check_budgets(studies.load(study))
+    checks.check_budgets(studies.load(study))
 
 
 def test_every_file_of_the_package_is_a_study_and_is_in_what_is_installed():

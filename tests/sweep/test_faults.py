@@ -29,8 +29,9 @@ from sparse_nb.networks import allocation, models
 from sparse_nb.networks.training import Recipe
 from sparse_nb.robustness import weight_noise
 from sparse_nb.robustness.evaluation import evaluate
-from sparse_nb.runs.files import parse_records, sha256
+from sparse_nb.runs.files import sha256
 from sparse_nb.runs.index import _RECORD_KEY
+from sparse_nb.runs.record_files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run, run_status, save_run
 from sparse_nb.study.experiments import (
     Clean,

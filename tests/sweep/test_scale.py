@@ -8,7 +8,7 @@ import large_store
 import pytest
 
 from sparse_nb.networks.training import Recipe
-from sparse_nb.runs import files, index
+from sparse_nb.runs import files, index, queries, record_files
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import Clean, Experiment
 from sparse_nb.study.figures import measurements, plan
@@ -83,7 +83,8 @@ def test_a_network_costs_the_driver_the_same_among_few_and_among_many(schedule, 
 
 def test_a_complete_study_is_resumed_without_opening_a_file(large, counted):
     wanted, store = large
-    for owner, name in ((files, "read_bytes"), (index, "read_about"), (sweep, "run_status"), (os, "listdir")):
+    readers = [(files, "read_bytes"), (record_files, "read_bytes"), (index, "read_about")]
+    for owner, name in (*readers, (sweep, "run_status"), (os, "listdir")):
         calls = counted(owner, name)
     summary = sweep.run(wanted, wanted, store=store, device="cpu", show=False)
     assert (summary.wanted, summary.made, summary.measured, summary.diverged) == (200, 0, 0, 0)
@@ -92,9 +93,10 @@ def test_a_complete_study_is_resumed_without_opening_a_file(large, counted):
 
 def test_a_question_to_a_store_that_is_known_opens_no_file_of_it(large, counted):
     _, store = large
-    checks = counted(files, "check_records")
+    checks = counted(record_files, "check_records")
     assert len(store.runs()) == 200 and checks["check_records"] <= 2  # two kinds of files, 400 of them
     calls = counted(files, "read_bytes")
+    counted(record_files, "read_bytes")
     counted(os, "scandir"), counted(os, "stat")
     assert len(store.runs()) == 200 and len(store.table()) == 200 * (2 + 24)
     assert calls["read_bytes"] == calls["scandir"] == 0 and calls["stat"] < 2 * (2 * 200 + 50)
@@ -103,7 +105,7 @@ def test_a_question_to_a_store_that_is_known_opens_no_file_of_it(large, counted)
 def test_with_a_limit_of_time_the_store_is_asked_once(tmp_path, counted):
     nets = [Experiment("digits", "mlp", 16, 1, 1000, seed, Recipe(epochs=1), train_images=50) for seed in range(3)]
     store = Store(tmp_path / "runs")
-    calls = counted(index.Records, "runs")
+    calls = counted(queries.Records, "runs")
     known = counted(sweep, "_remember")
     assert sweep.run(nets, [], store=store, device="cpu", minutes=60, show=False).made == 3
     assert calls["runs"] == 1 and known["_remember"] == 3

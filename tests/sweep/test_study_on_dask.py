@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from sparse_nb.runs.index import Records
+from sparse_nb.runs.queries import Records
 
 NETS = """from torch import nn
 
