@@ -74,8 +74,8 @@ def _library() -> str:
 class PlotWidget(anywidget.AnyWidget):
     """A plot of plotly's, as wide as the room for it.
 
-    plot: {"data": traces, "layout": settings} of [a view](01_views.ipynb); set it to show another. clicked: called with the trace (a dict) and what of it
-    was clicked, the number of a point or (row, column) of a heat map.
+    plot: {"data": traces, "layout": settings} of a view; set it to show another. clicked: called with the trace (a
+    dict) and what of it was clicked, the number of a point or (row, column) of a heat map.
     """
 
     _esm = _PROGRAM
