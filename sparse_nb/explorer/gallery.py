@@ -42,8 +42,9 @@ def _prediction_cells(model, images, labels, classes):
     """What the network takes `images` (float (N, C, H, W)) for, as HTML cells. classes: the names of classes."""
     cells = []
     for guess, label in zip(model(images).argmax(1).tolist(), labels.tolist(), strict=True):
-        colour, sign = ("#00695c", "✓") if guess == label else ("#b2182b", "✗")
-        cells.append(f"<td style='text-align:center;color:{colour}'>{sign} {text_as_html(classes[guess])}</td>")
+        colour, sign = ("#00897b", "✓") if guess == label else ("#e0405a", "✗")
+        sign = f"<span style='color:{colour}'>{sign}</span>"
+        cells.append(f"<td style='text-align:center'>{sign} {text_as_html(classes[guess])}</td>")
     return cells
 
 

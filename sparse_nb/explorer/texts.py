@@ -191,7 +191,8 @@ def title_html(chosen: Mapping[str, str]) -> str:
     """The title of the plot of a curve, as plotly's HTML. chosen: {choice: value}, of `tables.choose`."""
     schedule, rule = (choice_text(name, chosen[name]) for name in ("schedule", "rule"))
     small = f"weights removed {schedule}; {rule} allocation"
-    return f"{text_as_html(curve_text(chosen))}<br><span style='font-size:12px;color:#666'>{text_as_html(small)}</span>"
+    small = f"<span style='font-size:12px;opacity:.75'>{text_as_html(small)}</span>"
+    return f"{text_as_html(curve_text(chosen))}<br>{small}"
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #2b8fc0b9
 def slug(words: str) -> str:
@@ -255,7 +256,8 @@ def key_html(traces: Sequence[Mapping]) -> str:
     if any(any(trace.get("error_y", {}).get("array", ())) for trace in traces):
         bar = f"<svg width='12' height='16' style='vertical-align:-3px' stroke='{NEUTRAL_COLOUR}' stroke-width='1.5'>"
         items.append(f"<span>{bar}<path d='M6 2v12M2 2h8M2 14h8'/></svg> 95 % interval of the mean over seeds</span>")
-    layout = "display:flex;flex-wrap:wrap;gap:2px 18px;font-size:12px;line-height:1.5;color:#444"
+    layout = "display:flex;flex-wrap:wrap;gap:2px 18px;padding:2px 8px;font-size:12px;line-height:1.5"
+    layout += ";color:#444;background:white"  # as the plot, on a dark page too
     return f"<div style='{layout}'>{''.join(items)}</div>" if items else ""
 
 # %% ../../nbs/9_explorer/00_texts.ipynb #4fa8b0ee
@@ -308,7 +310,7 @@ def networks_html(root: str | Path, members: pd.DataFrame, records: pd.DataFrame
         value = f"{100 * values[run.experiment]:.1f} %" if run.experiment in values else "–"
         rows.append(_row_html([run.experiment, run.seed, run.status, run.epochs, value]))
     code = "\n".join([_IMPORTS, *(loading_code(root, run) for run in runs)])
-    style = "white-space:pre-wrap;font:12px monospace;background:#f6f6f6;padding:8px;line-height:1.35"
+    style = "white-space:pre-wrap;font:12px monospace;color:#222;background:#f6f6f6;padding:8px;line-height:1.35"
     return f"<table>{''.join(rows)}</table><pre style='{style}'>{text_as_html(code)}</pre>"
 
 
@@ -346,4 +348,5 @@ def notices_html(
         lines.append(f"failed{where}: {text_as_html(failure['network'])}: {text_as_html(failure['reason'])}")
     if len(failures) > 3:
         lines.append(f"… and {len(failures) - 3} more; <code>sparse-nb failures</code> lists them")
-    return "".join(f"<div style='color:#8a4b00;line-height:1.4'>{line}</div>" for line in lines)
+    style = "border-left:4px solid #e69f00;padding-left:8px;line-height:1.4"
+    return "".join(f"<div style='{style}'>{line}</div>" for line in lines)

@@ -418,7 +418,7 @@ def _link_html(address, root, environment):
     if environment.get("SERVER_SOFTWARE", "").startswith("voila"):
         token = [pair for pair in parse_qsl(environment.get("QUERY_STRING", "")) if pair[0] == "token"]
         link = f"?{address}{'&' + urlencode(token) if token else ''}"
-        style = "color:#2f57cf;text-decoration:underline"
+        style = "color:var(--jp-content-link-color,#2f57cf);text-decoration:underline"
         return f"<a href='{text_as_html(link)}' target='_blank' style='{style}'>Link to this view</a>"
     code = text_as_html(f"explore({str(root)!r}, view={address!r})")
     return f"This view, to send: <code style='overflow-wrap:anywhere;white-space:normal'>{code}</code>"
@@ -504,7 +504,7 @@ class _Explorer:
         self.compare.layout.display = "" if there and view == "curves" else "none"
         compared = f"<br>compared with (diamonds): {text_as_html(pinned[2])}" if pinned else ""
         self.heading.value = f"<div style='line-height:1.4'>{title_html(s.chosen)}{compared}</div>" if there else ""
-        self.reading.value = f"<div style='line-height:1.4;color:#666'>{READING[view]}</div>" if there else ""
+        self.reading.value = f"<div style='line-height:1.4;opacity:.75'>{READING[view]}</div>" if there else ""
         self.link.value = _link_html(s.address(), self.store.root, os.environ) if there else ""
 
     def clicked(self, trace, where):
