@@ -270,7 +270,7 @@ for what in (lambda: data.SIZES["os:system@1"], lambda: data.load_images("os:sys
 
 def test_a_mask_and_a_corruption_are_drawn_listed_and_judged(lab, run_in):
     status, said = run_in(lab, "figures", "masks.toml", "--no-pictures", "--workers", "1")
-    assert status == 0 and "0 failed" not in said and "4 figures in" in said, said
+    assert status == 0 and "0 failed" not in said and "4 figures as html" in said, said
     rule, corruption = "ourlab.masks:same_fan_in@1", "ourlab.damage:scratches@1"
     drawn = lab / "figures/rendered/masks"
     tables = {name: pd.read_csv(drawn / f"{name}.csv") for name in ("fig02", "fig04", "fig13")}
