@@ -267,7 +267,8 @@ class _Canvas:
             self.key.value = key_html(plot["data"])
             if self.figure is None:
                 self.figure = PlotWidget(plot, self.clicked)
-            self.figure.plot = plot
+            else:
+                self.figure.plot = plot
             self.holder.children = (self.figure, self.key)
 
 # %% ../../nbs/9_explorer/05_widgets.ipynb #05bf1bba
