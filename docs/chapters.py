@@ -1,5 +1,6 @@
 """What nbdev's directives and a notebook's links mean on a page of the book."""
 
+import ast
 import json
 import os
 import re
@@ -17,27 +18,62 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 HTML_LINK = re.compile(r'(?:(?<= href=")|(?<=<iframe src="))(?![a-z]+:|#)([^"#]+)(#[^"]*)?(?=")')
 
 
+def _is_all(node):
+    return isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
+
+
+def _described(module):
+    """(the names that `module` has in the reference, the chapter that it is exported from), read from its text."""
+    path = ROOT / module.replace(".", "/")
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = path.read_text(encoding="utf-8")
+    listed = (node for node in ast.parse(text).body if _is_all(node))
+    chapter = re.search(r"File to edit: (.*\.ipynb)", text)
+    return (
+        {name for node in listed for name in ast.literal_eval(node.value)},
+        chapter and os.path.normpath(path.parent.relative_to(ROOT) / chapter[1]),
+    )
+
+
+MODULES = {module: _described(module) for module in d["syms"]}
+REFERENCE = {module for module, (listed, _) in MODULES.items() if listed}
+
+
 def _names():
-    """{what prose may call it: full names} of every public module, function, class and method of the package."""
-    names = defaultdict(set)
+    """{what prose may call it: full names} of every module, function, class and method without an underscore, and
+    {full name: chapter} of those that only other chapters use, which have no place in the reference."""
+    names, chapters = defaultdict(set), {}
     for module, members in d["syms"].items():
+        listed, chapter = MODULES[module]
         for name in (module, *members):
             parts = name.split(".")
-            if not any(part.startswith("_") for part in parts):
-                for i in range(1, len(parts)):
-                    names[".".join(parts[i:])].add(name)
-                names[name].add(name)
-    return names
+            if any(part.startswith("_") for part in parts):
+                continue
+            for i in range(1, len(parts)):
+                names[".".join(parts[i:])].add(name)
+            names[name].add(name)
+            if not (listed if name == module else name.removeprefix(f"{module}.").split(".")[0] in listed):
+                chapters[name] = chapter
+    return names, chapters
 
 
-NAMES = _names()
+NAMES, CHAPTERS = _names()
 
 
 def _reference(match, module):
-    """`masks.random_masks` as a link to the reference, where the name means one thing; as it is otherwise."""
+    """`masks.random_masks` as a link to the reference, or to the chapter of what the reference has not, where the name
+    means one thing; as it is otherwise, and in its own chapter."""
     found = NAMES.get(match[1], set())
     found = {name for name in found if module and name.startswith(f"sparse_nb.{module}.")} or found
-    return f"{{py:obj}}`{match[1]} <{min(found)}>`" if len(found) == 1 else match[0]
+    if len(found) != 1:
+        return match[0]
+    (name,) = found
+    if name not in CHAPTERS:
+        return f"{{py:obj}}`{match[1]} <{name}>`"
+    home = MODULES.get(f"sparse_nb.{module}", (set(), None))[1]
+    if CHAPTERS[name] in (None, home):
+        return match[0]
+    return f"[{match[0]}](/{CHAPTERS[name]})"
 
 
 def with_references(text, module=None):

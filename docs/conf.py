@@ -14,7 +14,7 @@ ROOT = HERE.parent
 SOURCE = HERE / "_build/source"  # laid out by .ci/book.py
 sys.path[:0] = [str(HERE), str(ROOT)]
 
-from sparse_nb._modidx import d  # noqa: E402
+from chapters import MODULES, REFERENCE  # noqa: E402
 
 settings = ConfigParser()
 settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -48,7 +48,9 @@ autodoc2_packages = [
 ]
 autodoc2_render_plugin = "myst"
 autodoc2_docstring_parser_regexes = [(".*", "myst")]
-autodoc2_module_all_regexes = [f"{re.escape(module)}$" for module in d["syms"]]  # each has an __all__
+# What `#| export` lists is the reference; what `#| exporti` hands to other chapters is described there.
+autodoc2_module_all_regexes = [f"{re.escape(module)}$" for module in sorted(REFERENCE)]
+autodoc2_skip_module_regexes = [f"{re.escape(module)}$" for module in sorted(MODULES.keys() - REFERENCE)]
 autodoc2_hidden_objects = ["private", "dunder", "inherited"]
 autodoc2_output_dir = "reference"
 autodoc2_index_template = None

@@ -118,6 +118,34 @@ def book_requirements():
     return [Requirement(r) for r in settings()["docs_requirements"].split()]
 
 
+def public_names():
+    """(module, its `__all__`, {name: node} of the functions and classes in it) of every module that has one."""
+    for path in sorted((ROOT / "sparse_nb").rglob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        lists = [
+            node for node in body if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        ]
+        listed = {name for node in lists for name in ast.literal_eval(node.value)}
+        defined = (node for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)))
+        yield path.name, listed, {node.name: node for node in defined if node.name in listed}
+
+
+def test_what_a_user_meets_is_small_described_and_typed():
+    """Cells with `#| export` make the reference; what only other chapters use is exported with `#| exporti`."""
+    modules, bare, untyped = list(public_names()), [], []
+    assert 150 <= sum(len(listed) for _, listed, _ in modules) <= 190
+    for module, _, defined in modules:
+        bare += [(module, name) for name, node in defined.items() if not ast.get_docstring(node)]
+        for name, node in defined.items():
+            methods = [node] if isinstance(node, ast.FunctionDef) else node.body
+            for method in methods:
+                if isinstance(method, ast.FunctionDef) and not (method is not node and method.name.startswith("_")):
+                    taken = [*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs]
+                    hints = [a.annotation for a in taken if a.arg not in ("self", "cls")] + [method.returns]
+                    untyped += [(module, name, method.name)] * (None in hints)
+    assert (bare, untyped) == ([], [])
+
+
 def test_pyproject_mirrors_settings_for_nbdev_3():
     mirror = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["nbdev"]
     as_ini = {k: " ".join(v) if isinstance(v, list) else str(v) for k, v in mirror.items()}
