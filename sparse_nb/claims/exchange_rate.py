@@ -14,7 +14,8 @@ import pandas as pd
 
 from .effects import peak, pool
 from ..results.tables import collect, finished, noise_means, panels, scores
-from ..study.figures import plan, shown_families
+from ..study.figures import shown_families
+from ..study.plans import plan
 
 # %% ../../nbs/8_claims/06_exchange_rate.ipynb #2ac0d7fb
 def resampled_means(values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:

@@ -19,8 +19,9 @@ from ..results.axes import NEUTRAL_COLOUR, OKABE_ITO, WORDS
 from ..results.plots import finish
 from ..results.tables import collect, finished
 from ..runs.store import Store
-from ..study.figures import plan, shown_families
+from ..study.figures import shown_families
 from ..study.grid import Study
+from ..study.plans import plan
 
 # %% ../../nbs/8_claims/05_forest.ipynb #a0ff9148
 _FIGURES = {figure: "width" for figure, _ in SCORES.values()} | {figure: "width" for figure in PRUNED.values()}

@@ -22,8 +22,9 @@ from ..results.plots import finish
 from ..results.stats import holm
 from ..results.tables import PANEL, collect, finished, places_of
 from ..runs.store import Store
-from ..study.figures import plan, shown_families
+from ..study.figures import shown_families
 from ..study.grid import Study
+from ..study.plans import plan
 
 # %% ../../nbs/8_claims/04_verdicts.ipynb #ef2d127d
 MARKS = {

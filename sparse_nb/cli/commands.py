@@ -26,8 +26,9 @@ from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, ancestors, experiment_hash, is_trained
-from ..study.figures import FIGURES, measurements, plan, shown_families
+from ..study.figures import FIGURES, shown_families
 from ..study.grid import Study
+from ..study.plans import measurements, plan
 from ..study.studies import load, narrow
 from ..sweep import sweep
 from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together

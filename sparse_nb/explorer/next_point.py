@@ -17,7 +17,8 @@ from ..runs.attempts import read_progress, save_failure
 from ..runs.store import Store, run_status
 from ..study import versions
 from ..study.experiments import ancestors, experiment_hash
-from ..study.figures import FIGURES, plan, shown_rules
+from ..study.figures import FIGURES, shown_rules
+from ..study.plans import plan
 from ..study.studies import PRESETS, narrow
 from ..sweep.costs import costs_of, job_work, seconds_together
 from ..sweep.engines import judge, local_processes

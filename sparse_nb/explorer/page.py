@@ -46,8 +46,9 @@ from ..robustness.attacks import ATTACKS
 from ..runs.files import write_whole
 from ..runs.store import Store, run_status
 from ..study.experiments import experiment_hash
-from ..study.figures import FIGURES, Point, measurements, plan, shown_families
+from ..study.figures import FIGURES, shown_families
 from ..study.grid import Study
+from ..study.plans import Point, measurements, plan
 from ..study.studies import PRESETS
 from ..study.versions import canonical
 

@@ -33,8 +33,9 @@ from .figure_files import PICTURES, publish
 from .provenance import Provenance, of_points
 from .tables import collect, finished
 from ..runs.store import Store
-from ..study.figures import FIGURES, measurements, plan
+from ..study.figures import FIGURES
 from ..study.grid import Study
+from ..study.plans import measurements, plan
 from ..study.studies import load, narrow
 from ..sweep import sweep
 from ..sweep.jobs import resolve_device

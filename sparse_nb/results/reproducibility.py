@@ -17,8 +17,9 @@ from .axes import WORDS
 from .captions import in_range
 from ..runs.exchange import EXPORTED, published_folders, published_rows
 from ..study.experiments import ancestors
-from ..study.figures import FIGURES, measurements, plan, recipe_on, shown_families
+from ..study.figures import FIGURES, shown_families
 from ..study.grid import Study
+from ..study.plans import measurements, plan, recipe_on
 from ..study.studies import PRESETS
 from ..sweep.costs import Costs, costs_of, seconds_together, training_work
 from ..sweep.jobs import Job

@@ -27,7 +27,7 @@ from tornado.websocket import websocket_connect
 from sparse_nb.explorer.serve import start_server
 from sparse_nb.runs.attempts import load_failures, save_failure
 from sparse_nb.runs.store import Store
-from sparse_nb.study.figures import plan
+from sparse_nb.study.plans import plan
 from sparse_nb.study.studies import narrow
 from sparse_nb.sweep import sweep
 

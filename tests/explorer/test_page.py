@@ -21,7 +21,8 @@ from sparse_nb.data import CLASSES
 from sparse_nb.explorer.page import CONTROLS, write_page
 from sparse_nb.explorer.texts import GLOSSARY, LABELS
 from sparse_nb.results import axes, tables
-from sparse_nb.study.figures import FIGURES, plan
+from sparse_nb.study.figures import FIGURES
+from sparse_nb.study.plans import plan
 from sparse_nb.study.studies import narrow
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-quic"]

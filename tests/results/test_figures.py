@@ -38,7 +38,7 @@ from sparse_nb.results import figure_files, plots, provenance, rendering, tables
 from sparse_nb.runs.record_files import parse_records
 from sparse_nb.runs.store import Store, load_history, load_run
 from sparse_nb.study.experiments import Experiment, WeightNoise, counted_total
-from sparse_nb.study.figures import plan
+from sparse_nb.study.plans import plan
 from sparse_nb.study.studies import narrow
 from sparse_nb.sweep import sweep
 

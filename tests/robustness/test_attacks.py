@@ -21,7 +21,7 @@ from sparse_nb.networks.models import build_model
 from sparse_nb.robustness import attacks, evaluation
 from sparse_nb.runs.store import Store, load_run
 from sparse_nb.study.experiments import Attack, evaluation_hash
-from sparse_nb.study.figures import plan
+from sparse_nb.study.plans import plan
 from sparse_nb.study.studies import narrow
 
 ROOT = Path(__file__).parents[2]

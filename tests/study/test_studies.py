@@ -14,7 +14,8 @@ import pytest
 import sparse_nb
 from sparse_nb.cli.main import main
 from sparse_nb.study import checks, reading, studies
-from sparse_nb.study.figures import measurements, plan, shown_families
+from sparse_nb.study.figures import shown_families
+from sparse_nb.study.plans import measurements, plan
 from sparse_nb.study.versions import canonical
 
 ROOT = Path(__file__).parent.parent.parent

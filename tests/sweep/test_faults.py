@@ -44,7 +44,8 @@ from sparse_nb.study.experiments import (
     experiment_identity,
     train,
 )
-from sparse_nb.study.figures import FIGURES, plan
+from sparse_nb.study.figures import FIGURES
+from sparse_nb.study.plans import plan
 from sparse_nb.study.studies import PRESETS, narrow
 from sparse_nb.study.versions import canonical, digest, name_of
 from sparse_nb.sweep import sweep

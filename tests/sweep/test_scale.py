@@ -11,7 +11,7 @@ from sparse_nb.networks.training import Recipe
 from sparse_nb.runs import files, index, queries, record_files
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import Clean, Experiment
-from sparse_nb.study.figures import measurements, plan
+from sparse_nb.study.plans import measurements, plan
 from sparse_nb.study.studies import load
 from sparse_nb.sweep import sweep
 from sparse_nb.sweep.engines import Engine
@@ -113,9 +113,9 @@ def test_with_a_limit_of_time_the_store_is_asked_once(tmp_path, counted):
 
 def test_a_plan_looks_for_files_once_for_each_dataset_and_family(counted, tmp_path):
     """Whether official corruptions are there is asked of the disk; it takes a hundred questions."""
-    from sparse_nb.study import figures
+    from sparse_nb.study import plans
 
-    calls = counted(figures.corruptions, "origins")
+    calls = counted(plans.corruptions, "origins")
     study = load("smoke")
     few = plan("fig02", study, root=tmp_path)
     once = calls["origins"]
