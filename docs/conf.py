@@ -94,6 +94,14 @@ def _allow_parallel(extension):
         extension.parallel_read_safe = extension.parallel_write_safe = True
 
 
+def _drop_stale(app, error):
+    """Remove the pages of chapters and modules that are gone, which an earlier build has left."""
+    for page in Path(app.outdir).rglob("*.html"):
+        name = page.relative_to(app.outdir).with_suffix("").as_posix()
+        if "/" in name and not name.startswith("_") and name not in app.env.found_docs:
+            page.unlink()
+
+
 def setup(app):
     import chapters
     import published
@@ -103,3 +111,4 @@ def setup(app):
     app.connect("source-read", published.fill)
     app.connect("source-read", chapters.link_page)
     app.connect("html-page-context", published.add_scripts)
+    app.connect("build-finished", _drop_stale)

@@ -501,7 +501,7 @@ def _capacity_not_sparsity(tables):
     """The `Finding`s of claim 12: what fewer weights cost under noise, and what the same factor costs as
     density, on the mean over the factors.
     """
-    table, findings = tables["fig12"], []
+    table, findings = tables["fig12"][tables["fig12"].growth == "control"], []
     budgets = table.drop_duplicates(NETWORK + ["budget"]).set_index(NETWORK).budget
     for curve, (fewer, sparser) in paired_arms(scores(table, "noise"), budgets).items():
         fewer_costs, sparser_costs = (arm.iloc[:, 0] - arm.iloc[:, 1:].mean(axis=1) for arm in (fewer, sparser))

@@ -28,8 +28,8 @@ def hero_points(means: pd.DataFrame, rates: pd.DataFrame, rule: str = "water_fil
     """The networks of figure 12 under noise and one rule, with their rates: `tables.summarise_curves` and the columns
     budget, rate, rate_low, rate_high, bound, empty for dense networks.
 
-    means: of `tables.noise_means`; rates: of `exchange_rate.exchange_rates`. Only densities that every dense budget has
-    are kept, and places that have a rate.
+    means: of `tables.noise_means`; rates: of `exchange_rate.exchange_rates`. Densities that every budget of the
+    control has are kept, larger dense networks, and places that have a rate.
     """
     noisy = means[(means.quantity == "noisy_accuracy") & (means.rule == rule)]
     found = rates[(rates.disturbance == "noise") & (rates.rule == rule)]
@@ -38,9 +38,11 @@ def hero_points(means: pd.DataFrame, rates: pd.DataFrame, rule: str = "water_fil
     named = found.rename(columns={"low": "rate_low", "high": "rate_high"})
     points = points.merge(named[[*_PLACE, "rate", "rate_low", "rate_high", "bound"]], on=_PLACE, how="left")
     points = points[points.dataset.isin(found.dataset)].assign(step=lambda p: (-np.log2(p.density)).round().astype(int))
-    budgets = points.groupby(["dataset", "family", "step"]).budget.transform("nunique")
-    complete = points[points.step == 0].groupby(["dataset", "family"]).budget.nunique().max() if len(points) else 0
-    return points[budgets == complete].drop(columns="step").sort_values(_PLACE, ignore_index=True)
+    control = points[points.growth == "control"]
+    budgets = control.groupby(["dataset", "family", "step"]).budget.transform("nunique")
+    complete = control[control.step == 0].groupby(["dataset", "family"]).budget.nunique().max() if len(points) else 0
+    drawn = (points.growth == "larger_dense") | (budgets == complete).reindex(points.index, fill_value=False)
+    return points[drawn].drop(columns="step").sort_values(_PLACE, ignore_index=True)
 
 # %% ../../nbs/8_claims/08_hero.ipynb #af261aea
 def arrow_of(panel: pd.DataFrame) -> pd.Series:

@@ -38,7 +38,7 @@ ARMS = {"fewer": "fewer weights, dense", "sparser": "same weights, sparser", "bo
 
 def control_arms(means: pd.DataFrame) -> pd.DataFrame:
     """The networks of figure 12 on each of `ARMS`: rows of `tables.noise_means` with the columns arm, factor (of
-    weights or density, in (0, 1]) and step, its halvings.
+    weights or density) and step, its halvings. Dense networks larger than the base have factors above 1.
 
     A network that is on several arms has rows for each; one that is on none has no row. Raises ValueError where there
     is no dense network to begin with.
@@ -46,9 +46,10 @@ def control_arms(means: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for place, rows in means.groupby(["dataset", "rule", "family"], sort=False):
         dense = rows[rows.density == 1]
-        if dense.empty:
+        control = dense[dense.growth == "control"]
+        if control.empty:
             raise ValueError(f"there is no dense network of {' '.join(place)}, from which figure 12 begins")
-        base = dense.loc[dense.budget.idxmax()]
+        base = control.loc[control.budget.idxmax()]
         parts += [
             dense.assign(arm="fewer", factor=dense.budget / base.budget),
             rows[rows.budget == base.budget].assign(arm="sparser", factor=lambda r: r.density),
@@ -74,13 +75,15 @@ ARM_LINES = {  # and how far each is drawn from its place, in halvings
 }
 
 
-def _factor_axis(steps: int) -> dict:
-    """Settings of a logarithmic axis of factors that falls to the right: 1, 1/2, 1/4 … for steps from 0 to `steps`."""
+def _factor_axis(first: int, last: int) -> dict:
+    """Settings of a logarithmic axis of factors that falls to the right: … 2, 1, 1/2 … for halvings `first` to `last`,
+    of which the first is at most 0."""
+    steps = range(first, last + 1)
     return dict(
         type="log",
-        range=[0.06, -(max(steps, 1)) * math.log10(2) - 0.06],
-        tickvals=[2.0**-k for k in range(steps + 1)],
-        ticktext=["1", *(f"1/{2**k}" for k in range(1, steps + 1))],
+        range=[0.06 - first * math.log10(2), -(max(last, 1)) * math.log10(2) - 0.06],
+        tickvals=[2.0**-k for k in steps],
+        ticktext=[f"{2**-k}" if k <= 0 else f"1/{2**k}" for k in steps],
     )
 
 
@@ -95,7 +98,11 @@ def _draw_arms_panel(
             on_arm = panel[(panel.arm == arm) & (panel.rule == rule) & line.among(panel)]
             add_line(figure, on_arm.assign(x=on_arm.factor * 2**-apart), styled, faint=True, **at)
     add_diverged(figure, panel, height=bounds[0], **at)
-    figure.update_xaxes(_factor_axis(int(panel.step.max())), title="weights, density or both, by this factor", **at)
+    figure.update_xaxes(
+        _factor_axis(min(0, int(panel.step.min())), int(panel.step.max())),
+        title="weights, density or both, by this factor",
+        **at,
+    )
     figure.update_yaxes(range=bounds, title=row_title(panel.dataset.iloc[0], "accuracy under noise (%)"), **at)
 
 # %% ../../nbs/7_results/07_budget_or_density.ipynb #dc6f5539
@@ -139,7 +146,7 @@ def arm_differences(arms: pd.DataFrame) -> pd.DataFrame:
     for panel, of_panel in noisy.groupby(place, sort=False):
         by_seed = {key: group.set_index("seed").value for key, group in of_panel.groupby(["arm", "step"])}
         base = by_seed.get(("fewer", 0))
-        for step in sorted(set(of_panel.step) - {0}):
+        for step in sorted(step for step in set(of_panel.step) if step > 0):
             there = {arm: by_seed[arm, step] for arm in ARMS if (arm, step) in by_seed}
             if len(there) < 2:
                 continue

@@ -77,7 +77,7 @@ def check_figures(study: Study) -> None:
 # %% ../../nbs/4_study/06_checks.ipynb #360a2d4a
 def check_setting(setting: FamilySetting, path: Sequence[str], datasets: Sequence[str]) -> None:
     """Raise `Wrong` for widths and names of a `FamilySetting` that cannot be."""
-    widths = {name: getattr(setting, name) for name in ("widths", "pruned_widths", "control")}
+    widths = {name: getattr(setting, name) for name in ("widths", "pruned_widths", "control", "control_dense")}
     widths |= {"compared.widths": setting.compared.widths, "rates.widths": setting.rates.widths}
     for name, of in widths.items():
         if any(width < 1 for width in of) or len(set(of)) < len(of) or name == "widths" and not of:
@@ -90,6 +90,10 @@ def check_setting(setting: FamilySetting, path: Sequence[str], datasets: Sequenc
         raise Wrong(
             where, f"{dotted(where)} is {list(setting.control)}; accepted: base {setting.base}, then narrower ones"
         )
+    if any(width <= setting.base for width in setting.control_dense) or setting.control_dense and not setting.control:
+        where = (*path, "control_dense")
+        words = f"{dotted(where)} is {list(setting.control_dense)}; accepted: widths above base {setting.base}"
+        raise Wrong(where, f"{words}, beside a control")
     by_dataset = {name: getattr(setting, name) for name in ("dataset_epochs", "depth_epochs", "dataset_widths")}
     by_dataset["compared.schedules"] = setting.compared.schedules
     for name, of in by_dataset.items():

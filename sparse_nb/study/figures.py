@@ -15,8 +15,9 @@ from ..networks import models
 @dataclass(frozen=True)
 class Figure:
     """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
-    growths: "width", "depth", "control", or "schedule" and "rate", which put several schedules and learning rates
-    beside each other. rules: None for the study's. also: measures beside the main one."""
+    growths: "width", "depth", "control", "larger_dense" (dense networks beside the control), or "schedule" and "rate",
+    which put several schedules and learning rates beside each other. rules: None for the study's. also: measures
+    beside the main one."""
 
     notebook: str
     title: str
@@ -71,7 +72,10 @@ _BY_TYPE = tuple(
 # %% ../../nbs/4_study/04_figures.ipynb #7cdc8c89c7104fffa095e18ddfef8986
 _BEYOND = (
     Figure(
-        "fig12_budget_density", "Fewer weights, or the same number in a sparser network?", "weight_noise", ("control",)
+        "fig12_budget_density",
+        "Fewer weights, or the same number in a sparser network?",
+        "weight_noise",
+        ("control", "larger_dense"),
     ),
     Figure(
         "fig13_effective_density",
@@ -121,7 +125,12 @@ def _shows(spec, family):
 def growths_of(spec, setting):
     """The growths of a `Figure` that a `FamilySetting` has: no control without its budgets, no curve by depth with one
     depth, nothing to compare without schedules."""
-    needed = {"control": setting.control, "depth": setting.depths[1:], "schedule": setting.compared.schedules}
+    needed = {
+        "control": setting.control,
+        "larger_dense": setting.control_dense,
+        "depth": setting.depths[1:],
+        "schedule": setting.compared.schedules,
+    }
     needed["rate"] = setting.rates.learning_rates
     absent = {growth for growth, there in needed.items() if not there}
     return tuple(growth for growth in spec.growths if growth not in absent)

@@ -90,6 +90,7 @@ class FamilySetting:
     width `depth_width`.
     train_images, test_images: random samples, None for all; the latter for measures of `MANY_PASSES`.
     control: base widths of the control's budgets, `base` first, falling; empty where the family is not in the control.
+    control_dense: widths above `base` of dense networks beside the control, for the exchange rate of its best networks.
     dataset_epochs: (dataset, most epochs) where they are not the recipe's; depth_epochs: likewise by depth.
     dataset_widths: (dataset, `widths`) where they are others.
     pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent
@@ -104,6 +105,7 @@ class FamilySetting:
     train_images: int | None = None
     test_images: int | None = None
     control: tuple[int, ...] = ()
+    control_dense: tuple[int, ...] = ()
     dataset_epochs: tuple[tuple[str, int], ...] = ()
     depth_epochs: tuple[tuple[str, int], ...] = ()
     dataset_widths: tuple[tuple[str, tuple[int, ...]], ...] = ()

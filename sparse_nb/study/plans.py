@@ -29,8 +29,9 @@ def networks(setting, growth):
 
 @dataclass(frozen=True)
 class Point:
-    """One network's place on a curve, and the measurement wanted of it. growth: "width", "depth" or "control", or the
-    schedule or the learning rate where several are compared. rule: of the curve, also for its dense base."""
+    """One network's place on a curve, and the measurement wanted of it. growth: "width", "depth", "control" or
+    "larger_dense", or the schedule or the learning rate where several are compared. rule: of the curve, also for its
+    dense base."""
 
     growth: str
     rule: str
@@ -73,8 +74,8 @@ def measurement_of(preset, measure, dataset, setting, root=None):
 
 # %% ../../nbs/4_study/08_plans.ipynb #e29c9c18
 def budgets(dataset, family, setting, growth):
-    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", of the "control", or of a schedule that
-    is compared, networks as (width, depth, repeat).
+    """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", of the "control" or its "larger_dense"
+    networks, or of a schedule that is compared, networks as (width, depth, repeat).
 
     The dense network that sets the budget of a curve is among its networks only if the setting wants it there.
     """
@@ -84,6 +85,9 @@ def budgets(dataset, family, setting, growth):
             (counted_total(dataset, family, base, depth, repeat), [(width, depth, repeat) for width in widths])
             for base, widths in control_grid(dataset, family, setting).items()
         ]
+    if growth == "larger_dense":
+        nets = [(width, *setting.depths[0]) for width in setting.control_dense]
+        return [(counted_total(dataset, family, *net), [net]) for net in nets]
     nets = networks(setting, growth)
     return [
         (
