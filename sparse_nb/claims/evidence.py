@@ -16,8 +16,10 @@ from scipy import stats
 # %% ../../nbs/8_claims/01_evidence.ipynb #2c624232
 @dataclass(frozen=True)
 class Evidence:
-    """What numbers say of a sentence. p_for: the p-value of its being false, so small if they support it; p_against: of
-    its being true.
+    """The evidence for and against a sentence.
+
+    p_for: the p-value of the hypothesis that the sentence is false, small if the numbers support it. p_against: that of
+    the hypothesis that it is true.
 
     Both in [0, 1], or NaN where there was no test. Raises ValueError for others.
     """

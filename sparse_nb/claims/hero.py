@@ -207,7 +207,7 @@ def _draw_panel(figure: go.Figure, panel: pd.DataFrame, colours: dict[int, str],
 
 # %% ../../nbs/8_claims/08_hero.ipynb #4192929e
 def draw_hero(points: pd.DataFrame, *, footer: Sequence[str]) -> go.Figure:
-    """Accuracy under noise by number of weights, dense and ever sparser, with an arrow for the exchange rate.
+    """Accuracy under noise by number of weights, dense and increasingly sparse, with an arrow for the exchange rate.
 
     points: of `hero_points`; footer: lines of text underneath. Raises ValueError if there is no rate to draw.
     """

@@ -42,8 +42,8 @@ def claim_plans(preset, *, root=None, claims: Sequence[Claim] = tuple(CLAIMS.val
 
 
 def claim_tables(plans: dict[str, tuple], store) -> tuple[dict[str, pd.DataFrame], list]:
-    """({figure: table of `tables.collect`}, their points): what is measured of `claim_plans`, without figures
-    of which nothing is.
+    """({figure: table of `tables.collect`}, their points): the measured part of `claim_plans`,
+    without figures that have no measurements.
     """
     there = {figure: points for figure, planned in plans.items() if (points := finished(planned, store))}
     return {figure: collect(store, points) for figure, points in there.items()}, [

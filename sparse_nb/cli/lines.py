@@ -20,7 +20,7 @@ def _columns(text):
 
 
 def fitted(text: str, width: int) -> str:
-    """`text` with lines of at most `width` columns, broken between words; what continues a line is indented by four.
+    """`text` with lines of at most `width` columns, broken between words; continuation lines are indented by four.
 
     Lines that fit stay as they are. A longer word is broken after commas, or not at all.
     """

@@ -36,7 +36,7 @@ _FIRST = {
 
 
 def _planned(preset, chosen, *, root=None, more_seeds=0):
-    """{experiment: (evaluation,)} of the curve `chosen` (of `tables.choose`) in the plan of the preset of this name.
+    """{experiment: (evaluation,)} of the curve `chosen` (of `catalogue.choose`) in the plan of the preset of this name.
 
     Empty if the preset has no such curve.
     """
@@ -62,7 +62,7 @@ def preset_of(
 ) -> str:
     """The preset that has most of the `runs` (hashes) on its curve `chosen`; empty if none has any.
 
-    trainable: pass over one that is pinned to earlier versions, of which nothing can be trained.
+    trainable: skip presets that are pinned to earlier versions and cannot be trained.
     """
     presets = [name for name, preset in PRESETS.items() if not (trainable and preset.versions)]
     shared = {name: sum(experiment_hash(e) in runs for e in _planned(name, chosen, root=root)) for name in presets}
@@ -75,7 +75,7 @@ def next_jobs(
 ) -> list[Job]:
     """The jobs that give the curve `chosen` one more point, the last of them the point.
 
-    chosen: {choice: value}, of `tables.choose`; empty for the first curve of the preset smoke. runs: hashes of the
+    chosen: {choice: value}, of `catalogue.choose`; empty for the first curve of the preset smoke. runs: hashes of the
     networks on the curve. root: of the datasets. An empty list if no preset has the curve.
     """
     chosen = chosen or _FIRST
@@ -151,7 +151,7 @@ def make_point(
     root: str | Path | None = None,
     device: str = "auto",
 ) -> str:
-    """Carry out `jobs` in another process and say what became of them, in words, "done" if all went well.
+    """Carry out `jobs` in another process; returns the outcome in words, "done" if all succeeded.
 
     report: called with the share that is done, in [0, 1], and words. stopped: once it is set the process is ended.
     root: of the datasets. device: "auto", "cpu" or "cuda".

@@ -394,7 +394,7 @@ def page_data(
     text for each menu, "words", "claim", "axis", "places", "seeds", "clean", "questions": as `_questions_of`}]}. Words,
     runs, places and axes are numbers, positions in those lists; accuracies are hundredths of a percent, None where
     missing.
-    judged, effects: of `claim_text`; without them, no claim is told. All three tables can have a column study; if the
+    judged, effects: of `claim_text`; without them, no claim is shown. All three tables can have a column study; if the
     table has several studies, the last menu is the study.
     """
     texts, runs, places, axes, curves = _Numbered(), _Numbered(), _Numbered(), _Numbered(), []
@@ -476,7 +476,7 @@ def write_page(
 ) -> list[Path]:
     """Write all curves of a `page_table` as one HTML file; returns the paths written, the page first.
 
-    judged, effects: of `claim_text`. provenance: lines for its foot. fill: the command that an empty page names.
+    judged, effects: of `claim_text`. provenance: lines at the bottom. fill: the command that an empty page suggests.
     include_plotlyjs: True, plotly.js in the page (4.8 MB), or "directory", in the file plotly.min.js beside it. The
     same arguments give the same bytes.
     Raises ValueError for another include_plotlyjs, OSError if a file cannot be written.

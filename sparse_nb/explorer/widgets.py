@@ -516,7 +516,7 @@ class _Explorer:
 def explore(runs: str | Path = "runs", view: str = "") -> widgets.Widget:
     """The explorer of the runs folder `runs`, a widget to display. The folder is made when a network is trained.
 
-    view: what it shows first, as a link to a view says it behind its question mark ("dataset=mnist&strength=0.5"); what
-    of that does not exist is passed over.
+    view: the first view, in the form of a link's part after the question mark ("dataset=mnist&strength=0.5"); values
+    that do not exist are ignored.
     """
     return _Explorer(Records(runs), view).page

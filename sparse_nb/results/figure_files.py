@@ -225,8 +225,8 @@ def _made_of(path: Path) -> Provenance | None:
 def read(path: str | Path) -> Provenance:
     """The `Provenance` in the SVG, PNG or HTML file of a figure; of a CSV only its runs.
 
-    Raises ValueError naming the file if there is none in it, or it is not a figure's file; FileNotFoundError or
-    another OSError if there is no such file, or it may not be read.
+    Raises ValueError naming the file if it has no provenance or is not a figure's file, FileNotFoundError or another
+    OSError if it is missing or cannot be read.
     """
     path = Path(path)
     _check_file(path)

@@ -35,10 +35,10 @@ from .captions import column_words, seed_words
 # %% ../../nbs/7_results/05_plots.ipynb #35135aaa
 @dataclass(frozen=True)
 class Line:
-    """What one line of a panel shows: the points with this quantity and strength, under this label, in this colour.
+    """One line of a panel: the points with this quantity and strength, under this label, in this colour.
 
-    strength: a number, or {dataset: number}. name: the records' name, None for any. dash, symbol: plotly's words for
-    how the line is broken and for its markers.
+    strength: a number, or {dataset: number}. name: the records' name, None for any. dash, symbol: plotly's names
+    for the dash of the line and for its markers.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Line:
 
 
 def strength_lines(curves: pd.DataFrame, quantity: str, most: int = 4) -> tuple[Line, ...]:
-    """A `Line` for each strength at which `quantity` was measured, from dark to light; of more than `most` a few."""
+    """A `Line` for each strength at which `quantity` was measured, from dark to light, at most `most`."""
     strengths = few(sorted(curves[curves.quantity == quantity].strength.unique()), most)
     colours = ordered_colours(len(strengths) + 1)  # the lightest is too light for paper
     return tuple(
@@ -77,7 +77,7 @@ _OWN_STYLES = (("dashdot", "triangle-up"), ("longdash", "triangle-down"), ("long
 
 
 def rule_styles(rules: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{rule: (dash, symbol)}; rules of the user's own get, in their order, those that are left."""
+    """{rule: (dash, symbol)}; the user's own rules get the remaining ones, in order."""
     left = itertools.cycle(_OWN_STYLES)
     return {rule: RULE_STYLES.get(rule) or next(left) for rule in rules}
 
@@ -95,7 +95,7 @@ def lines_of_rules(
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10002
 def _hover(points: pd.DataFrame) -> list[str]:
-    """What each of `points` says of itself when it is pointed at, as HTML."""
+    """The hover text of each of `points`, as HTML."""
     return [
         f"{100 * p.mean:.1f} % ({spread_text(p)})<br>{WORDS[p.rule]}, remaining weights {100 * p.density:.3g} %, "
         f"width {p.width}, depth {p.depth} × {p.repeat}<br>{p.ended}<br>{p.runs}"
@@ -104,7 +104,7 @@ def _hover(points: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/7_results/05_plots.ipynb #85f1e989
 def _add_dots(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, col: int) -> None:
-    """Two small dots for each of `points` that has two seeds, which say more than an interval of two numbers."""
+    """Two small dots for each of `points` that has two seeds, instead of an interval."""
     pairs = points[points.seeds == 2]
     if len(pairs):
         figure.add_scatter(
@@ -154,7 +154,7 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
 
 # %% ../../nbs/7_results/05_plots.ipynb #eb1e33e8
 def add_diverged(figure: go.Figure, points: pd.DataFrame, *, height: float, row: int, col: int) -> None:
-    """Mark where networks of a panel diverged, with how many of how many, at `height` on the vertical axis."""
+    """Mark where networks of a panel diverged, and how many did, at `height` on the vertical axis."""
     places = points[points.diverged > 0].drop_duplicates("x")
     if places.empty:
         return
@@ -278,7 +278,7 @@ def draw_panel(
     """One panel: its `lines`, of each rule, those of its networks that diverged, and its axes.
 
     points: rows of `tables.summarise_curves`. lines: of `lines_of_rules`. bounds, value: range and title of the
-    vertical axis. densities: of networks that grow in width, which the axis is to hold besides.
+    vertical axis. densities: of other networks that grow in width, which the axis includes as well.
     """
     points, axis = place_points(points)
     if set(points.growth) == {"width"}:
@@ -334,8 +334,10 @@ def draw_panels(
 
 # %% ../../nbs/7_results/05_plots.ipynb #9f14025a
 def only_outer_labels(figure: go.Figure, grid: Grid) -> go.Figure:
-    """Leave titles of axes only to the first panel of each row and the lowest of each column with the same kind of
-    axis, and the numbers of equal logarithmic axes of a column to the lowest; returns `figure`.
+    """Remove repeated axis titles and tick labels; returns `figure`.
+
+    Titles stay at the first panel of each row and the lowest of each column with the same kind of axis, the tick
+    labels of equal logarithmic axes at the lowest of each column.
     """
     growths = {place: growth for (_, growth, _), place in grid.places.items()}
     for (row, col), growth in growths.items():
@@ -364,8 +366,8 @@ def _add_entry(figure: go.Figure, name: str, *, line, symbol: str, group: str = 
 
 
 def add_rules(figure: go.Figure, rules: Collection[str], *, marked: bool = False) -> go.Figure:
-    """Say in the legend which dash, and which marker, is which rule, if there are several; returns `figure`. marked:
-    as in `lines_of_rules`.
+    """Explain the dash and marker of each rule in the legend, if there are several; returns `figure`. marked: as in
+    `lines_of_rules`.
     """
     for rule, (dash, symbol) in rule_styles(rules).items() if len(rules) > 1 else ():
         line, symbol = dict(color="#444444", width=2, dash=dash), "" if marked else symbol
@@ -374,7 +376,7 @@ def add_rules(figure: go.Figure, rules: Collection[str], *, marked: bool = False
 
 
 def _fill_legend(figure: go.Figure) -> go.Figure:
-    """Entries of the legend with filled markers, whichever the first point of their line has; returns `figure`."""
+    """Give legend entries filled markers, even if the first point of the line is open; returns `figure`."""
     for trace in figure.select_traces(selector=lambda trace: trace.showlegend and trace.legendgroup):
         trace.showlegend = False
         symbol = trace.marker.symbol[0].removesuffix("-open")

@@ -165,7 +165,7 @@ class Rendering:
     def from_parameters(cls, figure: str, scope: dict) -> "Rendering":
         """Of a notebook's parameters. scope: its `globals()`. Nothing is trained or written.
 
-        Raises ValueError or FileNotFoundError, naming it, for whatever could not be carried out.
+        Raises ValueError or FileNotFoundError naming a parameter that cannot be used.
         """
         if figure not in (*FIGURES, *OF_CLAIMS):
             raise ValueError(f"figure is {figure!r}; accepted: {', '.join((*FIGURES, *OF_CLAIMS))}")
@@ -201,7 +201,7 @@ class Rendering:
         return f"Figure {int(self.figure.removeprefix('fig'))}. {FIGURES[self.figure].title}{rule}"
 
     def by_rule(self) -> "list[Rendering]":
-        """This figure in parts of one rule each, the first under its own name; for panels without room for all."""
+        """One part of this figure for each rule, the first under the figure's own name; for panels too full for all."""
         parts = []
         for rule in dict.fromkeys(point.rule for point in self.points):
             planned = tuple(point for point in self.planned if point.rule == rule)
@@ -226,8 +226,8 @@ class Rendering:
     def publish(
         self, figure: go.Figure, curves: pd.DataFrame, name: str = "", made: Provenance | None = None
     ) -> object:
-        """`figure_files.publish` the figure and its points, of the rule that it is about; returns the image, for the
-        notebook to show, or where it is without pictures.
+        """`figure_files.publish` the figure and the points of its rule; returns the PNG for the notebook to show, or a
+        text if there is none.
 
         name: of the files, the figure's own if empty. made: provenance, if it is not that of the points.
         """

@@ -53,8 +53,8 @@ def recipe_text(family, recipe):
 
 
 def trained_text(runs):
-    """How many networks `runs` have, of which widths, and how they ended; those that were pruned after
-    training are no trainings of their own.
+    """The number of networks in `runs`, their widths, and how they ended; networks pruned after training are counted
+    separately.
     """
     trained = runs[runs.schedule == "static"]
     ended, words = (

@@ -21,7 +21,7 @@ QUESTIONS = {"accuracy": "undisturbed", "noisy_accuracy": "under weight noise", 
 
 
 def _common_seeds(means: pd.DataFrame) -> pd.DataFrame:
-    """Those rows of seeds that every schedule of their dataset and family has; a mean over other seeds is no rival."""
+    """Rows of seeds that every schedule of their dataset and family has, so that means are over the same seeds."""
     place = ["dataset", "family"]
     schedules = means.groupby(place).growth.transform("nunique")
     with_it = means.groupby([*place, "seed"]).growth.transform("nunique")

@@ -175,8 +175,8 @@ def noise_means(table: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/7_results/02_tables.ipynb #c8dec267
 def score_of_diverged(dataset: str, what: str) -> float:
-    """The `what` score of a network that diverged: chance, and the worst there is under attack, of recalls
-    and of losses.
+    """The score `what` of a network that diverged: chance accuracy, or the worst possible value under attack, of
+    recalls and of losses.
     """
     from sparse_nb.data import CLASSES
 

@@ -17,7 +17,7 @@ from ..sweep.jobs import words
 
 # %% ../../nbs/7_results/10_trace.ipynb #f611e895
 def head_lines(provenance: Provenance) -> list[str]:
-    """What a `Provenance` says of all its runs together, as lines for people; nothing is said of what is not known."""
+    """What all runs of a `Provenance` share, as readable lines; what is not known is left out."""
     now = versions_now()
     here = {
         name: "as here" if now.get(name) == code else f"here it is {now.get(name)}"
@@ -64,8 +64,8 @@ def run_line(run: str, root: Path) -> str:
 
 # %% ../../nbs/7_results/10_trace.ipynb #89177dc6
 def trace_lines(provenance: Provenance, root: Path) -> list[str]:
-    """All that `trace` says of a figure: what its runs have in common, a line for each that is in the runs folder
-    `root`, and one for all that are not, which says where they may come from.
+    """The output of `trace` for a figure: what its runs have in common, a line for each that is in the runs folder
+    `root`, and one line for all others, which says where they may come from.
     """
     there = [run for run in provenance.runs if (Path(root) / run / "manifest.json").exists()]
     lines, missing = (
