@@ -134,7 +134,7 @@ def _outcome(store, job, future):
     error = future.exception() if not future.cancelled() else CancelledError()
     if error is None:
         elsewhere = future.result().status == "elsewhere"
-        return f"another process is at it: {words(job.experiment)}" if elsewhere else "done"
+        return f"another process is training it: {words(job.experiment)}" if elsewhere else "done"
     if _interrupted(error):
         return "interrupted; what was finished is kept"
     reason = judge(error)[1]

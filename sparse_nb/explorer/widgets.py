@@ -373,7 +373,7 @@ class _Training:
         """Train what `wanted` returns, if it is known what."""
         self.stopped.clear()
         self.train.disabled = True
-        self.told.value = "looking for what is missing …"  # the first time, torch has to be imported
+        self.told.value = "looking for missing networks …"  # the first time, torch has to be imported
         threading.Thread(target=self.work, args=(wanted,), daemon=True).start()
 
     def work(self, wanted):

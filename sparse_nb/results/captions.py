@@ -225,7 +225,7 @@ def footer_lines(
     if smaller := smaller_than_paper(preset, points, parts):
         lines.append("Smaller than the preset paper: " + ". ".join(smaller) + ".")
     if missing := still_to_run(points, planned):
-        lines.append("Planned and still to be run: " + "; ".join(missing) + ".")
+        lines.append("Planned, not yet run: " + "; ".join(missing) + ".")
     return lines
 
 # %% ../../nbs/7_results/04_captions.ipynb #581446a3

@@ -233,10 +233,10 @@ def read(path: str | Path) -> Provenance:
     try:
         made = _made_of(path)
     except (ValueError, csv.Error, expat.ExpatError) as error:
-        raise ValueError(f"the provenance in {path} cannot be read ({error}); draw the figure again") from error
+        raise ValueError(f"the provenance in {path} cannot be read ({error}); plot the figure again") from error
     if made is None:
         why = "it was drawn by an earlier version of this package, or by another program"
-        raise ValueError(f"{path} carries no provenance: {why}; draw it again{_elsewhere(path)}")
+        raise ValueError(f"{path} contains no provenance: {why}; plot it again{_elsewhere(path)}")
     return made
 
 # %% ../../nbs/7_results/09_figure_files.ipynb #2e090f34

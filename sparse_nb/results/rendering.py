@@ -238,7 +238,7 @@ class Rendering:
             shown = curves[curves.rule == self.rule]
         paths = publish(figure, shown, self.folder, (name or self.figure) + self.suffix, made or self.provenance, kinds)
         png = next((path for path in paths if path.suffix == ".png"), None)
-        return Image(png, width=figure.layout.width) if png else f"no picture was asked for; open {paths[0].name}"
+        return Image(png, width=figure.layout.width) if png else f"no image was requested; open {paths[0].name}"
 
 # %% ../../nbs/7_results/11_rendering.ipynb #2c624232
 def _check_notebook(path: Path) -> None:

@@ -278,11 +278,11 @@ def test_trace_leads_from_a_figure_to_every_run_behind_it(ending, drawn, tmp_pat
     "name, content, words",
     [
         ("fig.pdf", "", "accepted: .svg, .png, .html, .csv"),
-        ("fig.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>", "carries no provenance"),
+        ("fig.svg", "<svg xmlns='http://www.w3.org/2000/svg'/>", "contains no provenance"),
         ("fig.svg", "<svg", "cannot be read"),
         ("fig.png", "", "cannot be read"),
         ("fig.html", '<script type="application/json" id="provenance">[]</script>', "cannot be read"),
-        ("fig.csv", "mean\n0.9\n", "carries no provenance"),
+        ("fig.csv", "mean\n0.9\n", "contains no provenance"),
         ("fig.csv", None, "there is no file"),
     ],
 )

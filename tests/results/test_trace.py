@@ -95,10 +95,10 @@ def forged(**fields):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("bomb.png", png((b"IHDR", SIZE), (b"IDAT", PIXELS), (b"IEND", b"")), "carries no provenance"),
+        ("bomb.png", png((b"IHDR", SIZE), (b"IDAT", PIXELS), (b"IEND", b"")), "contains no provenance"),
         ("ztxt.png", png((b"IHDR", SIZE), (b"zTXt", b"provenance\0\0" + zlib.compress(b"[" * 10**7))), "no provenance"),
         ("many.html", SAID * 20_000, "ends within its provenance"),
-        ("script.html", b"<script " * 120_000, "carries no provenance"),
+        ("script.html", b"<script " * 120_000, "contains no provenance"),
         ("code.html", SAID + forged(code=7) + b"</script>", "its field 'code' is not what"),
         ("seeds.html", SAID + forged(seeds=[10**400]) + b"</script>", None),
         ("deep.html", SAID + b"[" * 900_000 + b"</script>", "nested too deeply"),
@@ -109,7 +109,7 @@ def forged(**fields):
         ("list.html", SAID + b"[1, 2]" + b"</script>", "does not name runs"),
         ("svg.svg", b"<svg" * 250_000, "cannot be read"),
         ("quotes.svg", b"<svg a='" * 120_000, "cannot be read"),
-        ("nested.svg", b"<svg>" + b"<g>" * 300_000, "carries no provenance"),
+        ("nested.svg", b"<svg>" + b"<g>" * 300_000, "contains no provenance"),
         ("escape.csv", b"mean,runs\n1,\x1b[31mred\n", "cannot be read"),
         ("long.csv", b"mean,runs\n1," + b"0123456789abcdef " * 60_000, "cannot be read"),
     ],
