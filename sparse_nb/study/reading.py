@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 # %% ../../nbs/4_study/05_reading.ipynb #944062b3
 class Wrong(ValueError):
-    """What is wrong in a table. path: keys from the outermost table to the one that is wrong."""
+    """An error in a table. path: the keys from the outermost table to the wrong one."""
 
     def __init__(self, path: Sequence[str], words: str):
         super().__init__(words)
@@ -39,7 +39,7 @@ def dotted(path: Sequence[str]) -> str:
 
 
 def read_toml(path: Path | str) -> tuple[dict, str]:
-    """(the tables, the text) of a TOML file. Raises ValueError naming the file and the line for what is no TOML,
+    """(the tables, the text) of a TOML file. Raises ValueError, naming the file and the line, if it is not valid TOML,
     FileNotFoundError if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
