@@ -63,7 +63,7 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that a budget counts: those of every Conv2d and Linear layer, in the model's order, each once.
 
     model: any nn.Module. Returns dict of state_dict name ("classifier.weight") -> Parameter, shared with the model.
-    Not in it: biases, batch norm, embeddings, attention's packed projections.
+    Not included: biases, batch norm, embeddings, attention's packed projections.
     Raises TypeError if `model` is not a module, has convolutions other than Conv2d, recurrent or bilinear layers, or a
     weight that is computed (parametrised); ValueError if there are no weights to count.
     """
@@ -224,7 +224,8 @@ DEPTHS = {"mlp": None, "vgg": tuple(_VGG_CONVOLUTIONS), "resnet": tuple(_RESNET_
 def _check_request(
     family: str, image_shape: Sequence[int], classes: int, width: int, depth: int, repeat: int = 1
 ) -> None:
-    """Raise TypeError or ValueError, naming value and accepted ones, for a network that `build_model` cannot build."""
+    """Raise TypeError or ValueError, naming the value and the accepted ones, for a network that `build_model` cannot
+    build."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
