@@ -289,9 +289,9 @@ def magnitude_masks(
     """Masks that keep exactly `budget` weights of `model`, those largest in magnitude; of equal ones the first.
 
     budget: int, one per layer at least, all counted weights at most. scope: "layer" splits it by `rule` (see
-    `kept_by_rule`; a rule of the user's own is called with seed 0), "global" lets all layers compete, and may empty
-    one. Returns {weight name: bool tensor of the weight's shape, on its device}. Raises ValueError for an impossible
-    budget, an unknown scope or rule, or weights that are not finite. Paper, section 2.
+    `kept_by_rule`; with only the numbers of a user's own rule, for seed 0), "global" lets all layers compete, and
+    may empty one. Returns {weight name: bool tensor of the weight's shape, on its device}. Raises ValueError for an
+    impossible budget, an unknown scope or rule, or weights that are not finite. Paper, section 2.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; accepted: {', '.join(SCOPES)}")

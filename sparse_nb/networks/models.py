@@ -158,8 +158,8 @@ def _vgg_layers(
 class ResidualBlock(nn.Module):
     """`relu(body(x) + shortcut(x))`, basic or bottleneck (He et al. 2015, figure 5).
 
-    channels: incoming. width: of the 3 × 3 convolutions. stride: 1, or 2 to halve the image. A bottleneck leaves
-    4 × width channels, a basic block width; the attribute `channels` says which. (N, channels, H, W) in.
+    channels: of the input, (N, channels, H, W). width: of the 3 × 3 convolutions. stride: 1, or 2 to halve the image.
+    The output has 4 × width channels for a bottleneck, width for a basic block; they are in the attribute `channels`.
     """
 
     def __init__(self, channels: int, width: int, stride: int = 1, bottleneck: bool = False):
@@ -305,7 +305,7 @@ def build_model(
     image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
     width: hidden units (mlp) or channels of the first convolution (vgg, resnet).
     depth: hidden layers (mlp), 11/13/16 (vgg), 18/34/50 (resnet). repeat: 1 or more; how many times in a row every
-    hidden layer, convolution or residual block comes, at its own output width (paper, B.1).
+    hidden layer, convolution or residual block occurs, at its own output width (paper, B.1).
     batch_norm: False leaves it out of vgg; resnet always has it, mlp never.
     mean, std: one number per channel; by default MNIST's (grey), CIFAR-10's (colour).
     weightless: True leaves all layers on PyTorch's meta device, with shapes but no memory, to be filled sparsely.

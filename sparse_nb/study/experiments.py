@@ -208,7 +208,7 @@ class Experiment:
 
 # %% ../../nbs/4_study/02_experiments.ipynb #b17ef6d1
 def dense_of(experiment):
-    """The dense network of the same shape, trained alike, as an `Experiment`."""
+    """The dense network of the same shape, trained in the same way, as an `Experiment`."""
     return dataclasses.replace(experiment, budget=experiment.counted)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #62b366a1

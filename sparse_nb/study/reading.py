@@ -78,8 +78,8 @@ def line_of(text: str, path: Sequence[str]) -> int | None:
 
 
 def located(error: Wrong, texts: Sequence[tuple[Path | str, str]]) -> ValueError:
-    """`error` with the file and the line of its key, or of the table where the key is missing. texts: (file, text), the
-    file that was asked for first, then those that it extends."""
+    """`error` with the file and the line of its key, or of the table where the key is missing. texts: (file, text),
+    first of the requested file, then of those that it extends."""
     for length in range(len(error.path), 0, -1):
         for file, text in texts:
             if line := line_of(text, error.path[:length]):

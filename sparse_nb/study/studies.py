@@ -67,7 +67,7 @@ def _epsilons_of(table):
 
 # %% ../../nbs/4_study/07_studies.ipynb #1abf4f37
 def _found(name, path, folders):
-    """A name as it is, or an import path with the version of what it leads to. Raises `Wrong`."""
+    """A plain name unchanged, or an import path with the version of its function. Raises `Wrong`."""
     try:
         return own.find(name, folders)[0] if own.is_own(name) else name
     except ValueError as error:

@@ -76,7 +76,7 @@ def _imported(tree, package):
 
 
 def _file_of(name):
-    """(the file, the package) of a module; None for one that is not there, or is no Python text."""
+    """(the file, the package) of a module; None for one that is not there, or is not Python source."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):  # a function in a module, not a module
