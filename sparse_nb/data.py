@@ -78,7 +78,7 @@ class ImageSet:
     name: str
     split: str
     class_names: tuple[str, ...] = ()
-    index: torch.Tensor = None  # type: ignore[assignment]  # set right after the making
+    index: torch.Tensor = None  # type: ignore[assignment]  # set in __post_init__
     root: Path | None = None
 
     def __post_init__(self):
@@ -169,7 +169,8 @@ def data_root(root: str | Path | None = None) -> Path:
     """The folder of the official sets: `root`, else SPARSE_NB_DATA of the environment, else sparse-nb in the user's
     cache.
 
-    The cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is created. Raises ValueError for a user without a home.
+    The cache folder is XDG_CACHE_HOME, else ~/.cache. Nothing is created. Raises ValueError if the user has no home
+    folder.
     """
     if root is None:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -200,8 +200,8 @@ def connectivity(
     and modules without weights that keep 0 at 0 and grow with their input: ReLU, pooling, dropout, flattening, adding,
     concatenating. It returns logits. A channel is one unit, at all positions of the image. Returns `Connectivity`.
     Raises ValueError for masks of another network, an unknown image shape or an activation with f(0) > 0, TypeError for
-    modules with parameters of another kind. Time and memory follow the kept weights, except for one pass over masks, if
-    those are given.
+    other modules with parameters. Time and memory grow with the kept weights, except for one pass over masks, if those
+    are given.
     """
     weights, positions = counted_weights(model), kept_positions(model, masks)
     image_shape = image_shape or getattr(getattr(model, "input", None), "image_shape", None)

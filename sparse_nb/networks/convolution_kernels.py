@@ -243,7 +243,7 @@ def _weight_tile(outputs, sources, pixels=1, neighbours=False):
         for n, chain in enumerate(made):
             o, s = divmod(n, sources)
             where = b.add(to, b.mul(_I64(WIDTH), b.add(b.mul(stride, _I64(o)), _I64(s))))
-            old = load(b, sums, where)  # what hangs over adds nothing
+            old = load(b, sums, where)  # sources beyond the last one change nothing
             store(b, b.select(b.icmp_signed("<=", _I64(s), most), b.fadd(old, chain), old), sums, where)
 
     return tile

@@ -25,8 +25,8 @@ from .lanes import WIDTH
 
 # %% ../../nbs/2_networks/16_convolutions.ipynb #73c2cd16
 class _Pass(NamedTuple):
-    """taps: (row, column) in the bordered source, from the first corner of a pixel's window; places: of the kernel, as
-    many. near, far: steps between pixels in the source and in the result; corner: of the bordered result."""
+    """taps: (row, column) in the bordered source, from the first corner of a pixel's window; places: their positions in
+    the kernel. near, far: steps between pixels in the source and in the result; corner: of the bordered result."""
 
     taps: tuple[tuple[int, int], ...]
     places: tuple[int, ...]

@@ -38,7 +38,7 @@ def survivors(trained: nn.Module, budget: int, *, rule: str = "water_filling", s
 
     rule, scope, errors: see `masks.magnitude_masks`.
     """
-    from sparse_nb.networks.portable import like  # needs numba, which drawing does not
+    from sparse_nb.networks.portable import like  # needs numba, which plotting does not
 
     complete = dense_network(trained)[0]
     return like(sparse_network(complete, magnitude_masks(complete, budget, scope=scope, rule=rule)), trained)

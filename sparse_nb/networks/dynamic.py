@@ -55,7 +55,7 @@ def _dense_gradients(model: nn.Module, inputs: torch.Tensor, labels: torch.Tenso
 
     inputs: float (N, C, H, W); labels: int64 (N,). `model`, running statistics included, does not change.
     """
-    from sparse_nb.networks.portable import like  # needs numba, which drawing does not
+    from sparse_nb.networks.portable import like  # needs numba, which plotting does not
 
     names, dense = sparse_layers(model), like(dense_network(model)[0], model)
     cross_entropy(dense(inputs), labels).backward()

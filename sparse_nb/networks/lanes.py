@@ -29,7 +29,7 @@ _ZERO = ir.Constant(_VECTOR, [0.0] * WIDTH)
 
 
 def _accepted(kind):
-    """The numba type as which an operation takes an argument of type `kind`."""
+    """The numba type to which an operation converts an argument of type `kind`."""
     if isinstance(kind, types.Integer):
         return types.int64
     if isinstance(kind, types.Float):
@@ -40,7 +40,7 @@ def _accepted(kind):
 
 
 def operation(result: types.Type = types.void):
-    """A decorator: a function for numba, with a result of that type, from write(builder, *values).
+    """A decorator that turns write(builder, *values) into a function for numba with a result of that type.
 
     `write` adds LLVM code to the builder and returns the value of the result, or None for `void`.
     """

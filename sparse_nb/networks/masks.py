@@ -41,7 +41,7 @@ def sample_positions(size: int, kept: int, stream: torch.Generator) -> torch.Ten
 
 # %% ../../nbs/2_networks/03_masks.ipynb #8503e91e
 def _own_part(given: object, shape: tuple[int, ...]) -> int | torch.Tensor:
-    """What a rule of the user's own keeps of one weight. Raises ValueError, in words that end a sentence."""
+    """What a rule of the user's own keeps of one weight tensor. Raises ValueError with the end of a sentence."""
     size = math.prod(shape)
     if isinstance(given, Integral) and not isinstance(given, bool):
         kept: int | torch.Tensor = int(given)
@@ -65,7 +65,7 @@ def _own_split(
     function, called = own.resolve(rule), own.plain(rule)
     try:
         given = function(dict(shapes), budget, generator=generator(seed, "rule", called))
-    except Exception as error:  # whatever somebody's function does
+    except Exception as error:  # a user's function may raise anything
         raise ValueError(f"{called}: {type(error).__name__}: {error}") from error
     if not isinstance(given, Mapping) or set(given) != set(shapes):
         found = f"entries for {list(given)}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
@@ -88,7 +88,7 @@ def kept_by_rule(
     """What `rule` keeps of weights of these shapes: {weight name: number of kept weights, or a mask of the shape}.
 
     shapes: {weight name: shape}. rule: one of `allocation.RULES`, or an import path that is permitted (`own.find`);
-    only that may give masks, bool tensors on the CPU. seed: names the random numbers of such a rule. The sum is
+    only the latter may give masks, bool tensors on the CPU. seed: names the random numbers of such a rule. The sum is
     `budget`, each entry at least 1. Raises ValueError for an impossible budget, an unknown rule, and a rule of
     the user's own that fails or gives something else.
     """
@@ -108,7 +108,7 @@ def random_positions(
     """Random flat positions of exactly `budget` kept weights of `model`, split over its layers by `rule`.
 
     model: any `nn.Module`, also without memory on the meta device; its counted weights are those of convolutions and
-    linear layers. budget: int, one per layer at least, all counted weights at most. rule: see `kept_by_rule`; one of
+    linear layers. budget: int, one per layer at least, all counted weights at most. rule: see `kept_by_rule`; a rule of
     the user's own may choose the positions. Returns {weight name: int64 (kept,), ascending, on the CPU}. Raises
     ValueError for an impossible budget or an unknown rule. Paper, section 2.
     """
@@ -289,9 +289,9 @@ def magnitude_masks(
     """Masks that keep exactly `budget` weights of `model`, those largest in magnitude; of equal ones the first.
 
     budget: int, one per layer at least, all counted weights at most. scope: "layer" splits it by `rule` (see
-    `kept_by_rule`; of a rule of the user's own the numbers for seed 0), "global" lets all layers compete, and may empty
-    one. Returns {weight name: bool tensor of the weight's shape, on its device}. Raises ValueError for an impossible
-    budget, an unknown scope or rule, or weights that are not finite. Paper, section 2.
+    `kept_by_rule`; with only the numbers of a user's own rule, for seed 0), "global" lets all layers compete, and
+    may empty one. Returns {weight name: bool tensor of the weight's shape, on its device}. Raises ValueError for an
+    impossible budget, an unknown scope or rule, or weights that are not finite. Paper, section 2.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; accepted: {', '.join(SCOPES)}")

@@ -63,7 +63,7 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights that a budget counts: those of every Conv2d and Linear layer, in the model's order, each once.
 
     model: any nn.Module. Returns dict of state_dict name ("classifier.weight") -> Parameter, shared with the model.
-    Not in it: biases, batch norm, embeddings, attention's packed projections.
+    Not included: biases, batch norm, embeddings, attention's packed projections.
     Raises TypeError if `model` is not a module, has convolutions other than Conv2d, recurrent or bilinear layers, or a
     weight that is computed (parametrised); ValueError if there are no weights to count.
     """
@@ -158,8 +158,8 @@ def _vgg_layers(
 class ResidualBlock(nn.Module):
     """`relu(body(x) + shortcut(x))`, basic or bottleneck (He et al. 2015, figure 5).
 
-    channels: incoming. width: of the 3 × 3 convolutions. stride: 1, or 2 to halve the image. A bottleneck leaves
-    4 × width channels, a basic block width; the attribute `channels` says which. (N, channels, H, W) in.
+    channels: of the input, (N, channels, H, W). width: of the 3 × 3 convolutions. stride: 1, or 2 to halve the image.
+    The output has 4 × width channels for a bottleneck, width for a basic block; they are in the attribute `channels`.
     """
 
     def __init__(self, channels: int, width: int, stride: int = 1, bottleneck: bool = False):
@@ -224,7 +224,8 @@ DEPTHS = {"mlp": None, "vgg": tuple(_VGG_CONVOLUTIONS), "resnet": tuple(_RESNET_
 def _check_request(
     family: str, image_shape: Sequence[int], classes: int, width: int, depth: int, repeat: int = 1
 ) -> None:
-    """Raise TypeError or ValueError, naming value and accepted ones, for a network that `build_model` cannot build."""
+    """Raise TypeError or ValueError, naming the value and the accepted ones, for a network that `build_model` cannot
+    build."""
     if family not in FAMILIES:
         raise ValueError(f"family is {family!r}; it must be one of {', '.join(FAMILIES)}")
     if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
@@ -304,7 +305,7 @@ def build_model(
     image_shape: (C, H, W); vgg and resnet zero-pad sides below 32 to 32.
     width: hidden units (mlp) or channels of the first convolution (vgg, resnet).
     depth: hidden layers (mlp), 11/13/16 (vgg), 18/34/50 (resnet). repeat: 1 or more; how many times in a row every
-    hidden layer, convolution or residual block comes, at its own output width (paper, B.1).
+    hidden layer, convolution or residual block occurs, at its own output width (paper, B.1).
     batch_norm: False leaves it out of vgg; resnet always has it, mlp never.
     mean, std: one number per channel; by default MNIST's (grey), CIFAR-10's (colour).
     weightless: True leaves all layers on PyTorch's meta device, with shapes but no memory, to be filled sparsely.

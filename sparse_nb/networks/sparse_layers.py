@@ -228,7 +228,7 @@ class _AnyLayoutNorm(nn.BatchNorm2d):
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #55c5f9c6
 def _as_type(kind: type, module: nn.Module) -> nn.Module:
-    """A shallow copy of `module` as another class of the same make."""
+    """A shallow copy of `module` as another class with the same attributes."""
     module = copy.copy(module)
     module.__class__ = kind
     return module

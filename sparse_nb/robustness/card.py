@@ -111,7 +111,7 @@ def _html_cell(row: pd.Series) -> str:
 
 
 def page(table: pd.DataFrame, title: str, warnings: Sequence[str], notes: Sequence[str]) -> str:
-    """The table of a `report.Report` as an HTML page of its own. warnings: stand above the table; notes: below it."""
+    """The table of a `report.Report` as an HTML page of its own. warnings: shown above the table; notes: below it."""
     names = table.network.unique()
     heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
     rows = [

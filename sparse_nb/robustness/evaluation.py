@@ -168,7 +168,7 @@ def _number(name, value):
 
 
 def _text(name, value):
-    """NumPy's texts as Python's; anything else as it is."""
+    """A NumPy string as a Python string; anything else as it is."""
     return str(value) if isinstance(value, str) else value
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #f9b117e0

@@ -45,7 +45,7 @@ from sparse_nb.robustness.intervals import (
 
 # %% ../../nbs/3_robustness/09_report.ipynb #411ac86e
 def _check_networks(networks: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError or TypeError unless `networks` are modules by name, at least one, each another object."""
+    """Raise ValueError or TypeError unless `networks` are modules by name, at least one, all different objects."""
     if not isinstance(networks, Mapping):
         raise TypeError(f"networks are a {type(networks).__name__}; they must be a dict, as in {{'dense': model}}")
     if not networks:

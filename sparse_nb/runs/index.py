@@ -363,7 +363,7 @@ def _enter_changes(index, root, changes):
 def _bring_up_to_date(index, root):
     """Make the index agree with the run folders under `root`; returns what it holds then, {name of a run: _Folder}.
 
-    A read transaction stays open: what is read next belongs to it. Raises ValueError naming a file that was altered,
+    A read transaction stays open for the reads that follow. Raises ValueError naming a file that was altered,
     sqlite3.DatabaseError if the index is damaged.
     """
     version, known = index.execute("PRAGMA data_version").fetchone(), _read_folders(index)

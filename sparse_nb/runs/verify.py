@@ -253,7 +253,7 @@ def _remove_one(root, path):
 
 # %% ../../nbs/5_runs/08_verify.ipynb #866f75bb
 def remove(store: Store, found: Sequence[Leftover]) -> int:
-    """Delete what `leftovers` found and return the number of bytes freed. What a process uses again is kept.
+    """Delete what `leftovers` found and return the number of bytes freed. Entries that a process uses again are kept.
 
     Raises ValueError, before anything is deleted, for a path outside the store.
     """

@@ -14,10 +14,10 @@ from ..networks import models
 # %% ../../nbs/4_study/04_figures.ipynb #8edb47106e1a46a883d545849b8ab81b
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the study. notebook: its file in figures/, without the ending; the rest says what its points are.
-    growths: "width", "depth", "control", "larger_dense" (dense networks beside the control), or "schedule" and "rate",
-    which put several schedules and learning rates beside each other. rules: None for the study's. also: measures
-    beside the main one."""
+    """A figure of the study. notebook: its file in figures/, without the ending; the other fields define its points.
+    growths: "width", "depth", "control", "larger_dense" (dense networks beside the control), or "schedule" and
+    "rate", which compare several schedules or learning rates. rules: None for the study's. also: measures besides the
+    main one."""
 
     notebook: str
     title: str
@@ -137,8 +137,8 @@ def growths_of(spec, setting):
 
 
 def shown_rules(figure, preset):
-    """The rules of `figure` (a name of `FIGURES`) under a `Study`: its own, of which the user may have asked for some
-    only, or the preset's. Rules of the user's own are shown wherever several are."""
+    """The rules of `figure` (a name of `FIGURES`) under a `Study`: its own, or those of them that the user asked for,
+    or the preset's. A figure with several rules also shows the user's own."""
     known = FIGURES[figure].rules
     if known is None:
         return preset.rules

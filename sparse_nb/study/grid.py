@@ -34,9 +34,9 @@ MANY_PASSES = ("weight_noise", "corruption", "attack", "quantisation", "curvatur
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Ways to a sparse network that a study puts beside each other, for one family.
+    """Methods of sparsification that a study compares, for one family.
 
-    widths: of the networks, beside the base. schedules: (dataset, schedules). The rest: settings of schedules, as in
+    widths: of the networks besides the base. schedules: (dataset, schedules). The rest: settings of schedules, as in
     `Experiment`, for all of them.
     """
 
@@ -66,7 +66,7 @@ class Compared:
 # %% ../../nbs/4_study/03_grid.ipynb #5463676b
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Learning rates that a study puts beside the recipe's, for one family: of networks of these widths, beside the
+    """Learning rates that a study compares with the recipe's, for one family: for networks of these widths and the
     base, on these datasets."""
 
     learning_rates: tuple[float, ...] = ()
@@ -82,7 +82,7 @@ class Rates:
 # %% ../../nbs/4_study/03_grid.ipynb #2e521d5a
 @dataclass(frozen=True, kw_only=True)
 class FamilySetting:
-    """What a study does with one family.
+    """The settings of a study for one family.
 
     base: width of the dense network that sets the budget of the width curve; widths: its networks, the base among them;
     all have the depth of the first of `depths`.
@@ -92,9 +92,10 @@ class FamilySetting:
     control: base widths of the control's budgets, `base` first, falling; empty where the family is not in the control.
     control_dense: widths above `base` of dense networks beside the control, for the exchange rate of its best networks.
     dataset_epochs: (dataset, most epochs) where they are not the recipe's; depth_epochs: likewise by depth.
-    dataset_widths: (dataset, `widths`) where they are others.
+    dataset_widths: (dataset, `widths`) where they differ.
     pruned_widths: `widths` of the networks that are pruned after training, where fewer; each of them has a dense parent
-    as wide as itself. rates: of figure 14, compared: of figure 16; the family is not in it if that is empty.
+    as wide as itself. rates: of figure 14, compared: of figure 16; the family is not in the figure if the field is
+    empty.
     """
 
     base: int
@@ -119,15 +120,14 @@ class Study:
     """A grid of experiments and evaluations. seeds: number of networks behind each point; families: {family:
     FamilySetting}.
 
-    attack_epsilons: {channels of the images: radii}. only_rules: the rules that were asked for by name, which then
-    hold for a figure with rules of its own as well.
-    bits: of convolutional networks, "native" or "portable"; see `Experiment`. own_measures: import paths of measures of
-    the user's own, made of every network on a curve by width. Datasets, rules, families and names of corruptions may be
-    import paths as well, with the versions that `own.find` gives.
-    beside: measures that are made of every network on a curve by width, though no figure shows them.
-    versions: ("training" or a measure, version) where it is an earlier one, whose runs can be drawn and not made.
-    figures: those that are drawn, all that show one of the families if empty. file: where it was read from, empty for a
-    study of the package.
+    attack_epsilons: {channels of the images: radii}. only_rules: rules that the user asked for by name; they also limit
+    the figures that have rules of their own. bits: of convolutional networks, "native" or "portable"; see `Experiment`.
+    own_measures: import paths of measures of the user's own, applied to every network on a curve by width. Datasets,
+    rules, families and names of corruptions may be import paths as well, with the versions that `own.find` gives.
+    beside: measures of every network on a curve by width that no figure shows.
+    versions: ("training" or a measure, version) for earlier versions, whose runs can be plotted but not made.
+    figures: those that are plotted; if empty, all that show one of the families. file: that it was read from; empty for
+    a study of the package.
     """
 
     name: str

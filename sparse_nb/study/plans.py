@@ -29,7 +29,7 @@ def networks(setting, growth):
 
 @dataclass(frozen=True)
 class Point:
-    """One network's place on a curve, and the measurement wanted of it. growth: "width", "depth", "control" or
+    """One network's position on a curve, and the requested measurement. growth: "width", "depth", "control" or
     "larger_dense", or the schedule or the learning rate where several are compared. rule: of the curve, also for its
     dense base."""
 
@@ -50,13 +50,13 @@ def control_grid(dataset, family, setting):
     size = {width: counted_total(dataset, family, width, *setting.depths[0]) for width in (base, *setting.widths)}
     along = [
         width for width in setting.widths if width > base and size[base] / size[width] > 1 / 20
-    ]  # to 1/16, which a width in whole numbers misses a little
+    ]  # about 1/16, since widths are whole numbers
     return grid | {base: tuple(sorted({*grid[base], *along}))}
 
 # %% ../../nbs/4_study/08_plans.ipynb #624b60c5
 def measurement_of(preset, measure, dataset, setting, root=None):
-    """The evaluation of `measure` in a `Study`, as it is made of networks for `dataset`, whose files are below `root`,
-    with a `FamilySetting`."""
+    """The evaluation of `measure` in a `Study`, for networks on `dataset`, whose files are below `root`, with a
+    `FamilySetting`."""
     measurement = dataclasses.replace(getattr(preset, measure), version=dict(preset.versions).get(measure, ""))
     if measure in MANY_PASSES:
         counts = [count for count in (measurement.test_images, setting.test_images) if count is not None]
@@ -77,7 +77,7 @@ def budgets(dataset, family, setting, growth):
     """[(budget, networks)] of a `FamilySetting`'s curve by "width" or "depth", of the "control" or its "larger_dense"
     networks, or of a schedule that is compared, networks as (width, depth, repeat).
 
-    The dense network that sets the budget of a curve is among its networks only if the setting wants it there.
+    The dense network that sets the budget of a curve is among its networks only if the setting includes it.
     """
     if growth == "control":
         depth, repeat = setting.depths[0]
@@ -193,7 +193,7 @@ def plan(figure: str, preset: Study, *, root: Path | str | None = None) -> tuple
 def measurements(points, preset=None, *, root=None):
     """{experiment: its evaluations, each once, a tuple} of the points of one or several plans.
 
-    preset: where given, with what it measures beside the figures. root: as in `plan`.
+    preset: if given, the measures that it makes besides those of the figures are included. root: as in `plan`.
     """
     wanted, beside = {}, {}
     for point in points:

@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 # %% ../../nbs/4_study/05_reading.ipynb #944062b3
 class Wrong(ValueError):
-    """What is wrong in a table. path: keys from the outermost table to the one that is wrong."""
+    """An error in a table. path: the keys from the outermost table to the wrong one."""
 
     def __init__(self, path: Sequence[str], words: str):
         super().__init__(words)
@@ -39,7 +39,7 @@ def dotted(path: Sequence[str]) -> str:
 
 
 def read_toml(path: Path | str) -> tuple[dict, str]:
-    """(the tables, the text) of a TOML file. Raises ValueError naming the file and the line for what is no TOML,
+    """(the tables, the text) of a TOML file. Raises ValueError, naming the file and the line, if it is not valid TOML,
     FileNotFoundError if there is no such file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -78,8 +78,8 @@ def line_of(text: str, path: Sequence[str]) -> int | None:
 
 
 def located(error: Wrong, texts: Sequence[tuple[Path | str, str]]) -> ValueError:
-    """`error` with the file and the line of its key, or of the table where the key is missing. texts: (file, text), the
-    file that was asked for first, then those that it extends."""
+    """`error` with the file and the line of its key, or of the table where the key is missing. texts: (file, text),
+    first of the requested file, then of those that it extends."""
     for length in range(len(error.path), 0, -1):
         for file, text in texts:
             if line := line_of(text, error.path[:length]):

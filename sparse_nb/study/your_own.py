@@ -76,7 +76,7 @@ def _imported(tree, package):
 
 
 def _file_of(name):
-    """(the file, the package) of a module; None for one that is not there, or is no Python text."""
+    """(the file, the package) of a module; None for one that is not there, or is not Python source."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):  # a function in a module, not a module
@@ -110,11 +110,11 @@ def text_of(function: str) -> str:
 
 
 def checked_texts(functions: Iterable[str], datasets: Iterable[str], known: Mapping[str, str], where: object) -> dict:
-    """What the functions (families, rules, corruptions, measures) and the datasets of the user's own among these are
-    made of now: {name: 16 hexadecimal digits}.
+    """Hashes of the user's own functions (families, rules, corruptions, measures) and datasets among these, as they are
+    now: {name: 16 hexadecimal digits}.
 
-    known: the same of earlier, which `where`, a file, remembers. Raises ValueError, with what to do, if one of them is
-    not what it was under the same version.
+    known: the earlier hashes, from the file `where`. Raises ValueError, saying what to do, if one has changed under the
+    same version.
     """
     own_functions, own_datasets = (sorted(filter(own.is_own, set(names))) for names in (functions, datasets))
     now = {name: text_of(name) for name in own_functions} | {name: data.checksum(name)[:16] for name in own_datasets}

@@ -42,11 +42,10 @@ class CorruptionKind:
     """One corruption of a benchmark.
 
     apply: (images uint8 (N, C, H, W), parameters, draws) -> uint8 images of the same shape, on the device of `images`.
-    parameters: what severity 1, 2, … hands to `apply` and `draw`; one entry where there are no severities.
+    parameters: what severity 1, 2, … passes to `apply` and `draw`; one entry if there are no severities.
     draw: (numbers, shape (C, H, W), parameters) -> {name: CPU tensor (N, …)}, made of `numbers(name, fill, *size)`, see
     `_random_numbers`; None where nothing is random.
-    block: how many images at a time a CPU handles best, the numbers in its cache; None where it is better to have all
-    at once.
+    block: the number of images that a CPU processes fastest at a time, in its cache; None if all at once is best.
     """
 
     apply: Callable

@@ -158,11 +158,9 @@ def corrupt(
 
     images: uint8, grey 28 × 28 or colour 32 × 32, on any device. name: one of `names`, or, for images of any shape, an
     import path that is permitted (`own.find`). severity: 0, which changes nothing, to 5. seed, draw: name the random
-    numbers, with the corruption, the severity and each image's index, which the user's own corruptions do not look at.
-    source: see `_source_of`; only
-    test images can be official.
-    root: folder of the datasets, where archives and frost's photographs are looked for; default `images.root`, else
-    `data.data_root()`.
+    numbers, with the corruption, the severity and each image's index, which the user's own corruptions do not use.
+    source: see `_source_of`; only test images can be official. root: folder of the datasets, where archives and frost's
+    photographs are looked for; default `images.root`, else `data.data_root()`.
     Raises ValueError for an unknown name, severity, shape or source, FileNotFoundError for an official array that is
     not there.
     Hendrycks & Dietterich 2019; Mu & Gilmer 2019.
@@ -201,7 +199,7 @@ def _own_pixels(name, pixels, severity, stream):
     function, called = own.resolve(name), own.plain(name)
     try:
         given = function(pixels.cpu().clone(), severity, generator=stream)
-    except Exception as error:  # whatever somebody's function does
+    except Exception as error:  # a user's function may raise anything
         raise ValueError(f"{called}: {type(error).__name__}: {error}") from error
     given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     if not isinstance(given, torch.Tensor) or given.dtype != torch.uint8 or given.shape != pixels.shape:

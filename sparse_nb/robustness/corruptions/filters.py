@@ -17,8 +17,7 @@ from .batches import compiled, divided
 
 # %% ../../../nbs/3_robustness/corruptions/04_filters.ipynb #c2356069
 def border(size: int, radius: int, mode: str) -> torch.Tensor:
-    """Indices (size + 2·radius,) of the pixels that stand on a line of `size` pixels continued by `radius` on both
-    sides.
+    """Indices (size + 2·radius,) of the pixels on a line of `size` pixels that is continued by `radius` on both sides.
 
     mode: "nearest", "reflect" (edge repeated) or "mirror" (edge not repeated), as in `scipy.ndimage`.
     """
