@@ -147,7 +147,7 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[st
     weights, wrong = counted_weights(model), "the masks belong to another network: "
     for name in masks:
         if name not in weights:
-            raise ValueError(f"{wrong}{name!r} is none of its weights {list(weights)}")
+            raise ValueError(f"{wrong}{name!r} is not one of its weights {list(weights)}")
     for name, weight in weights.items():
         if name not in masks:
             raise ValueError(f"{wrong}none for its weight {name!r}")

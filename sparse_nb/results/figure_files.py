@@ -197,7 +197,7 @@ def _elsewhere(path: Path) -> str:
 def _check_file(path: Path) -> None:
     """Raise ValueError or an OSError, naming the file, unless `path` is a file such as a figure has."""
     if path.suffix not in (".svg", ".png", ".html", ".csv"):
-        raise ValueError(f"{path} is no figure's file; accepted: .svg, .png, .html, .csv")
+        raise ValueError(f"{path} is not the file of a figure; accepted: .svg, .png, .html, .csv")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
     about = path.stat()

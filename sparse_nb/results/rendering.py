@@ -93,7 +93,7 @@ def read_parameters(scope: dict) -> dict:
     """
     unknown = sorted(_injected(scope) - set(PARAMETERS))
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} is no parameter; accepted: {', '.join(PARAMETERS)}")
+        raise ValueError(f"{', '.join(unknown)} is not a parameter; accepted: {', '.join(PARAMETERS)}")
     missing = [name for name in PARAMETERS if name not in scope and name not in _OPTIONAL]
     if missing:
         raise ValueError(f"the parameters lack {', '.join(missing)}; they are in the notebook's first cell of code")
@@ -287,7 +287,7 @@ def browser_fault() -> str:
     """Why plotly cannot make SVG, PNG and PDF, for which it needs a Chrome or Chromium; empty if it can."""
     named, found = os.environ.get("BROWSER_PATH"), shutil.which(Chromium.find_browser(skip_local=False) or "")
     if found is None:  # where BROWSER_PATH is set, kaleido looks nowhere else
-        return f"BROWSER_PATH is {named!r}, where no program is" if named else "there is no browser to draw them"
+        return f"BROWSER_PATH is {named!r}, where there is no program" if named else "there is no browser to draw them"
     try:
         subprocess.run([found, "--version"], capture_output=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):

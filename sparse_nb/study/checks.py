@@ -62,7 +62,7 @@ def check_names(study: Study) -> None:
                 ("families", family),
                 f'{", ".join(models.FAMILIES)}, or your own, "package.module:function"',
             )
-            raise Wrong(path, f"{dotted(path)} is no family; accepted: {accepted}")
+            raise Wrong(path, f"{dotted(path)} is not a family; accepted: {accepted}")
 
 # %% ../../nbs/4_study/06_checks.ipynb #62b2bcdd
 def check_figures(study: Study) -> None:
@@ -100,7 +100,8 @@ def check_setting(setting: FamilySetting, path: Sequence[str], datasets: Sequenc
         for dataset, _ in of:
             if dataset not in (*data.DATASETS, *datasets):
                 where = (*path, *name.split("."), dataset)
-                raise Wrong(where, f"{dotted(where)} is no dataset; accepted: {', '.join((*data.DATASETS, *datasets))}")
+                accepted = ", ".join((*data.DATASETS, *datasets))
+                raise Wrong(where, f"{dotted(where)} is not a dataset; accepted: {accepted}")
 
 # %% ../../nbs/4_study/06_checks.ipynb #aa5df393
 def _counted(study, dataset, family, width, step, path):

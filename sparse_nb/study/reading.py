@@ -49,9 +49,9 @@ def read_toml(path: Path | str) -> tuple[dict, str]:
             f"there is no study {path}; `sparse-nb study new {path}` writes one to start from"
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path} is no TOML: {error}") from error
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
     except RecursionError:
-        raise ValueError(f"{path} is no TOML that a study needs: it is nested too deeply") from None
+        raise ValueError(f"{path} is nested too deeply for a study") from None
 
 # %% ../../nbs/4_study/05_reading.ipynb #16a74e00
 def _has(table, path):
@@ -155,7 +155,8 @@ def refuse_unknown(table: Mapping, accepted: Collection[str], path: Sequence[str
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, 1)
             meant = f"did you mean {near[0]}? " if near else ""
-            raise Wrong((*path, key), f"{dotted((*path, key))} is no key here; {meant}accepted: {', '.join(accepted)}")
+            wrong = f"{dotted((*path, key))} is not a key here"
+            raise Wrong((*path, key), f"{wrong}; {meant}accepted: {', '.join(accepted)}")
 
 
 def fill(kind: Any, table: Any, path: Sequence[str] = (), *, given: Any = None, hidden=(), ready: Mapping = {}) -> Any:  # noqa: B006

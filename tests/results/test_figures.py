@@ -195,7 +195,7 @@ def test_without_a_browser_all_but_pictures_is_written(drawn, tmp_path):
     shown, status = in_terminal(tmp_path, "figures", "fig01", *SMALL, *where, BROWSER_PATH="/nowhere/chrome")
     folder = tmp_path / "figures/rendered/smoke"
     assert status == 0 and "Traceback" not in shown
-    assert "no SVG, PNG, since BROWSER_PATH is '/nowhere/chrome', where no program is;" in shown
+    assert "no SVG, PNG, since BROWSER_PATH is '/nowhere/chrome', where there is no program;" in shown
     assert {path.name for path in folder.iterdir()} == {"fig01.html", "fig01.csv", "fig01.ipynb", SCRIPT}
 
 
@@ -552,7 +552,7 @@ def test_finished_false_on_papermills_command_line_is_false(drawn, tmp_path):
     "wrong, words",
     [
         ({"finished": "perhaps"}, "finished is 'perhaps'; accepted: true or false"),
-        ({"presset": "laptop"}, "presset is no parameter; accepted: preset, datasets"),
+        ({"presset": "laptop"}, "presset is not a parameter; accepted: preset, datasets"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
