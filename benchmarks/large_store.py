@@ -22,7 +22,7 @@ from sparse_nb.runs.files import sha256
 from sparse_nb.runs.record_files import records_text
 from sparse_nb.runs.store import Store
 from sparse_nb.study.experiments import evaluation_hash, evaluation_identity, experiment_hash, experiment_identity
-from sparse_nb.study.figures import measurements, plan
+from sparse_nb.study.plans import measurements, plan
 from sparse_nb.study.studies import load
 from sparse_nb.sweep.jobs import missing_jobs
 from sparse_nb.sweep.sweep import run

@@ -9,6 +9,7 @@ __all__ = ['MEASURES', 'read_catalogue', 'load_curve']
 import html
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,10 @@ import pandas as pd
 from .axes import WORDS
 from .tables import PLACE, tidy
 from ..runs.queries import Records
-from ..runs.store import Store
 from ..study.versions import canonical
+
+if TYPE_CHECKING:  # it needs torch, which plotting and the explorer do without
+    from sparse_nb.runs.store import Store
 
 # %% ../../nbs/7_results/13_catalogue.ipynb #19581e27
 _OWN = ("width", "depth", "repeat", "seed", "rule", "schedule", "pruning", "initial_scale")
@@ -115,7 +118,7 @@ def choose(catalogue: pd.DataFrame, wanted: dict) -> tuple[dict, dict]:
     return chosen, options
 
 # %% ../../nbs/7_results/13_catalogue.ipynb #59e19706
-def load_curve(store: Store, catalogue: pd.DataFrame, chosen: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+def load_curve(store: "Store", catalogue: pd.DataFrame, chosen: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(members, records) of the curve and measurement `chosen` (of `choose`), diverged networks among them;
     what `tables.points_of` takes.
     """

@@ -7,12 +7,15 @@ __all__ = ['collect', 'summarise_curves', 'corruption_means', 'noise_means', 'sc
 
 # %% ../../nbs/7_results/02_tables.ipynb #5f23b078
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from .stats import summarise
-from ..runs.store import Store
+
+if TYPE_CHECKING:  # it needs torch, which plotting and the explorer do without
+    from sparse_nb.runs.store import Store
 
 # %% ../../nbs/7_results/02_tables.ipynb #4559186e
 PANEL = ["dataset", "rule", "family", "growth"]
@@ -55,7 +58,7 @@ def _unmeasured_diverged(store, points) -> set[str]:
     return {experiment_hash(p.experiment) for p in points if run_status(store, p.experiment) == "diverged"}
 
 
-def collect(store: Store, points: Sequence) -> pd.DataFrame:
+def collect(store: "Store", points: Sequence) -> pd.DataFrame:
     """Records of exactly the plan's `points`, one row each, with their place, `status` and `effective_density`.
 
     Columns: those of `places_of`, status, effective_density, measure, `STRENGTH`, draw, value. Diverged networks have
