@@ -90,10 +90,10 @@ def check_setting(setting: FamilySetting, path: Sequence[str], datasets: Sequenc
         raise Wrong(
             where, f"{dotted(where)} is {list(setting.control)}; accepted: base {setting.base}, then narrower ones"
         )
-    if any(width <= setting.base for width in setting.control_dense) or setting.control_dense and not setting.control:
+    if any(width <= setting.base for width in setting.control_dense):
         where = (*path, "control_dense")
         words = f"{dotted(where)} is {list(setting.control_dense)}; accepted: widths above base {setting.base}"
-        raise Wrong(where, f"{words}, beside a control")
+        raise Wrong(where, words)
     by_dataset = {name: getattr(setting, name) for name in ("dataset_epochs", "depth_epochs", "dataset_widths")}
     by_dataset["compared.schedules"] = setting.compared.schedules
     for name, of in by_dataset.items():

@@ -127,7 +127,7 @@ def growths_of(spec, setting):
     depth, nothing to compare without schedules."""
     needed = {
         "control": setting.control,
-        "larger_dense": setting.control_dense,
+        "larger_dense": setting.control and setting.control_dense,
         "depth": setting.depths[1:],
         "schedule": setting.compared.schedules,
     }

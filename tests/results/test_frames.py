@@ -83,7 +83,7 @@ def drawn_by(figure, runs, seeds, monkeypatch):
     monkeypatch.setattr(rendering, "publish", publish)
     spec = FIGURES[figure]
     family = spec.families[0]
-    widths = "" if spec.growths == ("control",) else " ".join(map(str, PRESETS["smoke"].families[family].widths[:2]))
+    widths = "" if "control" in spec.growths else " ".join(map(str, PRESETS["smoke"].families[family].widths[:2]))
     asked = dict(families=family, widths=widths, seeds=seeds, epochs=1, device="cpu", runs=str(runs))
     notebook = nbformat.read(ROOT / f"figures/{spec.notebook}.ipynb", as_version=4)
     parameters, *cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
