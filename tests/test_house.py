@@ -281,9 +281,7 @@ def test_no_file_in_git_is_large():
     if listed.returncode:
         pytest.skip("this is not a git repository")
     sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.splitlines() if (ROOT / name).exists()}
-    # All measures of a complete curve, five seeds under both rules, are 1.1 MB as one archive.
-    most = {name: 2**21 if name.startswith("results/") else 2**20 for name in sizes}
-    assert [name for name, size in sizes.items() if size > most[name]] == []
+    assert [name for name, size in sizes.items() if size > 2**20] == []
     assert sum(sizes.values()) < 50 * 2**20
 
 

@@ -338,10 +338,15 @@ def export_command(command: options.Export) -> None:
 
 
 def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path):
-    """Export runs, one folder for each dataset and family, printing the files and what is no longer published."""
+    """Export runs, one folder for each dataset, family and seed, printing the files and what is no longer published.
+
+    A seed that is complete stays as it is in git's history. What was published as one folder for all seeds stays one.
+    """
     parts: dict[str, list[Experiment]] = {}
     for experiment in experiments:
-        parts.setdefault(f"{experiment.dataset}-{experiment.family}".replace(":", "."), []).append(experiment)
+        part = f"{experiment.dataset}-{experiment.family}".replace(":", ".")
+        part += "" if (folder / part).exists() else f"-seed{experiment.seed}"
+        parts.setdefault(part, []).append(experiment)
 
     def say(gone):
         print(f"no longer published, since they are of an earlier version or other data: {_counted(len(gone), 'run')}")

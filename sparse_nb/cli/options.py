@@ -107,8 +107,8 @@ class Status(Work):
 
 @dataclass(frozen=True)
 class Export(OfFigures):
-    """Publish finished runs under results/PRESET/DATASET-FAMILY: as an archive without checkpoints, which `merge`
-    reads, and as compressed CSV.
+    """Publish finished runs under results/PRESET/DATASET-FAMILY-seedN: as an archive without checkpoints, which
+    `merge` reads, and as compressed CSV.
 
     Already published runs stay; if they are not in the runs folder, merge them first.
     """

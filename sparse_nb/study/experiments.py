@@ -321,6 +321,18 @@ class ClassRecall(Evaluation):
     def run(self, model: torch.nn.Module, images: data.ImageSet) -> list[evaluation.Record]:
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
 
+# %% ../../nbs/4_study/02_experiments.ipynb #be749e4e
+def _corrupted_passes(measurement):
+    """The passes over the test images for each corruption and severity of a `Corruption`: its draws, or one where
+    nothing is sampled or the images are official ones."""
+    names = measurement.names or cifar_c.CORRUPTIONS
+    pairs = [("", name) for name in names for _ in measurement.severities or (2, 4)]
+    if measurement.origins:
+        pairs = [(origin, pair.rpartition(" ")[0]) for origin, of in measurement.origins for pair in of.split(", ")]
+    drawn = {name for benchmark in corruptions.BENCHMARKS.values() for name in benchmark if benchmark[name].draw}
+    drawn |= set(filter(own.is_own, measurement.names or ()))
+    return [measurement.draws if name in drawn and origin != "official" else 1 for origin, name in pairs]
+
 # %% ../../nbs/4_study/02_experiments.ipynb #c2356069
 @dataclass(frozen=True)
 class Corruption(Evaluation):
@@ -345,15 +357,7 @@ class Corruption(Evaluation):
 
     @property
     def passes(self) -> int:
-        pairs = [
-            (origin, pair.rpartition(" ")[0])
-            for origin, of_origin in self.origins or ()
-            for pair in of_origin.split(", ")
-        ]
-        pairs = pairs or [("", name) for name in self.names or cifar_c.CORRUPTIONS for _ in self.severities or (2, 4)]
-        drawn = {name for benchmark in corruptions.BENCHMARKS.values() for name in benchmark if benchmark[name].draw}
-        drawn |= set(filter(own.is_own, self.names or ()))
-        return 1 + sum(self.draws if name in drawn and origin != "official" else 1 for origin, name in pairs)
+        return 1 + sum(_corrupted_passes(self))
 
     def run(self, model: torch.nn.Module, images: data.ImageSet) -> list[evaluation.Record]:
         found = corruptions.origins(

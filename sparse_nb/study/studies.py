@@ -223,6 +223,32 @@ def _with_widths(compared, widths):
         return compared
     return dataclasses.replace(compared, widths=tuple(widths))
 
+# %% ../../nbs/4_study/07_studies.ipynb #7fb27b941602401d91542211134fc71a
+def _whole_numbers(widths):
+    """Widths as rising ints, each once, from a sequence, a number or text. Raises ValueError for anything else."""
+    given = (
+        str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
+    )
+    if not all(width.isdecimal() and int(width) for width in given):
+        raise ValueError(f"widths are {' '.join(given)}; they must be whole numbers, at least 1, as in '128 256'")
+    return sorted({int(width) for width in given})
+
+
+def _narrowed(setting, widths, epochs):
+    """A `FamilySetting` with these widths, a list, and this number of epochs; an empty list or None changes nothing."""
+    sparse = sorted({*widths} - {setting.base})
+    return dataclasses.replace(
+        setting,
+        recipe=dataclasses.replace(setting.recipe, epochs=epochs or setting.recipe.epochs),
+        widths=tuple(widths) or setting.widths,
+        dataset_epochs=() if epochs else setting.dataset_epochs,
+        depth_epochs=() if epochs else setting.depth_epochs,
+        dataset_widths=() if widths else setting.dataset_widths,
+        pruned_widths=() if widths else setting.pruned_widths,
+        compared=_with_widths(setting.compared, sparse),
+        rates=_with_widths(setting.rates, sparse),
+    )
+
 # %% ../../nbs/4_study/07_studies.ipynb #8f150f4a
 def narrow(
     preset: Study | Path | str,
@@ -245,26 +271,11 @@ def narrow(
     for name, value, most in [("seeds", seeds, 10_000), ("epochs", epochs, 1_000_000)]:
         if value is not None and not (type(value) is int and 1 <= value <= most):
             raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
-    widths = (
-        str(widths).replace(",", " ").split() if isinstance(widths, (str, int)) else [str(width) for width in widths]
-    )
-    if not all(width.isdecimal() and int(width) for width in widths):
-        raise ValueError(f"widths are {' '.join(widths)}; they must be whole numbers, at least 1, as in '128 256'")
-    settings = {}
-    for family in chosen("family", families, tuple(preset.families), tuple(preset.families)):
-        setting = preset.families[family]
-        recipe = dataclasses.replace(setting.recipe, epochs=epochs or setting.recipe.epochs)
-        settings[family] = dataclasses.replace(
-            setting,
-            recipe=recipe,
-            widths=tuple(sorted({int(w) for w in widths})) or setting.widths,
-            dataset_epochs=() if epochs else setting.dataset_epochs,
-            depth_epochs=() if epochs else setting.depth_epochs,
-            dataset_widths=() if widths else setting.dataset_widths,
-            pruned_widths=() if widths else setting.pruned_widths,
-            compared=_with_widths(setting.compared, sorted({int(w) for w in widths} - {setting.base})),
-            rates=_with_widths(setting.rates, sorted({int(w) for w in widths} - {setting.base})),
-        )
+    numbers = _whole_numbers(widths)
+    settings = {
+        family: _narrowed(preset.families[family], numbers, epochs)
+        for family in chosen("family", families, tuple(preset.families), tuple(preset.families))
+    }
     only_rules = chosen("rule", rules, (*allocation.RULES, *filter(own.is_own, preset.rules)), ())
     return dataclasses.replace(
         preset,

@@ -226,6 +226,8 @@ _NETWORK = (
     *(f"networks.{name}" for name in ("models", "allocation", "masks", "kernels", "sparse_layers")),
 )
 _MEASURING = (*_NETWORK, "robustness.evaluation")
+
+# %% ../../nbs/4_study/01_versions.ipynb #ac77fdc6
 _PARTS = {
     "training": (
         *_NETWORK,

@@ -109,7 +109,7 @@ def test_a_file_stands_where_a_preset_stands(tmp_path, monkeypatch, capsys):
     main(["status", "mine.toml"])
     assert "3 of 3" in capsys.readouterr().out
     main(["export", "mine.toml"])
-    assert {path.parent.name for path in (tmp_path / "results/mine").rglob("runs.tar.xz")} == {"digits-mlp"}
+    assert {path.parent.name for path in (tmp_path / "results/mine").rglob("runs.tar.xz")} == {"digits-mlp-seed0"}
     main(["explore", "mine.toml", "--static", "curves.html"])
     page = Path("curves.html").read_text()
     assert "Preset mine" in page and str(tmp_path) not in page
