@@ -50,6 +50,8 @@ WORDS = _Words(
         "rigl": "RigL",
         "imp": "lottery ticket (IMP)",
         "beta_lasso": "β-Lasso",
+        "control": "the control",
+        "larger_dense": "larger dense networks",
     }
 )
 

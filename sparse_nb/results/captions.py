@@ -168,8 +168,6 @@ def smaller_than_paper(preset, points: Sequence, rules: Sequence[str] = ()) -> l
 # %% ../../nbs/7_results/04_captions.ipynb #55dd25d7
 def _growth_words(growth: str) -> str:
     """As in " by width", or ", RigL" where schedules or learning rates are compared."""
-    if growth in ("control", "larger_dense"):
-        return ", " + {"control": "the control", "larger_dense": "larger dense networks"}[growth]
     if growth in WORDS or growth.startswith("learning rate"):
         return f", {WORDS.get(growth, growth)}"
     return f" by {growth}"

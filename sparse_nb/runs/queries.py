@@ -168,7 +168,7 @@ def _read_measurements(index, folders):
             rows.append((name, evaluation, measure, count))
     return _frame(rows, ("experiment", "evaluation", "measure", "records"))
 
-# %% ../../nbs/5_runs/05_queries.ipynb #2daa6500
+# %% ../../nbs/5_runs/05_queries.ipynb #7a2a9e00
 class Records:
     """The tables of the runs under `root`. A missing folder has no runs, and is not created.
 

@@ -167,7 +167,7 @@ def _effective_density(experiment, kept):
             return None
         raise
 
-# %% ../../nbs/5_runs/06_store.ipynb #264b700a
+# %% ../../nbs/5_runs/06_store.ipynb #007549a3
 def _result_of(experiment, model, history):
     """How a training ended. A pruned network was trained as its parent, so its own training results are None."""
     last, trained = history.epochs[-1], is_trained(experiment)
@@ -185,7 +185,7 @@ def _result_of(experiment, model, history):
         "distance": _distance_from_start(experiment, model) if trained and history.status != "diverged" else None,
     }
 
-# %% ../../nbs/5_runs/06_store.ipynb #8385a1e6
+# %% ../../nbs/5_runs/06_store.ipynb #7f63ca0d
 def save_run(store: Store, experiment: Experiment, model: nn.Module, history: History, environment: Mapping) -> bool:
     """Store a trained run; False if it was there already. environment: {"device": …, …}, recorded as it is."""
     check_writable(store)
@@ -280,7 +280,7 @@ def other_weights(folder: Path, found: str, here: Mapping) -> ValueError:
         f"runs folder that has the checkpoint, or delete the folder {folder} to train and measure again"
     )
 
-# %% ../../nbs/5_runs/06_store.ipynb #1ba15b4a
+# %% ../../nbs/5_runs/06_store.ipynb #0c69476b
 def restore_checkpoint(store: Store, experiment: Experiment, model: nn.Module, here: Mapping) -> None:
     """Store a network that was trained again as the checkpoint of its finished run, which lacks one.
 

@@ -321,7 +321,7 @@ class ClassRecall(Evaluation):
     def run(self, model: torch.nn.Module, images: data.ImageSet) -> list[evaluation.Record]:
         return class_recall.evaluate(model, evaluation.sample(images, self.test_images))
 
-# %% ../../nbs/4_study/02_experiments.ipynb #be749e4e
+# %% ../../nbs/4_study/02_experiments.ipynb #c8a7fe38
 def _corrupted_passes(measurement):
     """The passes over the test images for each corruption and severity of a `Corruption`: its draws, or one where
     nothing is sampled or the images are official ones."""

@@ -158,7 +158,7 @@ def refuse_unknown(table: Mapping, accepted: Collection[str], path: Sequence[str
             wrong = f"{dotted((*path, key))} is not a key here"
             raise Wrong((*path, key), f"{wrong}; {meant}accepted: {', '.join(accepted)}")
 
-# %% ../../nbs/4_study/05_reading.ipynb #d02aa661
+# %% ../../nbs/4_study/05_reading.ipynb #77dab166
 def fill(kind: Any, table: Any, path: Sequence[str] = (), *, given: Any = None, hidden=(), ready: Mapping = {}) -> Any:  # noqa: B006
     """An instance of the dataclass `kind` from a TOML table.
 

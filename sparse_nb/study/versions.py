@@ -227,7 +227,7 @@ _NETWORK = (
 )
 _MEASURING = (*_NETWORK, "robustness.evaluation")
 
-# %% ../../nbs/4_study/01_versions.ipynb #ac77fdc6
+# %% ../../nbs/4_study/01_versions.ipynb #4ff033a8
 _PARTS = {
     "training": (
         *_NETWORK,

@@ -101,7 +101,7 @@ def _sources(module):
         open_ends += [each for each in imported if each.partition(".")[0] in {top, *beside}]
     return found
 
-# %% ../../nbs/4_study/09_your_own.ipynb #6368b2ba
+# %% ../../nbs/4_study/09_your_own.ipynb #8949e476
 def text_of(function: str) -> str:
     """16 hexadecimal digits for the code of a function of the user's own: its module, and whatever that imports from
     its package or its folder. Comments, docstrings and layout do not count."""
