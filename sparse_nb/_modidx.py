@@ -163,6 +163,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'sparse_nb/claims/exchange_rate.py'),
                                                 'sparse_nb.claims.exchange_rate.best_widths': ( '8_claims/exchange_rate.html#best_widths',
                                                                                                 'sparse_nb/claims/exchange_rate.py'),
+                                                'sparse_nb.claims.exchange_rate.check_rule': ( '8_claims/exchange_rate.html#check_rule',
+                                                                                               'sparse_nb/claims/exchange_rate.py'),
                                                 'sparse_nb.claims.exchange_rate.common_width': ( '8_claims/exchange_rate.html#common_width',
                                                                                                  'sparse_nb/claims/exchange_rate.py'),
                                                 'sparse_nb.claims.exchange_rate.equal_budget': ( '8_claims/exchange_rate.html#equal_budget',

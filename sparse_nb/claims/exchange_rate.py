@@ -143,6 +143,23 @@ def common_width(found: pd.DataFrame) -> pd.DataFrame:
             rows.append(place | {name: 2 ** pooled[name] for name in names} | dict(curves=len(part)))
     return pd.DataFrame(rows, columns=["disturbance", "rule", *names, "curves"])
 
+# %% ../../nbs/8_claims/06_exchange_rate.ipynb #a7c1e002
+RULE = pd.DataFrame(
+    [("noise", "water_filling", 193, 51, 723), ("noise", "proportional", 335, 113, 990)],
+    columns=["disturbance", "rule", "predicted", "predicted_low", "predicted_high"],
+)
+
+# %% ../../nbs/8_claims/06_exchange_rate.ipynb #a7c1e003
+def check_rule(found: pd.DataFrame, rule: pd.DataFrame = RULE) -> pd.DataFrame:
+    """Rows of `best_widths` that `rule` predicts, with its columns and `inside`, whether a curve's interval agrees.
+
+    inside: "yes" if low to high lies in the predicted interval, "no" if outside it, else "cannot say".
+    """
+    both = found.merge(rule, on=["disturbance", "rule"])
+    within = (both.predicted_low <= both.low) & (both.high <= both.predicted_high)
+    apart = (both.high < both.predicted_low) | (both.low > both.predicted_high)
+    return both.assign(inside=np.select([within, apart], ["yes", "no"], "cannot say"))
+
 # %% ../../nbs/8_claims/06_exchange_rate.ipynb #491cef9a
 def table_of_store(figure: str, preset, store, *, root: Path | str | None = None) -> tuple[pd.DataFrame, list]:
     """(`tables.collect` of a figure, its points) of what a `Study` plans and what of it is in a `Store`.

@@ -8,8 +8,12 @@ import pandas as pd
 import pytest
 
 from sparse_nb.claims.claims import CLAIMS
+from sparse_nb.claims.exchange_rate import RULE, best_widths, common_width, table_of_store
 from sparse_nb.claims.verdicts import claims_table, overall
+from sparse_nb.runs.exchange import merge
+from sparse_nb.runs.store import Store
 from sparse_nb.study.figures import FIGURES
+from sparse_nb.study.studies import PRESETS
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +76,13 @@ def test_published_panels_are_those_of_the_claims(published):
         "undecided",
         "unfinished",
     }
+
+
+@pytest.mark.slow
+def test_the_rule_for_the_best_width_is_what_the_published_first_edition_gives(tmp_path):
+    store = Store(tmp_path / "runs")
+    for family in ("mnist-mlp", "cifar10-mlp", "cifar100-mlp"):
+        merge(store, ROOT / "results/laptop" / family)
+    rule = common_width(best_widths(table_of_store("fig01", PRESETS["laptop"], store)[0]))
+    for name, column in (("mean", "predicted"), ("predicted_low",) * 2, ("predicted_high",) * 2):
+        assert rule.set_index("rule")[name].round().to_dict() == RULE.set_index("rule")[column].to_dict()
