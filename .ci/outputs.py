@@ -1,8 +1,8 @@
 """Are the outputs stored in the chapters those of this code?
 
 Executes chapters as nbdev_test does, without cells marked slow, gpu or data, and compares what they print with what is
-stored: words exactly, numbers to one part in a thousand or 1e-8, pictures by their presence. Outputs of cells tagged `volatile`
-(times, memory) may differ. With --write the outputs are stored instead.
+stored: words exactly, numbers to one part in a thousand or 1e-8, pictures by their presence. Outputs of cells tagged
+`volatile` (times, memory) may differ. With --write the outputs are stored instead.
 
     python .ci/outputs.py [--write] [NOTEBOOK …]
 

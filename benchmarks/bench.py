@@ -18,6 +18,7 @@ import torchattacks
 from PIL import Image
 from scipy import ndimage
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparse_nb.data import ImageSet, as_float, load_images
@@ -30,6 +31,7 @@ from sparse_nb.networks.masks import (
     sample_positions,
 )
 from sparse_nb.networks.models import build_model, counted_weights
+from sparse_nb.networks.portable import portable
 from sparse_nb.networks.sparse_layers import SparseSequential, sparse_network
 from sparse_nb.networks.training import Recipe, captured, fit
 from sparse_nb.randomness import generator
@@ -170,6 +172,10 @@ def masked_and_plain(family, width, image_shape, budget, device):
     (model, masks), (other, _) = (network(family, width, image_shape, device, budget=budget) for _ in range(2))
     return training_step(model, inputs, images.labels, masks), training_step(other, inputs, images.labels)
 
+NAMES = {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"}
+BASES = {"mlp": 101_632, "vgg": 577_712, "resnet": 699_056}  # all weights of the figures' bases, width 128 or 16
+
+
 def sparse_network_of(family, width, image_shape, budget, rule):
     """A network of ten classes of the smallest depth of its family's figures, born sparse, initialised, in training
     mode, on the CPU.
@@ -193,28 +199,31 @@ def sparse_and_base(rule, device, width=2**15, base=2**7):
     return tuple(training_step(side, as_float(images.pixels), images.labels) for side in sides)
 
 
-def sparse_and_masked(family, width, image_shape, budget, rule, device, count=128):
-    """A training step of a sparse network on `count` random images / of the same network with masks, densely
-    executed.
+def sparse_and_masked(family, width, image_shape, budget, rule, device, count=128, bits="native"):
+    """A training step of a sparse network on `count` random images / of the same network with masks, densely executed.
+
+    bits: "portable" for a VGG or ResNet in kernels that give the same bits everywhere.
     """
     images = random_images(count, image_shape, device)
     inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
     model, masks = network(family, width, image_shape, device, budget=budget, rule=rule)
     sparse = sparse_network_of(family, width, image_shape, budget, rule).to(device)
     return (
-        training_step(sparse, inputs, images.labels),
+        training_step(portable(sparse) if bits == "portable" else sparse, inputs, images.labels),
         training_step(model.to(memory_format=torch.channels_last), inputs, images.labels, masks),
     )
 
 
-RESNET16 = 699_056  # counted weights of ResNet18 of width 16 for ten classes, colour
-
-
-def sparse_resnet_and_base(rule, device, width=128, base=16, budget=RESNET16, count=64):
-    """A training step of a wide sparse ResNet18 / of its dense base, at the base's budget, on `count` random images."""
+def wide_and_base(family, rule, device, width=128, base=16, budget=None, count=64):
+    """A training step of a wide sparse VGG11 or ResNet18 / of its dense base, at the base's budget, on `count` random
+    images, both portable. budget: default that of width 16.
+    """
     images = random_images(count, (3, 32, 32), device)
     inputs = as_float(images.pixels).contiguous(memory_format=torch.channels_last)
-    sides = (sparse_network_of("resnet", units, (3, 32, 32), budget, rule).to(device) for units in (width, base))
+    sides = (
+        portable(sparse_network_of(family, units, (3, 32, 32), budget or BASES[family], rule)).to(device)
+        for units in (width, base)
+    )
     return tuple(training_step(side, inputs, images.labels) for side in sides)
 
 def our_step_and_plain(device, units=2**7):
@@ -260,15 +269,72 @@ def step_and_walks(rule, device, units=2**15):
         pair(x), weights, g
     )
 
+class _Product(torch.autograd.Function):
+    """The product of float inputs (N, in) with a sparse matrix (out, in), with gradients for inputs and `values`."""
+
+    @staticmethod
+    def forward(context, x, values, rows, columns, shape):
+        context.save_for_backward(x, values)
+        context.matrix = rows, columns, shape
+        return (torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False) @ x.T).T
+
+    @staticmethod
+    def backward(context, g):
+        (x, values), (rows, columns, shape) = context.saved_tensors, context.matrix
+        nothing = torch.sparse_csr_tensor(rows, columns, torch.zeros_like(values), shape, check_invariants=False)
+        of_values = torch.sparse.sampled_addmm(nothing, g.T.contiguous(), x).values()
+        of_x = None
+        if context.needs_input_grad[0]:
+            # the same numbers, read column by column, are the transposed matrix
+            across = torch.sparse_csc_tensor(rows, columns, values, shape[::-1], check_invariants=False)
+            of_x = (across.to_sparse_csr() @ g.T.contiguous()).T
+        return of_x, of_values, None, None, None
+
+
+class CSRLinear(nn.Module):
+    """A linear layer with the kept weights of `layer` under a bool mask (out, in), as a matrix in CSR form."""
+
+    def __init__(self, layer, mask):
+        super().__init__()
+        matrix = (layer.weight.detach() * mask).to_sparse_csr()
+        self.values, self.bias, self.shape = nn.Parameter(matrix.values().clone()), layer.bias, tuple(mask.shape)
+        self.rows, self.columns = matrix.crow_indices(), matrix.col_indices()
+
+    def forward(self, x):
+        return _Product.apply(x, self.values, self.rows, self.columns, self.shape) + self.bias
+
+
+def ours_and_peer(peer, device, width=2**15, budget=BASES["mlp"], rule="water_filling"):
+    """A training step of a sparse MLP on 128 random images / the same network's by "csr" matrices or by "prune"."""
+    images = random_images(128, (1, 28, 28), device)
+    model, masks = network("mlp", width, (1, 28, 28), device, budget=budget, rule=rule)
+    for name in masks:
+        part = name.removesuffix(".weight")
+        layer = model.get_submodule(part)
+        if peer == "csr":
+            model.set_submodule(part, CSRLinear(layer, masks[name]))
+        else:
+            prune.custom_from_mask(layer, "weight", masks[name])
+    sparse = sparse_network_of("mlp", width, (1, 28, 28), budget, rule).to(device)
+    return tuple(training_step(side, as_float(images.pixels), images.labels) for side in (sparse, model))
+
+def portable_and_native(family, width, device, budget=None, rule="water_filling", count=256):
+    """An epoch of `training.fit` on `count` random images with portable kernels / with the library's.
+
+    budget: kept weights, None for a dense network.
+    """
+    images, recipe = random_images(count, (3, 32, 32), device), Recipe(epochs=1)
+    whole = network(family, width, (3, 32, 32), device)[0]
+    kept = budget or sum(weight.numel() for weight in counted_weights(whole).values())
+    ours, native = (sparse_network_of(family, width, (3, 32, 32), kept, rule) for _ in range(2))
+    ours = portable(ours)
+    return (lambda: fit(ours, images, recipe, seed=0)), (lambda: fit(native, images, recipe, seed=0))
+
 CAPTURED = [
     ("mlp", 2**7),
     ("mlp", 2**15),
     *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128)),
 ]
-NAMES, BASES = (
-    {"mlp": "MLP", "vgg": "VGG11", "resnet": "ResNet18"},
-    {"mlp": 101_632, "vgg": 577_712, "resnet": RESNET16},
-)
 
 
 def captured_and_plain(family, width, device):
@@ -551,25 +617,47 @@ COMPARISONS = [
         at_most=1 / 40,
     ),
     Comparison("our step / plain step, MLP 128", our_step_and_plain, at_most=1),
-    Comparison(
-        "sparse / masked step, ResNet18 128, proportional",
-        lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "proportional", device, 64),
-        at_most=1 / 5,
+    *(
+        Comparison(
+            f"sparse / masked step, ResNet18 128, {rule}, portable",
+            lambda device, rule=rule: sparse_and_masked(
+                "resnet", 128, (3, 32, 32), BASES["resnet"], rule, device, 64, bits="portable"
+            ),
+            at_most=at_most,
+            only="cpu",
+        )
+        for rule, at_most in (("proportional", 1 / 9), ("water_filling", 1 / 5))
     ),
-    Comparison(
-        "sparse / masked step, ResNet18 128, water_filling",
-        lambda device: sparse_and_masked("resnet", 128, (3, 32, 32), RESNET16, "water_filling", device, 64),
-        at_most=1 / 5,
+    *(
+        Comparison(
+            f"sparse step, {NAMES[family]} 128 / 16, {rule}, portable",
+            lambda device, family=family, rule=rule: wide_and_base(family, rule, device),
+            at_most=6 if rule == "proportional" else 12,
+            only="cpu",
+        )
+        for family in ("vgg", "resnet")
+        for rule in ("proportional", "water_filling")
     ),
-    Comparison(
-        "sparse step, ResNet18 128 / 16, proportional",
-        lambda device: sparse_resnet_and_base("proportional", device),
-        at_most=8,
+    *(
+        Comparison(
+            f"sparse step / {words}, MLP 32768, water_filling",
+            lambda device, peer=peer: ours_and_peer(peer, device),
+            at_most=at_most,
+            only="cpu",
+        )
+        for peer, words, at_most in (("csr", "CSR matrices", 1 / 5), ("prune", "torch.nn.utils.prune", 1 / 40))
     ),
-    Comparison(
-        "sparse step, ResNet18 128 / 16, water_filling",
-        lambda device: sparse_resnet_and_base("water_filling", device),
-        at_most=8,
+    *(
+        Comparison(
+            f"portable / native epoch, {NAMES[family]} {width}, {density}",
+            lambda device, family=family, width=width, budget=budget: portable_and_native(
+                family, width, device, budget, count=64 if budget else 256
+            ),
+            remark="the price of the same bits",
+            only="cpu",
+        )
+        for family in ("vgg", "resnet")
+        for width, density, budget in ((8, "dense", None), (16, "dense", None), (64, "sparse", BASES[family]))
     ),
     Comparison("step / its matrix products, MLP 128", step_and_products, remark="how far from the limit"),
     Comparison(
@@ -646,10 +734,11 @@ COMPARISONS += [
     ),
 ]
 
-def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, keep=None):
+def main(comparisons=COMPARISONS, *, device=None, seconds=360.0, whole=False, keep=None):
     """Print the table, a line for each of `comparisons` when it is done, within about `seconds`.
 
-    device: where to measure, default a GPU where there is one. Each row makes three rounds even if they take longer.
+    device: where to measure, default a GPU where there is one. Each row has three seconds and makes three rounds even
+    if all together then take longer.
     whole: add what memory training needs and how long all corruptions of a test set take. keep: a folder; the table is
     also written there, to DEVICE-THREADS.txt.
     """
@@ -663,12 +752,14 @@ def main(comparisons=COMPARISONS, *, device=None, seconds=270.0, whole=False, ke
         print(line, flush=True)
         lines.append(line + "\n")
 
-    machine = f"{device.type}, threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    machine = f"{device.type} ({kind}), threads: {torch.get_num_threads()}, PyTorch {torch.__version__}"
     say(f"time of ours / theirs, median (quartiles) over rounds; {machine}")
     width = max(len(comparison.name) for comparison in comparisons)
     for done, comparison in enumerate(comparisons):
         sides = comparison.prepare(device)
-        ratio = compare(*sides, seconds=(deadline - time.perf_counter()) / (len(comparisons) - done))
+        share = (deadline - time.perf_counter()) / (len(comparisons) - done)
+        ratio = compare(*sides, seconds=max(share, 3.0))
         numbers = f"{ratio.median:8.3g}  ({ratio.low:.3g} … {ratio.high:.3g})"
         verdict = comparison.verdict(ratio, device.type)
         say(f"{comparison.name:<{width}} {numbers:<28} {ratio.rounds:>3} rounds  {verdict}")
