@@ -10,7 +10,6 @@ import io
 import lzma
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -98,14 +97,8 @@ def _listed(tar):
 def unpacked(path: Path, root: Path) -> Iterator[Path]:
     """A context manager: a temporary folder below `root` with the runs in the archive at `path`.
 
-    Raises ValueError naming `path` if it is not a valid archive, OSError if it cannot be read or the disk is full,
-    RuntimeError for a Python without tarfile's data filter.
+    Raises ValueError naming `path` if it is not a valid archive, OSError if it cannot be read or the disk is full.
     """
-    if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError(
-            f"Python {sys.version.split()[0]} cannot unpack {path} safely, because its tarfile has no data filter; "
-            "accepted: 3.10.12 or later, 3.11.4 or later, 3.12 or later"
-        )
     place = Path(tempfile.mkdtemp(dir=root, prefix=".writing-"))
     try:
         try:
@@ -113,7 +106,12 @@ def unpacked(path: Path, root: Path) -> Iterator[Path]:
                 _expand(path, file)
                 file.seek(0)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
-                    tar.extractall(place / "runs", members=_listed(tar), filter="data")
+                    for entry in _listed(tar):
+                        (place / "runs" / entry.name).parent.mkdir(parents=True, exist_ok=True)
+                        with open(place / "runs" / entry.name, "xb") as copy:
+                            content = tar.extractfile(entry)
+                            assert content is not None  # only regular files are listed
+                            shutil.copyfileobj(content, copy)
         except OSError:
             raise
         except Exception as error:  # hostile bytes can make a reader fail in any way

@@ -523,7 +523,7 @@ def test_a_hostile_archive_is_named_and_writes_nothing(root, tmp_path, monkeypat
 
 
 def test_rights_are_not_taken_from_the_archive(root, monkeypatch):
-    """tarfile's data filter is in use: no set-user bit, nothing that others may write to."""
+    """No set-user bit, nothing that others may write to."""
     member = tarfile.TarInfo("CIFAR-10-C/fog.npy")
     member.mode, member.size = 0o6777, len(CIFAR_FILES[member.name])
     packed = io.BytesIO(tar_of(CIFAR_FILES))
@@ -556,13 +556,15 @@ def test_archives_with_other_content(root, monkeypatch, packed, said):
     assert not (root / "CIFAR-10-C" / "fog.npy").exists() and not list(root.rglob(".unpack-*"))
 
 
-def test_a_python_without_the_filter_is_refused_before_any_work(root, monkeypatch):
+def test_a_python_whose_tarfile_has_no_filter_unpacks_too(root, monkeypatch):
+    """3.10.11, 3.11.3 and older ones of these, as in Debian 12."""
+    monkeypatch.setitem(ca.ARCHIVES, "cifar10", cifar(CIFAR_TAR))
     (root / "CIFAR-10-C.tar").write_bytes(CIFAR_TAR)
     monkeypatch.delattr(tarfile, "data_filter")
-    with pytest.raises(RuntimeError) as caught:
-        downloads.fetch("cifar10", root=root)
-    assert str(root / "CIFAR-10-C.tar") in str(caught.value) and "3.10.12" in str(caught.value)
-    assert contents(root) == {"CIFAR-10-C.tar": CIFAR_TAR}
+    monkeypatch.setattr(tarfile.TarFile, "extract", None)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", None)
+    downloads.fetch("cifar10", root=root)
+    assert {name: (root / name).read_bytes() for name in CIFAR_FILES} == CIFAR_FILES
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------
