@@ -86,6 +86,7 @@ for ending in ("csv", "html", "png", "svg"):
 
 def command(arguments, words):
     """Be `sparse-nb ARGUMENTS`, saying everything into the file `words`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in a shell's background
     with open(words, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
