@@ -269,6 +269,52 @@ def step_and_walks(rule, device, units=2**15):
         pair(x), weights, g
     )
 
+CAPTURED = [
+    ("mlp", 2**7),
+    ("mlp", 2**15),
+    *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128)),
+]
+
+
+def captured_and_plain(family, width, device):
+    """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same
+    step, kernel by kernel.
+    """
+    images = random_images(128, (1, 28, 28) if family == "mlp" else (3, 32, 32), device)
+    inputs = as_float(images.pixels)
+    ours, plain = (
+        sparse_network_of(family, width, images.shape, BASES[family], "water_filling").to(device) for _ in range(2)
+    )
+    return training_step(captured(ours, inputs), inputs, images.labels), training_step(plain, inputs, images.labels)
+
+MEMORY = r"""
+import re, sys, torch
+import bench
+width, rule = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+images = bench.random_images(128, (1, 28, 28), "cpu")
+network = bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule)
+step = bench.training_step(network, bench.as_float(images.pixels), images.labels)
+for _ in range(3):
+    step()
+print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+
+def peak_memory(width, rule):
+    """Largest size in MB of a fresh process that trains a sparse MLP of `width` units at the budget of 128 for three
+    steps; Linux only.
+    """
+    here = Path(globals().get("__file__", "bench.py")).parent  # where `import bench` finds this file
+    said = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(width), rule],
+        cwd=here.absolute(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return int(said) / 1024
+
 class _Product(torch.autograd.Function):
     """The product of float inputs (N, in) with a sparse matrix (out, in), with gradients for inputs and `values`."""
 
@@ -329,52 +375,6 @@ def portable_and_native(family, width, device, budget=None, rule="water_filling"
     ours, native = (sparse_network_of(family, width, (3, 32, 32), kept, rule) for _ in range(2))
     ours = portable(ours)
     return (lambda: fit(ours, images, recipe, seed=0)), (lambda: fit(native, images, recipe, seed=0))
-
-CAPTURED = [
-    ("mlp", 2**7),
-    ("mlp", 2**15),
-    *((family, width) for family in ("vgg", "resnet") for width in (16, 64, 128)),
-]
-
-
-def captured_and_plain(family, width, device):
-    """A captured training step of a sparse network, at the budget of the figures' base, on 128 random images / the same
-    step, kernel by kernel.
-    """
-    images = random_images(128, (1, 28, 28) if family == "mlp" else (3, 32, 32), device)
-    inputs = as_float(images.pixels)
-    ours, plain = (
-        sparse_network_of(family, width, images.shape, BASES[family], "water_filling").to(device) for _ in range(2)
-    )
-    return training_step(captured(ours, inputs), inputs, images.labels), training_step(plain, inputs, images.labels)
-
-MEMORY = r"""
-import re, sys, torch
-import bench
-width, rule = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-images = bench.random_images(128, (1, 28, 28), "cpu")
-network = bench.sparse_network_of("mlp", width, (1, 28, 28), 101_632, rule)
-step = bench.training_step(network, bench.as_float(images.pixels), images.labels)
-for _ in range(3):
-    step()
-print(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
-"""
-
-
-def peak_memory(width, rule):
-    """Largest size in MB of a fresh process that trains a sparse MLP of `width` units at the budget of 128 for three
-    steps; Linux only.
-    """
-    here = Path(globals().get("__file__", "bench.py")).parent  # where `import bench` finds this file
-    said = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(width), rule],
-        cwd=here.absolute(),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return int(said) / 1024
 
 def noise_and_passes(family, width, image_shape, count, budget, device):
     """`weight_noise.evaluate` for one draw at all strengths on `count` random images / as many bare forward passes over

@@ -126,7 +126,7 @@ def _kinds_of_experiment(experiment):
     """`_kinds_of` an `Experiment`."""
     return _kinds_of(vars(experiment) | {"recipe": vars(experiment.recipe)})
 
-
+# %% ../../nbs/6_sweep/01_costs.ipynb #49dec001
 class Epochs:
     """The known numbers of epochs that trainings took."""
 
@@ -149,7 +149,7 @@ class Epochs:
         least, most, stopped = self._seen.get(same) or (*self._seen.get(alike, (1, 1))[:1], allowed, False)
         return min(least, allowed), min(most, allowed) if stopped else allowed
 
-
+# %% ../../nbs/6_sweep/01_costs.ipynb #49dec002
 def _epochs_of(runs: pd.DataFrame) -> Epochs:
     """The `Epochs` of trainings. runs: rows of `Store.runs`, of any device."""
     known, trained = Epochs(), runs[(runs.schedule == "static") & runs.epochs.notna()]

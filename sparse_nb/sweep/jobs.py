@@ -68,7 +68,7 @@ def resolve_device(device):
         raise ValueError("device is 'cuda', but PyTorch finds no GPU here; accepted: auto, cpu")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #ef2d1201
 @contextmanager
 def with_threads(threads: int | None):
     """A context in which PyTorch uses this number of threads; None changes nothing."""
@@ -79,7 +79,7 @@ def with_threads(threads: int | None):
     finally:
         torch.set_num_threads(before)
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #ef2d1202
 @cache
 def _keep_freed_memory():
     """Let the process keep freed memory for the next step, if the C library is glibc.
@@ -93,7 +93,7 @@ def _keep_freed_memory():
     for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         mallopt(option, 2**30)
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #ef2d1203
 def _processor():
     """The name of the processor, such as "AMD EPYC 9654", or its architecture if the system does not tell."""
     try:
@@ -281,7 +281,7 @@ def _make_network(experiment, store, load, device, **how):
     trained = (len(history.epochs), seconds) if is_trained(experiment) else None
     return Outcome("done", made, trained=trained)
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #b17ef601
 def measure(job, store, load, device, report):
     """Make the missing measurements of a job; returns their number."""
     e = job.experiment
@@ -377,7 +377,7 @@ def own_code(job: Job) -> set[str]:
         named += [getattr(evaluation, "function", ""), *(getattr(evaluation, "names", None) or ())]
     return set(filter(own.is_own, named))
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #785f3e01
 @dataclass(frozen=True)
 class Terms:
     """The settings of a sweep for its jobs in other processes; plain data.
@@ -399,7 +399,7 @@ class Terms:
     own: dict = field(default_factory=dict)
     texts: dict = field(default_factory=dict)
 
-
+# %% ../../nbs/6_sweep/02_jobs.ipynb #785f3e02
 def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) -> Outcome:
     """`run_job` in another process. gpu: (index, share of its memory) or None.
 
