@@ -153,11 +153,13 @@ RULE = pd.DataFrame(
 def check_rule(found: pd.DataFrame, rule: pd.DataFrame = RULE) -> pd.DataFrame:
     """Rows of `best_widths` that `rule` predicts, with its columns and `inside`, whether a curve's interval agrees.
 
-    inside: "yes" if low to high lies in the predicted interval, "no" if outside it, else "cannot say".
+    inside: "yes" if low to high lies in the predicted interval, "no" if outside it, else "cannot say". Of a maximum at
+    the end of a curve only `per_unit`, its bound, is known.
     """
     both = found.merge(rule, on=["disturbance", "rule"])
     within = (both.predicted_low <= both.low) & (both.high <= both.predicted_high)
-    apart = (both.high < both.predicted_low) | (both.low > both.predicted_high)
+    most, least = both.high.where(both.high > 0, both.per_unit), both.low.where(both.low < math.inf, both.per_unit)
+    apart = (most < both.predicted_low) | (least > both.predicted_high)
     return both.assign(inside=np.select([within, apart], ["yes", "no"], "cannot say"))
 
 # %% ../../nbs/8_claims/06_exchange_rate.ipynb #491cef9a
