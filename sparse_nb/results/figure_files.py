@@ -257,6 +257,7 @@ def _check_named(curves: pd.DataFrame, provenance: Provenance) -> None:
 
 # %% ../../nbs/7_results/09_figure_files.ipynb #ed871521
 PICTURES = ("svg", "png", "pdf")
+CSV_FORMAT = "%.12g"
 
 # %% ../../nbs/7_results/09_figure_files.ipynb #5bcde41f
 def publish(
@@ -293,5 +294,5 @@ def publish(
         for path in (page, *drawn):
             if path.suffix != ".pdf":
                 _embed(path, provenance)
-        curves.to_csv(page.with_suffix(".csv"), index=False)
+        curves.to_csv(page.with_suffix(".csv"), index=False, float_format=CSV_FORMAT)
         return [part.replace(folder / part.name) for part in sorted(Path(temporary).iterdir())]
