@@ -45,7 +45,8 @@ def check_names(study: Study) -> None:
         raise Wrong(("bits",), f"bits is {study.bits!r}; accepted: {', '.join(BITS)}")
     _check_list(study.datasets, data.DATASETS, ("datasets",))
     _check_list(study.rules, allocation.RULES, ("rules",))
-    _check_list(study.beside, _MEASURES, ("beside",), least=0)
+    for key in ("beside", "control_beside"):
+        _check_list(getattr(study, key), _MEASURES, (key,), least=0)
     for name in study.own_measures:
         if not own.is_own(name):
             raise Wrong(

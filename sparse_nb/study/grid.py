@@ -124,7 +124,8 @@ class Study:
     the figures that have rules of their own. bits: of convolutional networks, "native" or "portable"; see `Experiment`.
     own_measures: import paths of measures of the user's own, applied to every network on a curve by width. Datasets,
     rules, families and names of corruptions may be import paths as well, with the versions that `own.find` gives.
-    beside: measures of every network on a curve by width that no figure shows.
+    beside: measures of every network on a curve by width that no figure shows. control_beside: the same for the control
+    of figure 12 and the larger dense networks.
     versions: ("training" or a measure, version) for earlier versions, whose runs can be plotted but not made.
     figures: those that are plotted; if empty, all that show one of the families. file: that it was read from; empty for
     a study of the package.
@@ -148,6 +149,7 @@ class Study:
     only_rules: tuple[str, ...] = ()
     bits: str = "native"
     beside: tuple[str, ...] = ()
+    control_beside: tuple[str, ...] = ()
     own_measures: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = ()
     figures: tuple[str, ...] = ()

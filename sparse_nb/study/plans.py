@@ -190,6 +190,18 @@ def plan(figure: str, preset: Study, *, root: Path | str | None = None) -> tuple
     return tuple(points)
 
 # %% ../../nbs/4_study/08_plans.ipynb #05b00f50
+_BESIDE = {"width": "beside", "control": "control_beside", "larger_dense": "control_beside"}  # field of a `Study`
+
+
+def _beside(preset, growth, dataset, family, root):
+    """The evaluations that a `Study` makes of a curve by `growth` besides those of the figures, each once, as a dict."""
+    setting, named = preset.families[family], getattr(preset, _BESIDE[growth]) if growth in _BESIDE else ()
+    found = [measurement_of(preset, measure, dataset, setting, root) for measure in named]
+    if growth == "width":
+        found += [OwnMeasure(function=name) for name in preset.own_measures]
+    return dict.fromkeys(found)
+
+
 def measurements(points, preset=None, *, root=None):
     """{experiment: its evaluations, each once, a tuple} of the points of one or several plans.
 
@@ -199,11 +211,9 @@ def measurements(points, preset=None, *, root=None):
     for point in points:
         e = point.experiment
         wanted.setdefault(e, {})[point.evaluation] = None
-        if preset and e.schedule == "static" and point.growth == "width":
-            if (e.dataset, e.family) not in beside:
-                setting = preset.families[e.family]
-                found = [measurement_of(preset, measure, e.dataset, setting, root) for measure in preset.beside]
-                found += [OwnMeasure(function=name) for name in preset.own_measures]
-                beside[e.dataset, e.family] = dict.fromkeys(found)
-            wanted[e] |= beside[e.dataset, e.family]
+        if preset and e.schedule == "static":
+            kind = point.growth, e.dataset, e.family
+            if kind not in beside:
+                beside[kind] = _beside(preset, *kind, root)
+            wanted[e] |= beside[kind]
     return {experiment: tuple(evaluations) for experiment, evaluations in wanted.items()}
