@@ -21,7 +21,7 @@ help: ## this list
 	@echo "The first target installs into .venv, 6 GB; 2 GB with PyTorch for CPUs only: make figures TORCH=cpu"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop"
+figures: $(BROWSER) ## draw the figures, on tiny data unless told otherwise: make figures ARGS="fig01 --preset laptop2"
 	@$(BIN)/sparse-nb figures $(or $(ARGS),--workers 2)
 
 test: $(BROWSER) $(BOOK) ## is all in step, the notebooks, their outputs, pytest: a line for each

@@ -22,11 +22,16 @@ FIRST_PAGE = '<!DOCTYPE html><meta charset="utf-8"><title>sparse-nb</title>'
 FIRST_PAGE += '<meta http-equiv="refresh" content="0; url=nbs/index.html"><a href="nbs/index.html">sparse-nb</a>\n'
 
 
+def _published(ending):
+    """The published files of figures with this ending."""
+    return [path for preset in (PRESET, SECOND, "paper") for path in ROOT.glob(f"figures/rendered/{preset}/*.{ending}")]
+
+
 def _lay_out():
     """The folder that Sphinx reads, laid out as the book is: only what belongs to it, and not a virtual environment."""
     wanted = {path.relative_to(ROOT) for pattern in PAGES for path in ROOT.glob(pattern)}
     wanted = {path for path in wanted if ".ipynb_checkpoints" not in path.parts}
-    published = {path.relative_to(ROOT) for kind in ("svg", "csv") for path in (ROOT / PUBLISHED).glob(f"*.{kind}")}
+    published = {path.relative_to(ROOT) for kind in ("svg", "csv") for path in _published(kind)}
     for path in SOURCE.rglob("*") if SOURCE.exists() else ():
         part = path.relative_to(SOURCE)
         if path.is_file() and part.parts[0] not in ("reference", "extra", "static") and part not in wanted | published:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import nbformat
 from sphinx.util import logging
-from values import PRESET, RENDERED, ROOT, module, published_rows
+from values import ROOT, folder_of, module, pooled_effects, published_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ def drawing_calls(name):
             rules = ("water_filling", "proportional", "erk") if call.func.value.id == "part" else ()
             names = (first, *(f"{first}_{rule}" for rule in rules))
             drawn |= dict.fromkeys(names, assigned[call.args[0].id])
-    return {published: call for published, call in drawn.items() if (RENDERED / f"{published}.svg").exists()}
+    return {
+        published: call for published, call in drawn.items() if (folder_of(published) / f"{published}.svg").exists()
+    }
 
 
 def said_by(name):
     """(title, lines of the footer) of a published figure, read from its SVG."""
-    texts = ElementTree.parse(RENDERED / f"{name}.svg").iter("{http://www.w3.org/2000/svg}text")
+    texts = ElementTree.parse(folder_of(name) / f"{name}.svg").iter("{http://www.w3.org/2000/svg}text")
     title, footer = "", []
     for text in texts:
         if text.get("class") == "gtitle":
@@ -89,7 +91,7 @@ def draw(name):
     statements, figures = _statements(notebook_of(name)), {}
     for published, call in drawing_calls(name).items():
         rows = published_rows(published)
-        scope = dict.fromkeys(("curves", "found", "judged"), rows)
+        scope = dict.fromkeys(("curves", "found", "judged", "increases"), rows)
         scope["part"] = SimpleNamespace(rule=rows.rule.dropna().iloc[0]) if "rule" in rows else None
         if published.startswith("fig03"):  # chosen from all radii, of which the published rows have the chosen ones
             scope["radii"] = rows[rows.strength > 0].groupby("dataset").strength.max().to_dict()
@@ -128,16 +130,17 @@ def _shown(name):
         )
     for published in drawing_calls(name):
         title, footer = said_by(published)
-        picture = f'<img src="rendered/{PRESET}/{published}.svg" alt="{html.escape(title)}">'
+        preset = folder_of(published).name
+        picture = f'<img src="rendered/{preset}/{published}.svg" alt="{html.escape(title)}">'
         plot = _interactive(figures[published], published) if published in figures else picture
         said = "".join(f"<p>{html.escape(line)}</p>" for line in footer)
         frame = f'<div class="frame" tabindex="0" role="region" aria-label="{html.escape(title)}">{plot}</div>{said}'
         output = nbformat.v4.new_output("display_data", {"text/html": f'<div class="figure">{frame}</div>'})
         yield nbformat.v4.new_markdown_cell(
-            f"Preset `{PRESET}`. Point at a mark for its value, its interval and the hashes of its runs; a click on "
-            f"the legend hides a line. [Vector graphic](rendered/{PRESET}/{published}.svg), "
-            f"[every point with its runs](rendered/{PRESET}/{published}.csv); "
-            f"`sparse-nb trace figures/rendered/{PRESET}/{published}.svg` lists runs, code and data."
+            f"Preset `{preset}`. Point at a mark for its value, its interval and the hashes of its runs; a click on "
+            f"the legend hides a line. [Vector graphic](rendered/{preset}/{published}.svg), "
+            f"[every point with its runs](rendered/{preset}/{published}.csv); "
+            f"`sparse-nb trace figures/rendered/{preset}/{published}.svg` lists runs, code and data."
         )
         yield nbformat.v4.new_code_cell("shown", outputs=[output], metadata={"tags": ["remove-input"]})
 
@@ -148,9 +151,9 @@ def _judged(figure):
     of_figure = [claim for claim in claims.values() if figure in claim.figures]
     if not of_figure:
         return ""
-    table = verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), of_figure))
+    table = verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), of_figure, pooled=pooled_effects()))
     note = (
-        "Verdicts are [explained here](../nbs/8_claims/04_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
+        "Verdicts are [explained here](../nbs/8_claims/06_verdicts.ipynb); all of them are on [one page](claims.ipynb)."
     )
     return f"## What the paper says of it, and whether it holds\n\n{table}\n\n{note}"
 

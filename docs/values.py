@@ -20,6 +20,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "laptop"
+PRESETS = (PRESET, "laptop2", "paper")  # whose published figures are shown, the first that has one
 RENDERED = ROOT / "figures/rendered" / PRESET
 VALUE = re.compile(r"<!-- value: ([\w ]+) -->.*?<!-- end -->", re.DOTALL)
 # Imported by the modules that draw, and needed to train and measure only.
@@ -96,9 +97,16 @@ def module(name):
         return import_module(f"sparse_nb.{name}")
 
 
-def published_rows(name):
-    """The table behind a published figure, as the code that draws has it."""
-    rows = pd.read_csv(RENDERED / f"{name}.csv", dtype={"claim": str})
+def folder_of(name):
+    """Where the published figure that the book shows lies: of the first of `PRESETS` that has it."""
+    folders = [RENDERED.parent / preset for preset in PRESETS]
+    return next((folder for folder in folders if (folder / f"{name}.svg").exists()), RENDERED)
+
+
+def published_rows(name, preset=""):
+    """The table behind a published figure, as the code that draws has it; of another preset than is shown."""
+    folder = RENDERED.parent / preset if preset else folder_of(name)
+    rows = pd.read_csv(folder / f"{name}.csv", dtype={"claim": str})
     texts = [column for column in ("name", "numbers", "runs", "bound") if column in rows]
     return rows.assign(**rows[texts].fillna(""))
 
@@ -116,42 +124,115 @@ def _with_interval(row):
 _DISTURBANCES = {"clean": "undisturbed", "noise": "weight noise", "corruption": "corrupted images", "attack": "attacks"}
 
 
-def effects_table():
-    """Every pooled contrast with its interval in points, as Markdown."""
-    effects = module("claims.effects")
-    pooled = effects.pooled_effects(published_rows("effects"))
+@cache
+def pooled_effects(preset=PRESET, by=()):
+    """`effects.pooled_effects` of what is published of a preset."""
+    return module("claims.effects").pooled_effects(published_rows("effects", preset), list(by))
+
+
+def _markdown(rows):
+    return module("claims.verdicts").as_markdown(pd.DataFrame(rows))
+
+
+def _row_of_effect(row):
+    """What a table says of one pooled effect."""
+    contrast = module("claims.contrasts").CONTRASTS[row.contrast]
     words = module("results.axes").WORDS
-    rows = [
-        {
-            "contrast": row.contrast,
-            "disturbance": _DISTURBANCES.get(row.disturbance, row.disturbance),
-            "rule": words.get(row["rule"], row["rule"]),
-            "effect [95 % interval]": _with_interval(row),
-            "unit": effects.CONTRASTS[row.contrast].unit,
-            "one more panel": f"{_signed(row.predicted_low)} to {_signed(row.predicted_high)}",
-            "panels": f"{row.panels:.0f}",
-            "reads": row.word,
-        }
-        for _, row in pooled.iterrows()
-    ]
-    table = pd.DataFrame(rows)
-    if set(table.unit) == {"points"}:  # which the page says
-        table = table.drop(columns="unit")
-    return module("claims.verdicts").as_markdown(table)
+    odds = "" if pd.isna(row.logit_mean) else f"{row.logit_mean:+.2f} [{row.logit_low:+.2f}, {row.logit_high:+.2f}]"
+    return {
+        "contrast": row.contrast,
+        "disturbance": _DISTURBANCES.get(row.disturbance, row.disturbance.replace("_", " ")),
+        "rule": words.get(row["rule"], row["rule"]),
+        "effect [95 % interval]": _with_interval(row),
+        "unit": contrast.unit,
+        "log odds": odds.replace("-", "−"),
+        "equal weights": _signed(row.equal_mean),
+        "one more panel": f"{_signed(row.predicted_low)} to {_signed(row.predicted_high)}",
+        "I²": f"{100 * row.i2:.0f} %",
+        "panels": f"{row.panels:.0f}",
+        "reads": row.word,
+    }
+
+
+def effects_table():
+    """Every pooled contrast with its interval, as Markdown; single corruptions have a table of their own."""
+    pooled = pooled_effects()
+    return _markdown(_row_of_effect(row) for _, row in pooled[pooled.contrast != "gain, one corruption"].iterrows())
+
+
+def corruptions_table():
+    """The gain under each corruption, a column for each rule, as Markdown."""
+    pooled = pooled_effects()
+    of_one, words = pooled[pooled.contrast == "gain, one corruption"], module("results.axes").WORDS
+    rows = []
+    for name, part in sorted(of_one.groupby("disturbance"), key=lambda pair: -pair[1].panels.max()):
+        by_rule = {words[row["rule"]]: f"{_with_interval(row)}, {row.word}" for _, row in part.iterrows()}
+        rows.append({"corruption": name.replace("_", " "), **by_rule, "panels": f"{part.panels.max():.0f}"})
+    return _markdown(rows)
+
+
+def families_table():
+    """The gain of each family, as Markdown."""
+    pooled, words = pooled_effects(by=("family",)), module("results.axes").WORDS
+    gains, rows = pooled[(pooled.contrast == "gain") & pooled.disturbance.isin(_DISTURBANCES)], []
+    for (family, rule), part in gains.groupby(["family", "rule"], sort=False):
+        cells = {_DISTURBANCES[row.disturbance]: _with_interval(row) for _, row in part.iterrows()}
+        rows.append({"family": words[family], "rule": words[rule], **cells, "panels": f"{part.panels.max():.0f}"})
+    return _markdown(sorted(rows, key=lambda row: list(words.values()).index(row["family"])))
+
+
+def own_size_table():
+    """Every contrast of the one panel at the paper's own size, a column for each rule, as Markdown."""
+    found, words = published_rows("effects", "paper"), module("results.axes").WORDS
+    found = found[found.contrast != "gain, one corruption"].rename(columns={"effect": "mean"})
+    units, rows = module("claims.contrasts").CONTRASTS, []
+    for (contrast, disturbance), part in found.groupby(["contrast", "disturbance"], sort=False):
+        by_rule = {words[row["rule"]]: _with_interval(row) for _, row in part.iterrows()}
+        said = _DISTURBANCES.get(disturbance, disturbance)
+        rows.append({"contrast": contrast, "disturbance": said, **by_rule, "unit": units[contrast].unit})
+    return module("claims.verdicts").as_markdown(pd.DataFrame(rows).fillna(""))
+
+
+def proxy_table(preset="laptop2"):
+    """Claim 13: rank correlations of the loss increases under noise and rounding, of panels with three seeds or more,
+    as Markdown."""
+    rows, words, formats = [], module("results.axes").WORDS, module("results.proxy").FORMATS
+    increases, costly = published_rows("fig15", preset), module("claims.claims")._COSTLY_BITS
+    correlation, interval = module("results.proxy").rank_correlation, module("claims.pooling").interval
+    for (dataset, family, rule), part in increases.groupby(["dataset", "family", "rule"], sort=False):
+        if part.seed.nunique() < 3:
+            continue
+        cells = {}
+        for form, bits in costly.items():
+            chosen = part[(part.format == form) & part.bits.isin(bits)]
+            ranks = [
+                (seed, correlation(of_one.under_noise, of_one.rounded))
+                for (seed, _), of_one in chosen.groupby(["seed", "bits"])
+            ]
+            found = interval(pd.DataFrame(ranks).groupby(0)[1].mean().to_numpy())
+            cells[formats[form]] = f"{found['effect']:.2f} [{found['low']:.2f}, {min(1.0, found['high']):.2f}]"
+        panel = f"{words[family]} on {words[dataset]}, {words[rule]}"
+        rows.append({"panel": panel, **cells, "seeds": part.seed.nunique()})
+    return _markdown(rows)
 
 
 def claims_table():
     """Every claim with its verdict, as Markdown."""
     verdicts = module("claims.verdicts")
-    pooled = module("claims.effects").pooled_effects(published_rows("effects"))
-    return verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), pooled=pooled))
+    return verdicts.as_markdown(verdicts.claims_table(published_rows("claims"), pooled=pooled_effects(), tests=True))
 
 
 def gain(disturbance, rule, contrast="gain"):
     """One pooled effect in words, as in +1.5 [+0.8, +2.3]."""
-    pooled = module("claims.effects").pooled_effects(published_rows("effects"))
+    pooled = pooled_effects()
     (row,) = pooled[(pooled.contrast == contrast) & (pooled.disturbance == disturbance) & (pooled.rule == rule)].iloc
     return _with_interval(row)
+
+
+def contrasts():
+    """The hash of the definitions that the published effects name."""
+    (found,) = set(published_rows("effects").contrasts)
+    return f"`{found}`"
 
 
 def stored_table(header):
@@ -168,9 +249,10 @@ def figure_list():
     cards = []
     for name, figure in module("study.figures").FIGURES.items():
         title = f"Figure {int(name[3:])}. {html.escape(figure.title)}"
-        image = f'<img loading="lazy" width="320" src="../figures/rendered/{PRESET}/{name}.svg" alt=""><br>'
-        there = (RENDERED / f"{name}.svg").exists()
-        shown = f"{image}<span>{title}</span>" if there else f"<span>{title}<br>(not published yet)</span>"
+        preset = folder_of(name).name if (folder_of(name) / f"{name}.svg").exists() else ""
+        image = f'<img loading="lazy" width="320" src="../figures/rendered/{preset}/{name}.svg" alt=""><br>'
+        note = "" if preset == PRESET else f"<br>({preset}, in part)" if preset else "<br>(not published yet)"
+        shown = f"{image if preset else ''}<span>{title}{note}</span>"
         cards.append(f'<p><a class="card" href="../figures/{figure.notebook}.ipynb">{shown}</a></p>')
     return "\n".join(['<div class="cards">', *cards, "</div>"])
 
@@ -178,6 +260,11 @@ def figure_list():
 VALUES = {
     "claims": claims_table,
     "effects": effects_table,
+    "corruptions": corruptions_table,
+    "families": families_table,
+    "own size": own_size_table,
+    "proxy": proxy_table,
+    "contrasts": contrasts,
     "figures": figure_list,
     "costs": lambda: stored_table("| figure | shows |"),
     "reproducibility": lambda: stored_table("| question | answer |"),
@@ -190,7 +277,7 @@ def filled(page):
     """The Markdown `page` with every marked value as it is published now."""
 
     def renew(match):
-        name, *asked = match[1].split()
+        name, *asked = [match[1]] if match[1] in VALUES else match[1].split()
         text = VALUES[name](*asked)
         apart = "\n\n" if "\n" in text else ""
         return f"<!-- value: {match[1]} -->{apart}{text}{apart}<!-- end -->"

@@ -16,6 +16,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sparse_nb.claims.effects import pooled_effects
 from sparse_nb.claims.verdicts import as_markdown, claims_table, refuted_among_all
 from sparse_nb.results.reproducibility import published_runs, reproducibility_table
 from sparse_nb.study.figures import FIGURES
@@ -312,12 +313,14 @@ def test_pages_show_what_is_published():
     page = "\n".join("".join(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     claims = pd.read_csv(ROOT / "figures/rendered/laptop/claims.csv", dtype={"claim": str})
     published = published_runs(ROOT / "results/laptop")
-    for table in (claims_table(claims), reproducibility_table(published, PRESETS["laptop"])):
+    pooled = pooled_effects(pd.read_csv(ROOT / "figures/rendered/laptop/effects.csv"))
+    for table in (claims_table(claims, pooled=pooled), reproducibility_table(published, PRESETS["laptop"])):
         assert as_markdown(table) in page, "run nbs/published.ipynb"
     assert f"claims {', '.join(refuted_among_all(claims))} would still be refuted" in page, "run nbs/published.ipynb"
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(" ".join(claims.runs.dropna()).split()) <= set(published.experiment)
-    drawn = [path for preset in ("paper", "laptop") for path in (ROOT / f"figures/rendered/{preset}").glob("fig??.svg")]
+    rendered = [ROOT / "figures/rendered" / preset for preset in ("paper", "laptop2", "laptop")]
+    drawn = [path for folder in rendered for path in folder.glob("fig??.svg")]
     displayed = {path.stem: path.relative_to(ROOT).as_posix() for path in drawn}
     shown = re.findall(r'src="(figures/rendered/\w+/fig\d\d\.svg)"', page)
     assert len(displayed) > 10 and sorted(shown) == sorted(displayed.values()), "run nbs/index.ipynb, then make prepare"

@@ -97,7 +97,7 @@ def reproducibility_table(runs: pd.DataFrame, preset: Study) -> pd.DataFrame:
             "Hyperparameters": "the paper's (appendix A), not tuned; what it leaves open is an argument recorded with "
             "every run",
             "Seeds": f"{in_range(seeds)} for each network; a seed names mask, initial weights and order of batches; "
-            "test images and the draws of noise and corruptions are the same for all",
+            "test images and the samples of noise and corruptions are the same for all",
             "Error bars": "95 % t-interval over seeds; draws of noise are averaged within a seed first",
             "Statistical tests": "paired within a seed, fixed before most runs (see the chapter on claims), Holm over "
             "all planned panels; a panel is judged when it is complete; some panels, including refuted ones, had "

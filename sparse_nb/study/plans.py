@@ -194,7 +194,7 @@ _BESIDE = {"width": "beside", "control": "control_beside", "larger_dense": "cont
 
 
 def _beside(preset, growth, dataset, family, root):
-    """The evaluations that a `Study` makes of a curve by `growth` besides those of the figures, each once, as a dict."""
+    """The evaluations that a `Study` makes of a curve by `growth` besides those of the figures, as keys of a dict."""
     setting, named = preset.families[family], getattr(preset, _BESIDE[growth]) if growth in _BESIDE else ()
     found = [measurement_of(preset, measure, dataset, setting, root) for measure in named]
     if growth == "width":

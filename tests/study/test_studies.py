@@ -174,7 +174,8 @@ def test_what_is_measured_beside_the_figures(tmp_path):
 def test_the_control_has_measures_of_its_own():
     laptop, points = studies.PRESETS["laptop2"], plan("fig12", studies.PRESETS["laptop2"])
     wanted, control = measurements(points, laptop), {p.experiment for p in points if p.growth == "larger_dense"}
-    assert {tuple(e.measure for e in wanted[one]) for one in control} == {("weight_noise", "class_recall", "corruption")}
+    measures = {tuple(e.measure for e in wanted[one]) for one in control}
+    assert measures == {("weight_noise", "class_recall", "corruption")}
     by_width = {p.evaluation for p in plan("fig02", laptop) if p.experiment.dataset == "mnist"}
     of_mnist = {e for one in control if one.dataset == "mnist" for e in wanted[one] if e.measure == "corruption"}
     assert of_mnist == by_width  # so that a base of both is measured once
