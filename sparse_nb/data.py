@@ -47,6 +47,11 @@ def _check_images(images: torch.Tensor, labels: torch.Tensor, classes: int) -> N
 
     TypeError for a wrong dtype, ValueError for shapes, devices or labels that do not fit.
     """
+    for name, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} are a {type(value).__name__}; they must be a tensor")
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes is {classes!r}; it must be a whole number, at least 1")
     if images.dtype != torch.uint8 or labels.dtype != torch.int64:
         raise TypeError(
             f"images are {images.dtype} and labels {labels.dtype}; they must be torch.uint8 and torch.int64"
@@ -83,6 +88,9 @@ class ImageSet:
 
     def __post_init__(self):
         _check_images(self.pixels, self.labels, self.classes)
+        if self.index is not None and (self.index.dtype != torch.int64 or self.index.shape != self.labels.shape):
+            found = f"{self.index.dtype} {tuple(self.index.shape)}"
+            raise ValueError(f"index is {found}; it must be int64 {tuple(self.labels.shape)}, one for each image")
         if self.index is None:
             object.__setattr__(self, "index", torch.arange(len(self), device=self.labels.device))
 
@@ -103,7 +111,12 @@ class ImageSet:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), index=self.index.to(device))
 
     def take(self, indices: slice | Sequence[int] | torch.Tensor) -> "ImageSet":
-        """The images at `indices`, a slice, list or tensor of numbers or a tensor of booleans, with their labels."""
+        """The images at `indices`: a slice, numbers in a sequence or tensor, or a tensor of booleans."""
+        if not isinstance(indices, (slice, torch.Tensor)):
+            indices = torch.as_tensor(indices if hasattr(indices, "dtype") else list(indices), dtype=None)
+            indices = indices if len(indices) else indices.long()
+        if isinstance(indices, torch.Tensor) and indices.dtype == torch.uint8:
+            indices = indices.long()  # PyTorch would read it as a mask
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], index=self.index[indices])
 
 # %% ../nbs/1_data/02_data.ipynb #4ec9599f

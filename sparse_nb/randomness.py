@@ -32,11 +32,14 @@ def _plain(part) -> int | str:
 def generator(*key: int | str) -> torch.Generator:
     """A CPU `torch.Generator` for the stream that `key` names.
 
-    key: one or more integers and strings, such as `(seed, "noise", draw, "classifier")`; integers of NumPy or PyTorch
-    count as `int`. Equal keys give equal streams on every machine; 7 and "7" are different keys.
-    Raises TypeError for a part that is neither an integer nor a string, ValueError for an empty key.
+    key: a seed, then integers and strings, such as `(seed, "noise", draw, "classifier")`; integers of NumPy or PyTorch
+    count as `int`. Equal keys give equal streams on every machine; 7 and "7" are different parts.
+    Raises TypeError for a seed that is not an integer and a part that is neither an integer nor a string, and
+    ValueError for an empty key.
     """
     if not key:
         raise ValueError("the key is empty; it needs at least a seed, as in generator(7, 'mask')")
+    if isinstance(key[0], str):
+        raise TypeError(f"the seed is {key[0]!r}, which is text; it must be a whole number, as in generator(7, …)")
     digest = hashlib.sha256(json.dumps([_plain(part) for part in key]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

@@ -10,13 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
+from torch import nn
 
+from sparse_nb import data
+from sparse_nb.networks import masks, sparse_layers
 from sparse_nb.networks.training import Recipe
+from sparse_nb.robustness import attacks, class_recall, curvature, evaluation
 from sparse_nb.runs.attempts import lease
+from sparse_nb.runs.schema import check_experiment
 from sparse_nb.runs.store import Store
-from sparse_nb.study.experiments import Clean, Experiment
-from sparse_nb.sweep import sweep
+from sparse_nb.study.experiments import Clean, Experiment, WeightNoise, experiment_identity
+from sparse_nb.study.reading import Wrong
+from sparse_nb.study.studies import study_of
+from sparse_nb.sweep import costs, sweep
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -77,6 +86,28 @@ closing JupyterLab
     explorer/test_explorer.py test_closing_the_kernel_interrupts_a_training_and_fails_nothing
 the interval of one seed
     results/test_figures.py test_hover_of_one_seed_has_no_interval
+another default type
+    robustness/test_default_type.py test_measures
+a seed that is text
+    robustness/test_default_type.py test_a_seed_that_is_text_is_refused
+a half-copied run
+    test_outside_cases.py test_what_is_in_the_way_of_a_run_is_found_before_training
+a file named like the index
+    test_outside_cases.py test_a_damaged_index_takes_no_other_file_with_it
+a run of unknown code
+    test_outside_cases.py test_runs_that_cannot_be_built_here_do_not_stop_an_estimate
+closed output
+    test_outside_cases.py test_closed_output_goes_nowhere
+a narrow terminal
+    test_outside_cases.py test_help_ends_on_a_narrow_terminal
+a study of other kinds
+    test_outside_cases.py test_a_study_of_other_kinds_is_refused_by_name
+a run of other kinds
+    test_outside_cases.py test_an_experiment_of_other_kinds_is_refused_by_name
+a network that changes its images
+    test_outside_cases.py test_curvature_of_networks_that_change_their_images_or_leave_weights_unused
+a network in half precision
+    test_outside_cases.py test_a_sparse_layer_in_half_precision
 """
 CASES = dict(re.findall(r"^(\S.*)\n +(.*)$", LIST, re.MULTILINE))
 NET = Experiment("digits", "mlp", 32, 1, 25_408, 0, Recipe(epochs=1))
@@ -183,3 +214,155 @@ def test_a_sweep_that_waits_names_the_stopped_holder(tmp_path, monkeypatch):
     assert done.made == 1 and said[-1].startswith(f"waiting for process {holder.pid}, which is stopped")
     with lease(Store(tmp_path), NET) as alone:
         assert alone
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_in_the_way_of_a_run_is_found_before_training(tmp_path, kind):
+    store = Store(tmp_path / "runs")
+    if kind == "folder":
+        store.folder(NET).mkdir()
+        (store.folder(NET) / "experiment.json").write_text("x")
+    else:
+        store.folder(NET).write_text("x")
+    summary = sweep.run([NET], [Clean()], store=store, device="cpu", show=False)
+    assert [("is in the way" in reason) for _, reason in summary.failed] == [True]
+    assert not list(store.root.glob(".writing-*")) and store.root.is_dir()
+
+
+def test_a_damaged_index_takes_no_other_file_with_it(store, tmp_path):
+    copy = shutil.copytree(store.root, tmp_path / "runs")
+    (copy / "index.sqlite").write_text("damaged")
+    (copy / "index.sqlite.mybackup").write_text("precious")
+    assert len(Store(copy).table()) == len(store.table())
+    assert (copy / "index.sqlite.mybackup").read_text() == "precious"
+
+
+@pytest.mark.parametrize("odd", [{"dataset": "foo"}, {"family": "nets:build@1"}, {"epochs": 0}, {"density": 0.0}])
+def test_runs_that_cannot_be_built_here_do_not_stop_an_estimate(store, odd):
+    runs = store.runs()
+    assert costs.costs_of(runs, torch.device("cpu")).rates
+    both = pd.concat([runs, runs.assign(**odd)], ignore_index=True)
+    known = costs.costs_of(both, torch.device("cpu")).rates.of(NET, torch.device("cpu"))
+    assert known == costs.costs_of(runs, torch.device("cpu")).rates.of(NET, torch.device("cpu"))
+    assert not costs.costs_of(runs.assign(**odd), torch.device("cpu")).rates
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_output_goes_nowhere(store, tmp_path, closed):
+    before = contents(store.root)
+    command = f'"$0" -m sparse_nb verify --runs "$1" {closed}'
+    ran = subprocess.run(["sh", "-c", command, sys.executable, store.root], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr
+    assert contents(store.root) == before
+
+
+def test_help_ends_on_a_narrow_terminal():
+    narrow = os.environ | {"COLUMNS": "1"}
+    ran = subprocess.run([*COMMAND, "sweep", "--help"], cwd=ROOT, env=narrow, capture_output=True, timeout=120)
+    assert ran.returncode == 0 and b"--preset" in ran.stdout.replace(b"\n", b"")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        dict(datasets=5),
+        dict(datasets=[[1, 2]]),
+        dict(families=[]),
+        dict(families="mlp"),
+        dict(families={"mlp": {"base": 32, "widths": [32], "depth_width": 32, "depths": [10**12]}}),
+        dict(families={"mlp": {"base": 32, "widths": [32], "depth_width": 10**12, "depths": [1]}}),
+        dict(weight_noise={"seed": 2**63}),
+        dict(families={"mlp": {"base": 32, "widths": [32], "recipe": {"batch_size": 2**63}}}),
+    ],
+)
+def test_a_study_of_other_kinds_is_refused_by_name(table):
+    whole = dict(datasets=["digits"], rules=["erk"], seeds=1)
+    whole["families"] = {"mlp": {"base": 32, "widths": [32], "depth_width": 32, "depths": [1]}}
+    with pytest.raises((Wrong, ValueError)) as refused:
+        study_of(whole | table, "mine")
+    (key,) = table
+    assert "Traceback" not in str(refused.value) and refused.type is not KeyError
+    assert any(word in str(refused.value) for word in (key, "seed", "batch_size", "depth"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 10**9},
+        {"width": 10**18},
+        {"recipe": None},
+        {"recipe": []},
+        {"recipe": {"epochs": [1]}},
+        {"dataset": ""},
+        {"repeat": None},
+        {"recipe": ...},
+        {"repeat": ...},
+        {"pruning": ...},
+        {"initial_scale": ...},
+        {"schedule": ...},
+    ],
+    ids=str,
+)
+def test_an_experiment_of_other_kinds_is_refused_by_name(change):
+    settings = experiment_identity(NET)["experiment"]
+    check_experiment(settings)
+    ((name, value),) = change.items()
+    wrong = {key: of for key, of in settings.items() if key != name} | ({} if value is ... else change)
+    with pytest.raises(ValueError, match=name if value != {"epochs": [1]} else "epochs"):
+        check_experiment(wrong)
+
+
+def test_numbers_that_no_database_holds_are_refused_before_training():
+    for wrong in (lambda: WeightNoise(seed=2**63), lambda: Recipe(epochs=10**30), lambda: Recipe(batch_size=2**63)):
+        with pytest.raises(ValueError, match="below 2\\^63"):
+            wrong()
+
+
+class Changing(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place, self.body, self.unused = in_place, nn.Linear(784, 10), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x.mul_(2).sub_(1) if self.in_place else x * 2 - 1
+        return self.body(x.flatten(1))
+
+
+def test_curvature_of_networks_that_change_their_images_or_leave_weights_unused():
+    images = evaluation.sample(data.load_images("digits", "test"), 50)
+    found = []
+    for in_place in (False, True):
+        model = Changing(in_place)
+        masks.initialise(model, None, seed=0)
+        found.append(curvature.evaluate(model, images, iterations=5))
+    assert found[0] == found[1]
+
+
+def test_outputs_that_are_no_tensor_or_have_no_gradient_are_named():
+    images = evaluation.sample(data.load_images("digits", "test"), 5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return model(x), x
+
+    class Silent(nn.Module):
+        def forward(self, x):
+            with torch.no_grad():
+                return model(x)
+
+    with pytest.raises(TypeError, match="gives a tuple; accepted: a tensor"):
+        class_recall.evaluate(Pair(), images)
+    with pytest.raises(ValueError, match="no gradient with respect to the images"):
+        attacks.evaluate(Silent(), images, attacks=("fgsm",), epsilons=(0.1,))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_sparse_layer_in_half_precision(kind):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+    kept = masks.random_masks(model, 1000, seed=0)
+    masks.initialise(model, kept, seed=0)
+    images = evaluation.sample(data.load_images("digits", "test"), 20)
+    sparse = sparse_layers.sparse_network(model, kept)
+    exact, rough = evaluation.logits(sparse, images), evaluation.logits(sparse.to(kind), images)
+    assert rough.dtype == kind and (rough.float() - exact).abs().max() < 0.05

@@ -138,7 +138,8 @@ def _read_only(runs):
 def _sweep(command, figures):
     """Carry out a sweep for `figures`; True if all that they need is there afterwards."""
     device, wanted = resolve_device(command.device), _wanted(command, figures)
-    sweep.check_engine(command.engine, command.workers, command.scheduler, command.minutes, command.limit)
+    asked = (command.engine, command.workers, command.scheduler, command.minutes, command.limit, command.threads)
+    sweep.check_engine(*asked)
     if command.dry_run:
         with _read_only(command.runs) as store:
             _print_jobs(missing_jobs(wanted, wanted, store), store, device)
@@ -295,6 +296,15 @@ def _remake(store, command):
         raise RuntimeError(f"{_counted(len(results) - same, 'network')} came out with other weights, named above")
 
 
+def _agreed(question: str) -> bool:
+    """Whether the user answers y; the end of the input is no."""
+    try:
+        return input(question).lower() == "y"
+    except EOFError:
+        print()
+        return False
+
+
 def clean_command(command: options.CleanUp) -> None:
     """Remove what killed processes left, once the user agrees."""
     Store(command.runs, write=False)  # a mistyped folder is not made
@@ -305,7 +315,7 @@ def clean_command(command: options.CleanUp) -> None:
     if not found:
         print("nothing to remove")
         return
-    asked = command.yes or (sys.stdin.isatty() and input("Remove all of it? [y/N] ").lower() == "y")
+    asked = command.yes or (sys.stdin.isatty() and _agreed("Remove all of it? [y/N] "))
     print(f"{verify.remove(store, found):,} bytes removed" if asked else "nothing was removed; --yes removes it")
 
 # %% ../../nbs/cli/02_commands.ipynb #b58b38c5

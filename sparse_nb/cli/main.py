@@ -15,7 +15,7 @@ import sqlite3
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import tyro
@@ -93,8 +93,23 @@ def _run(args):
         raise SystemExit(130) from None
 
 # %% ../../nbs/cli/03_main.ipynb #0e2937ec
+_NARROWEST = 20  # columns of a terminal; in fewer, tables and help would have lines of one letter, or never end
+
+
+def _open_streams() -> None:
+    """Output that the caller closed, as with `>&-`, goes nowhere; else the next file that is opened would get it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115  # open as long as the process is
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
+    _open_streams()
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no "…" gets a question mark
             stream.reconfigure(errors="replace")

@@ -53,7 +53,7 @@ def _clear_border(x):
 def empty_chunks(chunks: int, channels: int, height: int, width: int) -> torch.Tensor:
     """Chunks of 16 images each, (chunks, channels, height + 2, width + 2, 16), with a border of zeros and anything
     inside."""
-    made = torch.empty(chunks, channels, height + 2, width + 2, WIDTH)
+    made = torch.empty(chunks, channels, height + 2, width + 2, WIDTH, dtype=torch.float32)
     _clear_border(made.numpy())
     return made
 

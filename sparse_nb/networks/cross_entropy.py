@@ -102,6 +102,9 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "
     (nats). Computed here in float32 and float64 on a CPU; by PyTorch in other precisions and on a GPU.
     Raises TypeError, ValueError or IndexError, naming the value, for anything else.
     """
+    if not isinstance(logits, torch.Tensor):
+        words = f"the network gives a {type(logits).__name__}; accepted: a tensor (N, classes)"
+        raise TypeError(f"{words}, so wrap a network that gives more")
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise TypeError(f"logits are {logits.dtype}, labels {labels.dtype}; accepted: floating point, and int64")
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or logits.shape[1] == 0:

@@ -111,8 +111,8 @@ def check_lasso(l1: float, beta: float, until: int) -> None:
     for name, value in (("l1", l1), ("beta", beta)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is {value!r}; it must be a number, at least 0")
-    if type(until) is not int or until < 1:
-        raise ValueError(f"until is {until!r}; it must be a whole number, at least 1")
+    if type(until) is not int or not 1 <= until < 2**63:
+        raise ValueError(f"until is {until!r}; it must be a whole number, at least 1 and below 2^63")
 
 # %% ../../nbs/2_networks/09_dense_first.ipynb #6026a028
 def _penalised(model, images, recipe, *, resume, l1, beta, until, **calls):

@@ -103,8 +103,8 @@ def check_updates(method: str, drop: float, every: int, until: int) -> None:
     if not (isinstance(drop, (int, float)) and 0 <= drop <= 1):
         raise ValueError(f"drop is {drop!r}; it must lie in [0, 1]")
     for name, value in (("every", every), ("until", until)):
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1 and below 2^63")
 
 # %% ../../nbs/2_networks/08_dynamic.ipynb #80ab16cb
 def _last_update(recipe: Recipe, batches: int, until: int) -> int:

@@ -79,6 +79,12 @@ def _csr(starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shap
         return torch.sparse_csr_tensor(starts, columns, values, shape)
 
 # %% ../../nbs/2_networks/05_kernels.ipynb #0d930295
+def _wide(values: torch.Tensor) -> torch.dtype:
+    """The type in which PyTorch multiplies matrices of these values: on a CPU it has no CSR product of 16 bits."""
+    halved = values.dtype in (torch.float16, torch.bfloat16) and values.device.type == "cpu"
+    return torch.float32 if halved else values.dtype
+
+
 class SparseProduct(torch.autograd.Function):
     """x (N, inputs) times the transposed matrix of a `MatrixStructure` with these `values`: (N, outputs)."""
 
@@ -86,7 +92,8 @@ class SparseProduct(torch.autograd.Function):
     def forward(ctx, x, values, structure):
         ctx.save_for_backward(x, values)
         ctx.structure = s = structure
-        return _csr(s.starts, s.columns, values, s.shape).matmul(x.T.contiguous()).T
+        wide = _wide(values)
+        return _csr(s.starts, s.columns, values.to(wide), s.shape).matmul(x.T.contiguous().to(wide)).T.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -95,8 +102,9 @@ class SparseProduct(torch.autograd.Function):
         to_x = to_values = None
         g = gradient.T.contiguous()
         if ctx.needs_input_grad[0]:
-            across = _csr(s.starts_across, s.rows[s.order], values[s.order], s.shape[::-1])
-            to_x = across.matmul(g).T
+            wide = _wide(values)
+            across = _csr(s.starts_across, s.rows[s.order], values[s.order].to(wide), s.shape[::-1])
+            to_x = across.matmul(g.to(wide)).T.to(x.dtype)
         if ctx.needs_input_grad[1]:
             x, some = x.T.contiguous(), max(1, 2**20 // max(1, len(x)))  # a few weights at a time: memory stays small
             pairs = zip(s.columns.split(some), s.rows.split(some), strict=True)

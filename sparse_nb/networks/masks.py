@@ -224,7 +224,7 @@ def _sample_layer(
     bound = 1 / math.sqrt(fan_in) if fan_in else 0.0  # without inputs, PyTorch's biases are zero too
 
     def uniform(count):
-        return ((2 * torch.rand(count, generator=stream) - 1) * bound).to(weight)
+        return ((2 * torch.rand(count, generator=stream, dtype=torch.float32) - 1) * bound).to(weight)
 
     if not again:
         values = torch.zeros(weight.numel()).to(weight)

@@ -54,8 +54,8 @@ class Recipe:
             raise ValueError(f"decay is {self.decay!r}; accepted: {', '.join(DECAYS)}")
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+            if type(value) is not int or not 1 <= value < 2**63:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1 and below 2^63")
         for name in ("learning_rate", "momentum", "weight_decay", "stop_loss"):
             value = getattr(self, name)
             if name == "stop_loss" and value is None:
@@ -105,7 +105,7 @@ def _crop_and_flip(images: torch.Tensor, stream: torch.Generator) -> torch.Tenso
     """
     count, _, height, width = images.shape
     top, left = torch.randint(9, (2, count), generator=stream)
-    mirrored = torch.rand(count, generator=stream) < 0.5
+    mirrored = torch.rand(count, generator=stream, dtype=torch.float32) < 0.5
     rows = top[:, None] + torch.arange(height)
     columns = left[:, None] + torch.where(mirrored[:, None], torch.arange(width - 1, -1, -1), torch.arange(width))
     padded = F.pad(images, (4, 4, 4, 4))

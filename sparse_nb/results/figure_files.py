@@ -232,7 +232,7 @@ def read(path: str | Path) -> Provenance:
     _check_file(path)
     try:
         made = _made_of(path)
-    except (ValueError, csv.Error, expat.ExpatError) as error:
+    except (ValueError, LookupError, csv.Error, expat.ExpatError) as error:  # LookupError: an unknown encoding
         raise ValueError(f"the provenance in {path} cannot be read ({error}); plot the figure again") from error
     if made is None:
         why = "it was drawn by an earlier version of this package, or by another program"

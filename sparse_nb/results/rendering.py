@@ -73,6 +73,8 @@ def _value_of(name: str, value):
         return int(text)
     if kind == _TEXT and name == "data" and (value is None or text in ("", "none")):
         return None
+    if name in ("runs", "data", "out") and text in ("", "none", "nan", "null", "~"):
+        raise ValueError(f"{name} is {value!r}; accepted: the path of a folder" + " or None" * (name == "data"))
     if kind == _TEXT and (isinstance(value, (str, Path)) or name == "widths" and type(value) is int):
         return str(value)
     raise ValueError(f"{name} is {value!r}; accepted: {kind}")

@@ -6,6 +6,7 @@
 __all__ = ['trace_lines']
 
 # %% ../../nbs/7_results/10_trace.ipynb #fadc97d3
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,7 +75,7 @@ def trace_lines(provenance: Provenance, root: Path) -> list[str]:
     )
     if missing:
         published = Path("results", provenance.preset or "laptop")
-        known = published_folders(published) if published.is_dir() else ()
+        known = published_folders(published) if os.path.isdir(published) else ()  # False for a name that is too long
         source = f"merge {published}` imports what is published" if known else "merge OTHER` imports another folder's"
         lines.append(f"{missing} of its {len(provenance.runs)} runs are not in {root}; `sparse-nb {source}")
     return lines

@@ -48,14 +48,19 @@ def under_attack(model: nn.Module) -> Iterator[None]:
 # %% ../../nbs/3_robustness/03_attacks.ipynb #d9d9cf45
 @contextmanager
 def _seeded(seed):
-    """A context in which PyTorch's global random state, of the CPU and of every GPU in use, starts from `seed`;
-    afterwards the state is restored."""
+    """A context in which PyTorch's global random state, of the CPU and of every GPU in use, starts from `seed`, and its
+    default type is float32, that of the attacked images; afterwards both are restored."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    default = torch.get_default_dtype()
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
         if devices:  # torch.manual_seed would leave a seed for GPUs that are not in use yet
             torch.cuda.manual_seed_all(seed)
-        yield
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #1fc2b9d5
 def _check_gradient(gradient):
@@ -166,7 +171,11 @@ class _Climb:
         """The gradient of the mean cross-entropy at `x`. Raises ValueError if it is not finite."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(cross_entropy(self.network(x), self.labels), x)
+            loss = cross_entropy(self.network(x), self.labels)
+            if not loss.requires_grad:
+                words = "the network's outputs have no gradient with respect to the images (torch.no_grad, argmax?)"
+                raise ValueError(f"{words}; attacks follow it")
+            (gradient,) = torch.autograd.grad(loss, x)
         _check_gradient(gradient)
         return gradient
 

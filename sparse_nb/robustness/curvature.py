@@ -26,8 +26,8 @@ def _gradient(model, weights, inputs, labels) -> torch.Tensor:
     """The gradient of the mean loss for the weights {name: tensor}, concatenated, in float64."""
     wanted = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     with torch.enable_grad():
-        loss = cross_entropy(torch.func.functional_call(model, wanted, (inputs,)), labels)
-        found = torch.autograd.grad(loss, list(wanted.values()))
+        loss = cross_entropy(torch.func.functional_call(model, wanted, (inputs.clone(),)), labels)
+        found = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)  # zeros for an unused weight
     return torch.cat([part.flatten() for part in found]).double()
 
 
@@ -54,7 +54,8 @@ def largest_eigenvalue(
     The model's mode is kept; the model is not changed.
     """
     weights = counted_weights(model)
-    direction = torch.randn(sum(w.numel() for w in weights.values()), generator=generator(seed, "curvature")).double()
+    stream, count = generator(seed, "curvature"), sum(weight.numel() for weight in weights.values())
+    direction = torch.randn(count, generator=stream, dtype=torch.float32).double()
     direction, value = direction.to(inputs.device), 0.0
     for _ in range(iterations):
         direction = direction / _length(direction)

@@ -65,8 +65,8 @@ def logits(
     batches, modes = images.pixels.split(_whole_number("batch_size", batch_size, 1)), _modes(model)
     model.eval()
     try:
-        inputs = (as_float(batch).to(_computes_in(model)) for batch in batches)
-        outputs = torch.cat([torch.func.functional_call(model, dict(parameters or {}), (batch,)) for batch in inputs])
+        inputs, used = (as_float(batch).to(_computes_in(model)) for batch in batches), dict(parameters or {})
+        outputs = torch.cat([_tensor(torch.func.functional_call(model, used, (batch,))) for batch in inputs])
     finally:
         for module, mode in modes:
             module.training = mode
@@ -74,6 +74,14 @@ def logits(
     return outputs
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #4f342673
+def _tensor(outputs):
+    """The network's `outputs`. Raises TypeError unless they are a tensor."""
+    if not isinstance(outputs, torch.Tensor):
+        words = f"the network gives a {type(outputs).__name__}; accepted: a tensor (N, classes)"
+        raise TypeError(f"{words}, so wrap a network that gives more")
+    return outputs
+
+
 def _modes(model):
     """[(module, whether it is in training mode), …]"""
     return [(module, module.training) for module in model.modules()]

@@ -75,7 +75,11 @@ def _relative_error(weights: Mapping[str, torch.Tensor], rounded: Mapping[str, t
 # %% ../../nbs/3_robustness/05_quantisation.ipynb #3bb81ef7
 def check_bits(name: str, bits: Sequence[int], least: int) -> tuple[int, ...]:
     """`bits` as plain numbers. Raises ValueError unless they are whole, distinct and between `least` and 16."""
-    found = _distinct(name, bits, lambda _, value: _whole_number(name, value, least)) if len(bits) else ()
+    try:
+        bits = tuple(bits)
+    except TypeError:
+        raise ValueError(f"{name} is {bits!r}; it must be a list of whole numbers, {least} to 16") from None
+    found = _distinct(name, bits, lambda _, value: _whole_number(name, value, least)) if bits else ()
     if found and max(found) > 16:
         raise ValueError(f"{name} go up to {max(found)}; accepted: {least} to 16")
     return found

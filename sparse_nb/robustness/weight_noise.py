@@ -46,7 +46,8 @@ def draw_noise(parameters: Mapping[str, torch.Tensor], *, seed: int, draw: int) 
     noise = {}
     for name, parameter in parameters.items():
         positions = parameter.flatten().nonzero().squeeze(1)
-        xi = torch.randn(len(positions), generator=generator(seed, "weight noise", draw, name))
+        stream = generator(seed, "weight noise", draw, name)
+        xi = torch.randn(len(positions), generator=stream, dtype=torch.float32)
         kind = torch.promote_types(parameter.dtype, torch.float32)
         values = torch.zeros(parameter.numel(), dtype=kind, device=parameter.device)
         noise[name] = values.index_copy_(0, positions, xi.to(values)).view(parameter.shape)

@@ -236,6 +236,9 @@ def _stamps(folder, ending):
             }
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError as error:
+        words = "cannot be read; change its permissions, or move it out of the store"
+        raise PermissionError(f"{folder} {words}") from error
 
 
 def _look_into(folder):
@@ -421,8 +424,8 @@ def ask_on_disk(path: Path, root: Path, question: Callable) -> Any:
         except _DAMAGE as error:
             if not again or _is_passing(error):
                 raise
-            for part in path.parent.glob(f"{path.name}*"):
-                part.unlink(missing_ok=True)
+            for ending in ("", "-journal", "-wal", "-shm"):  # SQLite's own files, not what a user named like them
+                path.with_name(path.name + ending).unlink(missing_ok=True)
 
 # %% ../../nbs/5_runs/04_index.ipynb #1dbd3bbd
 def _copy_in_memory(path):
@@ -430,7 +433,7 @@ def _copy_in_memory(path):
     index = sqlite3.connect(":memory:", check_same_thread=False)
     try:
         if path and path.is_file():
-            with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro&immutable=1", uri=True)) as source:
+            with closing(sqlite3.connect(f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1", uri=True)) as source:
                 source.backup(index)
         _create_tables(index)
         return index

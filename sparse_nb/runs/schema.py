@@ -30,9 +30,10 @@ TEXT = Field("printable text", lambda value: isinstance(value, str) and len(valu
 _FLAG = Field("true or false", lambda value: type(value) is bool)
 
 
-def whole_number(least: int) -> Field:
-    """Whole numbers from `least` on that a database can hold."""
-    return Field(f"a whole number, {least} to 2^63 − 1", lambda value: type(value) is int and least <= value < 2**63)
+def whole_number(least: int, most: int = 2**63 - 1) -> Field:
+    """Whole numbers from `least` to `most`, by default the largest that a database can hold."""
+    end = "2^63 − 1" if most == 2**63 - 1 else f"{most:,}"
+    return Field(f"a whole number, {least} to {end}", lambda value: type(value) is int and least <= value <= most)
 
 
 def finite_number(least: float = -LARGEST, most: float = LARGEST) -> Field:
@@ -89,16 +90,27 @@ def check_plain(where: str, value: Any) -> None:
 
 # %% ../../nbs/5_runs/02_schema.ipynb #92bbe26b
 _STATUS = Field("converged, epochs or diverged", lambda value: value in ("converged", "epochs", "diverged"))
-_EXPERIMENT = {"dataset": TEXT, "family": TEXT, "seed": whole_number(-(2**63))}
-_EXPERIMENT |= dict.fromkeys(("width", "depth", "budget"), whole_number(1))
-_EXPERIMENT_MORE = {
+_NAME = Field("printable text, at least a letter", lambda value: TEXT.accepts(value) and value != "")
+_RECIPE = {
+    **dict.fromkeys(("epochs", "batch_size"), whole_number(1)),
+    **dict.fromkeys(("learning_rate", "momentum", "weight_decay"), finite_number(0)),
+    "decay": TEXT,
+    "stop_loss": _or_none(finite_number(0)),
+    "augment": _FLAG,
+}
+_EXPERIMENT = {
+    **dict.fromkeys(("dataset", "family", "schedule", "initial_scale", "pruning"), _NAME),
+    "seed": whole_number(-(2**63)),
+    "width": whole_number(1, 2**24),  # as `study.experiments` bounds them: larger ones are not built in a lifetime
+    "depth": whole_number(1, 1000),
+    "repeat": whole_number(1, 1000),
+    "budget": whole_number(1),
     "rule": _or_none(TEXT),
-    "schedule": TEXT,
-    "initial_scale": TEXT,
     "train_images": _or_none(whole_number(1)),
     "batch_norm": _FLAG,
-    "repeat": whole_number(1),
-    "pruning": TEXT,
+    "recipe": Field("an object", lambda value: isinstance(value, dict)),
+}
+_EXPERIMENT_MORE = {
     "bits": TEXT,
     "drop": finite_number(0, 1),
     "update_every": whole_number(1),
@@ -112,7 +124,7 @@ _RESULT_MORE = {
     "epochs": _or_none(whole_number(0)),
     "train_loss": _or_none(finite_number()),
     "train_accuracy": _or_none(finite_number(0, 1)),
-    "seconds": _or_none(finite_number(0)),
+    "seconds": _or_none(finite_number(0, 1e12)),
     "counted": _or_none(whole_number(1)),
     "density": _or_none(finite_number(0, 1)),
     "effective_density": _or_none(finite_number(0, 1)),
@@ -128,11 +140,17 @@ _OBJECT = Field("an object", lambda value: isinstance(value, dict))
 _ABOUT = {"data": TEXT, "code": TEXT, **dict.fromkeys(("experiment", "result", "environment"), _OBJECT)}
 
 
+def check_experiment(found: Any) -> None:
+    """Raise ValueError naming the field unless `found` has the settings of an experiment and of its recipe."""
+    check_fields(found, _EXPERIMENT, _EXPERIMENT_MORE)
+    check_fields(found["recipe"], _RECIPE)
+
+
 def _check_about(about):
     """Raise ValueError unless `about`, of an `experiment.json`, has the fields of one, each of its kind."""
     check_fields(about, _ABOUT)
     check_plain("it", about)
-    check_fields(about["experiment"], _EXPERIMENT, _EXPERIMENT_MORE)
+    check_experiment(about["experiment"])
     check_fields(about["result"], {"status": _STATUS}, _RESULT_MORE)
     check_fields(about["environment"], {"device": TEXT}, _ENVIRONMENT_MORE)
 
@@ -148,7 +166,7 @@ def read_about(folder: Path | str) -> dict[str, Any]:
         about = load_json(content)
         _check_about(about)
         found = name_of("experiment", about)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a run ({error_words(error)}); {remedy}") from error
     if found != Path(folder).name:
         raise ValueError(f"{path} describes the run {found}; {remedy}")
@@ -188,7 +206,7 @@ def check_failure(found: Any) -> None:
     check_fields(found, {**_FAILURE, "tries": whole_number(0), "log": _LINES}, {"density": finite_number(0, 1)})
     if "experiment" in found:
         check_plain("experiment", found["experiment"])
-        check_fields(found["experiment"], _EXPERIMENT, _EXPERIMENT_MORE)
+        check_experiment(found["experiment"])
 
 # %% ../../nbs/5_runs/02_schema.ipynb #6f55e8a9
 def check_network(entry: Any) -> None:

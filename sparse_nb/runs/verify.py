@@ -94,6 +94,11 @@ def verify_run(folder: Path | str) -> RunCheck:
     def count(path):
         records[path.name] = len(parse_records(path))
 
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        words = f"{folder} cannot be read ({error.strerror}); change its permissions, or move it out of the store"
+        return RunCheck(False, {}, (words,), (), ())
     for path in record_files(folder):
         problem = sentence_on(path, "delete it to measure again", partial(count, path))
         refused += [problem] if problem else []

@@ -81,9 +81,14 @@ def check_setting(setting: FamilySetting, path: Sequence[str], datasets: Sequenc
     widths = {name: getattr(setting, name) for name in ("widths", "pruned_widths", "control", "control_dense")}
     widths |= {"compared.widths": setting.compared.widths, "rates.widths": setting.rates.widths}
     for name, of in widths.items():
-        if any(width < 1 for width in of) or len(set(of)) < len(of) or name == "widths" and not of:
+        if any(not 1 <= width <= 2**24 for width in of) or len(set(of)) < len(of) or name == "widths" and not of:
             where = (*path, *name.split("."))
-            raise Wrong(where, f"{dotted(where)} is {list(of)}; accepted: whole numbers from 1, each once")
+            raise Wrong(where, f"{dotted(where)} is {list(of)}; accepted: whole numbers, 1 to {2**24:,}, each once")
+    layers = [number for depth in setting.depths for number in depth]
+    for name, numbers, most in (("depths", layers, 1000), ("depth_width", [setting.depth_width], 2**24)):
+        if not all(1 <= number <= most for number in numbers):
+            where = (*path, name)
+            raise Wrong(where, f"{dotted(where)} has {max(numbers, key=abs)}; accepted: whole numbers, 1 to {most:,}")
     if setting.control and (
         setting.control[0] != setting.base or list(setting.control) != sorted(setting.control)[::-1]
     ):

@@ -115,8 +115,8 @@ def check_settings(described):
     d = described
     dynamic.check_updates(dynamic.METHODS[0], d.drop, d.update_every, d.update_until)
     dense_first.check_lasso(d.l1, d.beta, d.update_until)
-    if type(d.rewind) is not int or d.rewind < 0:
-        raise ValueError(f"rewind is {d.rewind!r}; it must be a whole number, at least 0")
+    if type(d.rewind) is not int or not 0 <= d.rewind < 2**63:
+        raise ValueError(f"rewind is {d.rewind!r}; it must be a whole number, at least 0 and below 2^63")
 
 # %% ../../nbs/4_study/02_experiments.ipynb #2071aa94
 def check_experiment(experiment):
@@ -242,14 +242,16 @@ def is_portable(experiment):
 
 # %% ../../nbs/4_study/02_experiments.ipynb #6f4b6612
 def check_numbers(measurement, **least):
-    """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, or below the `least` that
-    is given by name; test_images may be None."""
+    """Raise ValueError or TypeError for fields of an evaluation that are not whole numbers, are below the `least` that
+    is given by name, or do not fit a database; test_images may be None."""
     for name, smallest in {"test_images": 1, **least}.items():
         value = getattr(measurement, name)
         if type(value) is not int and not (name == "test_images" and value is None):
             raise TypeError(f"{name} is {value!r}; accepted: a whole number")
         if value is not None and value < smallest:
             raise ValueError(f"{name} is {value}; it must be at least {smallest}")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"{name} is {value}; it must be below 2^63")
 
 # %% ../../nbs/4_study/02_experiments.ipynb #a93abd1f
 @dataclass(frozen=True, kw_only=True)

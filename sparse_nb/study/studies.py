@@ -86,8 +86,9 @@ def _with_versions(table, folders):
     if isinstance(table.get("families"), dict):
         of_families = table["families"].items()
         table["families"] = {_found(name, ("families", name), folders): of for name, of in of_families}
-    known = {own.plain(name): name for name in table.get("datasets", ())}
-    for of in table.get("families", {}).values():
+    datasets, families = table.get("datasets"), table.get("families")
+    known = {own.plain(name): name for name in datasets if isinstance(name, str)} if isinstance(datasets, list) else {}
+    for of in families.values() if isinstance(families, dict) else ():
         if not isinstance(of, dict):
             continue
         places = [(of, key) for key in ("dataset_epochs", "depth_epochs", "dataset_widths")]

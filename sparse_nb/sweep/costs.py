@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .. import data
+from .. import data, own
 from ..networks import models
 from ..networks.sparse_layers import CONVOLUTION_WALK_BELOW, WALK_BELOW
 from ..study.experiments import Experiment, counted_shapes, dense_of, is_trained
@@ -100,10 +100,18 @@ class Rates:
         return bool(self._work)
 
 
+def _is_known(family: str) -> bool:
+    """Whether networks of a family can be built here: the code of the user's own may belong to a study that is not
+    opened."""
+    return family in models.FAMILIES or family in own.permissions()
+
+
 def _rates_of(runs: pd.DataFrame) -> Rates:
-    """The `Rates` of trainings. runs: rows of `Store.runs` of one kind of device."""
+    """The `Rates` of trainings. runs: rows of `Store.runs` of one kind of device; those of unknown datasets and
+    families say nothing."""
     rates, alike = Rates(), ["dataset", "family", "width", "depth", "repeat", "batch_norm", "density", "train_images"]
-    trained = runs[(runs.seconds > 0) & (runs.schedule == "static")]
+    trained = runs[(runs.seconds > 0) & (runs.epochs > 0) & (runs.density > 0) & (runs.schedule == "static")]
+    trained = trained[trained.dataset.isin(list(data.SIZES)) & trained.family.map(_is_known).astype(bool)]
     together = trained.groupby(alike, dropna=False)[["epochs", "seconds"]].sum()
     for run in together.reset_index().itertuples():
         rates.add(run, run.epochs, run.seconds)

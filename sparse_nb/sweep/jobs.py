@@ -346,6 +346,7 @@ def run_job(
         if not alone:
             return Outcome("elsewhere")
         try:
+            store.check_free(e)
             with logged(log), sound_kernels(e, device), with_threads(_threads_of(store, e, device)):
                 outcome = Outcome("done")
                 if job.train and not store.has_checkpoint(e):

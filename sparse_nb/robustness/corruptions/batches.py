@@ -61,7 +61,8 @@ def _random_numbers(key: tuple, indices: Sequence[int], name: str, fill: Callabl
     key: a tuple as `generator` takes it. indices: N integers, not negative. fill: `torch.Tensor.uniform_`, in [0, 1),
     or `torch.Tensor.normal_`.
     """
-    seed, stream, rows = generator(*key, name).initial_seed(), torch.Generator(), torch.empty(len(indices), *size)
+    seed, stream = generator(*key, name).initial_seed(), torch.Generator()
+    rows = torch.empty(len(indices), *size, dtype=torch.float32)
     for row, index in zip(rows, indices, strict=True):
         fill(row, generator=stream.manual_seed((seed + index) % 2**63))
     return rows

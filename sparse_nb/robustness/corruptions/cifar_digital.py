@@ -141,7 +141,7 @@ def _elastic_transform(images, parameters, draws):
     """A random affine map, then a smooth field of shifts; parameters: (amplitude, sigma of the field, jitter of the
     corners), in pixels. For 32 × 32 images."""
     (amplitude, sigma, _), size = parameters, images.shape[-1]
-    still = torch.tensor([[26.0, 26], [26, 6], [6, 6]], device=images.device)
+    still = torch.tensor([[26.0, 26], [26, 6], [6, 6]], device=images.device, dtype=torch.float32)
     rows, columns = _affine_source((still + draws["corners"].float()).double(), size)
     x = _interpolated(
         divided(images.float(), 255), rows >> 5, columns >> 5, (rows & 31).float() / 32, (columns & 31).float() / 32

@@ -183,7 +183,7 @@ def _chamfer_distance(places):
     where there is none."""
     if places.device.type != "cpu":
         return _chamfer_distance_anywhere(places)
-    distances = torch.empty(places.shape)
+    distances = torch.empty(places.shape, dtype=torch.float32)
     _sweep_twice(places.contiguous().numpy(), distances.numpy())
     return distances
 
@@ -192,9 +192,8 @@ def _equalised(x):
     """uint8 x (N, H, W) with its histogram equalised, image by image, as OpenCV does it; a flat image stays as it
     is."""
     levels, pixels = x.flatten(1).long(), x[0].numel()
-    histogram = torch.zeros(len(x), 256, device=x.device).scatter_add_(
-        1, levels, torch.ones(levels.shape, device=x.device)
-    )
+    ones = torch.ones(levels.shape, device=x.device, dtype=torch.float32)
+    histogram = ones.new_zeros(len(x), 256).scatter_add_(1, levels, ones)
     darkest = (histogram > 0).int().argmax(1, keepdim=True)
     first = histogram.gather(1, darkest)
     table = torch.round((histogram.cumsum(1) - first) * (255 / (pixels - first)))

@@ -80,11 +80,11 @@ def _grown_ice() -> list[torch.Tensor]:
     channel."""
     textures = []
     for index, (means, deviations) in enumerate(_ICE):
-        uniforms = torch.rand(128 * 128 - 1, generator=generator(0, "ice", index)) * 2 - 1
+        uniforms = torch.rand(128 * 128 - 1, generator=generator(0, "ice", index), dtype=torch.float32) * 2 - 1
         ridges = (2 * plasma(uniforms[None], 1.1)[0] - 1).abs().neg()
         ridges = (ridges - ridges.mean()) / ridges.std()
         textures.append(
-            (torch.tensor(means)[:, None, None] + torch.tensor(deviations)[:, None, None] * ridges)
+            (ridges.new_tensor(means)[:, None, None] + ridges.new_tensor(deviations)[:, None, None] * ridges)
             .round()
             .clamp(0, 255)
             .to(torch.uint8)
