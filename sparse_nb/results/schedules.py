@@ -38,6 +38,13 @@ def schedule_means(table: pd.DataFrame) -> pd.DataFrame:
     means = corrupted.groupby(by_network, sort=False, dropna=False).value.mean().reset_index().assign(strength=0.0)
     return _common_seeds(pd.concat([noise, means[table.columns]], ignore_index=True))
 
+
+def seeds_line(means: pd.DataFrame) -> str:
+    """How many seeds stand behind the means of each panel, for the footer. means: of `schedule_means`."""
+    counts = means.groupby(["dataset", "family"], sort=False).seed.nunique()
+    said = (f"{WORDS[family]} on {WORDS[dataset]} {count}" for (dataset, family), count in counts.items())
+    return f"Means are over the seeds that all schedules of a panel have: {', '.join(said)}."
+
 # %% ../../nbs/7_results/14_schedules.ipynb #e49f128d
 def schedule_differences(means: pd.DataFrame) -> pd.DataFrame:
     """What each schedule gains over the static mask of the same place and seed: one row for each dataset, family,
