@@ -277,7 +277,8 @@ def _effect_text(effects, dataset, family, growth, schedule, rule, measure):
     if rows.empty or (schedule, growth) != ("static", "width"):
         return ""
     [row] = rows.itertuples()
-    scored = "lowest recall" if measure == "class_recall" else "accuracy, mean over all strengths"
+    live = "accuracy, mean over the radii at which at least 2 % are right"
+    scored = {"class_recall": "lowest recall", "attack": live}.get(measure, "accuracy, mean over all strengths")
     return (
         f"Networks with 1/2 to 1/8 of their weights minus the dense base: {row.effect:+.1f} points of {scored} "
         f"(95 % interval {row.low:+.1f} to {row.high:+.1f})."
