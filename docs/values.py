@@ -196,21 +196,15 @@ def own_size_table():
 def proxy_table(preset="laptop2"):
     """Claim 13: rank correlations of the loss increases under noise and rounding, of panels with three seeds or more,
     as Markdown."""
-    rows, words, formats = [], module("results.axes").WORDS, module("results.proxy").FORMATS
-    increases, costly = published_rows("fig15", preset), module("claims.claims")._COSTLY_BITS
-    correlation, interval = module("results.proxy").rank_correlation, module("claims.pooling").interval
-    for (dataset, family, rule), part in increases.groupby(["dataset", "family", "rule"], sort=False):
+    rows, words, proxy = [], module("results.axes").WORDS, module("results.proxy")
+    found = proxy.costly_correlations(published_rows("fig15", preset))
+    for (dataset, rule, family), part in found.groupby(["dataset", "rule", "family"], sort=False):
         if part.seed.nunique() < 3:
             continue
         cells = {}
-        for form, bits in costly.items():
-            chosen = part[(part.format == form) & part.bits.isin(bits)]
-            ranks = [
-                (seed, correlation(of_one.under_noise, of_one.rounded))
-                for (seed, _), of_one in chosen.groupby(["seed", "bits"])
-            ]
-            found = interval(pd.DataFrame(ranks).groupby(0)[1].mean().to_numpy())
-            cells[formats[form]] = f"{found['effect']:.2f} [{found['low']:.2f}, {min(1.0, found['high']):.2f}]"
+        for form, of_form in part.groupby("format", sort=False):
+            mean = module("claims.pooling").interval(of_form.correlation.to_numpy())
+            cells[proxy.FORMATS[form]] = f"{mean['effect']:.2f} [{mean['low']:.2f}, {min(1.0, mean['high']):.2f}]"
         panel = f"{words[family]} on {words[dataset]}, {words[rule]}"
         rows.append({"panel": panel, **cells, "seeds": part.seed.nunique()})
     return _markdown(rows)

@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'SPLITS', 'IMAGE_SHAPES', 'CLASSES', 'ImageSet', 'as_floa
 import gzip
 import hashlib
 import io
+import numbers
 import os
 import tarfile
 import tempfile
@@ -50,7 +51,7 @@ def _check_images(images: torch.Tensor, labels: torch.Tensor, classes: int) -> N
     for name, value in (("images", images), ("labels", labels)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} are a {type(value).__name__}; they must be a tensor")
-    if type(classes) is not int or classes < 1:
+    if isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1:
         raise ValueError(f"classes is {classes!r}; it must be a whole number, at least 1")
     if images.dtype != torch.uint8 or labels.dtype != torch.int64:
         raise TypeError(
@@ -65,6 +66,19 @@ def _check_images(images: torch.Tensor, labels: torch.Tensor, classes: int) -> N
         raise ValueError(
             f"labels lie in {int(labels.min())} .. {int(labels.max())}; they must lie in 0 .. {classes - 1}"
         )
+
+
+def _check_index(index: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise ValueError unless `index` has a position, int64, for each of the `labels`."""
+    found = getattr(index, "dtype", type(index).__name__), tuple(getattr(index, "shape", ()))
+    if found != (torch.int64, tuple(labels.shape)):
+        raise ValueError(f"index is {found[0]} {found[1]}; it must be torch.int64 {tuple(labels.shape)}")
+
+
+def _positions(indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """Numbers as int64 and booleans as they are. PyTorch would read bytes as booleans, and a tuple as several axes."""
+    found = torch.as_tensor(indices if hasattr(indices, "dtype") else list(indices))
+    return found.long() if found.dtype == torch.uint8 or not len(found) else found
 
 # %% ../nbs/1_data/02_data.ipynb #e629fa65
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,11 +102,9 @@ class ImageSet:
 
     def __post_init__(self):
         _check_images(self.pixels, self.labels, self.classes)
-        if self.index is not None and (self.index.dtype != torch.int64 or self.index.shape != self.labels.shape):
-            found = f"{self.index.dtype} {tuple(self.index.shape)}"
-            raise ValueError(f"index is {found}; it must be int64 {tuple(self.labels.shape)}, one for each image")
         if self.index is None:
             object.__setattr__(self, "index", torch.arange(len(self), device=self.labels.device))
+        _check_index(self.index, self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,11 +124,7 @@ class ImageSet:
 
     def take(self, indices: slice | Sequence[int] | torch.Tensor) -> "ImageSet":
         """The images at `indices`: a slice, numbers in a sequence or tensor, or a tensor of booleans."""
-        if not isinstance(indices, (slice, torch.Tensor)):
-            indices = torch.as_tensor(indices if hasattr(indices, "dtype") else list(indices), dtype=None)
-            indices = indices if len(indices) else indices.long()
-        if isinstance(indices, torch.Tensor) and indices.dtype == torch.uint8:
-            indices = indices.long()  # PyTorch would read it as a mask
+        indices = indices if isinstance(indices, slice) else _positions(indices)
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], index=self.index[indices])
 
 # %% ../nbs/1_data/02_data.ipynb #4ec9599f

@@ -27,7 +27,7 @@ from sparse_nb.claims.evidence import (
     rises,
 )
 from ..data import IMAGE_SHAPES
-from ..results.proxy import loss_increases, rank_correlation
+from ..results.proxy import costly_correlations, loss_increases
 from ..results.stats import mean_interval
 from ..results.tables import NETWORK, PANEL, panels, scores
 from ..robustness.attacks import FIGURE_EPSILON, PAPER_ATTACKS
@@ -531,20 +531,13 @@ CLAIMS["12"] = Claim(
 )
 
 # %% ../../nbs/8_claims/05_claims.ipynb #19bb512d
-_COSTLY_BITS = {"integer": (4, 3, 2), "integer_per_channel": (4, 3, 2), "float": (3, 2, 1)}
-
-
 def _ranks_as_rounding(tables):
     """The `Finding`s of claim 13: does noise rank the networks of a curve as each way of rounding does?"""
     findings = []
-    for curve, of_curve in loss_increases(tables["fig15"]).groupby(PANEL, sort=False):
+    for curve, of_curve in costly_correlations(loss_increases(tables["fig15"])).groupby(PANEL, sort=False):
         parts, words = [], []
-        for form, bits in _COSTLY_BITS.items():
-            chosen = of_curve[(of_curve.format == form) & of_curve.bits.isin(bits)]
-            ranks = chosen.groupby(["seed", "bits"])[["under_noise", "rounded"]].apply(
-                lambda networks: rank_correlation(networks.under_noise, networks.rounded)
-            )
-            by_seed = ranks.groupby("seed").mean().dropna()
+        for form, of_form in of_curve.groupby("format", sort=False):
+            by_seed = of_form.correlation.dropna()
             parts.append(above(by_seed))
             words.append(f"{form.replace('_', ' ')} {by_seed.mean():.2f}")
         numbers = f"rank correlation, mean over bits: {', '.join(words)}"

@@ -73,7 +73,8 @@ _BY = ["contrast", "disturbance", "rule", "dataset", "family"]
 
 
 def _row(contrast, disturbance, curve, values, shared=0.0, log_odds=None) -> Iterator[dict]:
-    """One row, or none where there are fewer than two seeds or no values. log_odds: the contrast of them, by seed."""
+    """One row, or none where there are fewer than two seeds or no values. shared: of the variance, by all seeds.
+    log_odds: the contrast of them, by seed; its interval leaves out what seeds share."""
     if values is not None and len(values) > 1:
         dataset, rule, family = curve
         place = dict(contrast=contrast, disturbance=disturbance, rule=rule, dataset=dataset, family=family)

@@ -353,6 +353,7 @@ def _outcome(
     return status, None
 
 # %% ../../nbs/2_networks/07_training.ipynb #624b60c5
+@torch.enable_grad()
 def fit(
     model: nn.Module,
     images: ImageSet,
@@ -370,7 +371,8 @@ def fit(
     model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). images: an `ImageSet` on the
     model's device. seed: int, determines the order of batches and the augmentation; nothing else is random. masks:
     {name: bool tensor} for its counted weights, or None if no weight must be held at zero, as in a network that stores
-    only kept weights. Frozen and unused layers do not change. on_epoch: called with each `Epoch` when it ends.
+    only kept weights. Frozen and unused layers do not change, and `torch.no_grad` around the call has no effect.
+    on_epoch: called with each `Epoch` when it ends.
     keep: called with the `TrainingState` after each epoch but the last. resume: such a state, to continue from.
     on_step: called with each `Step` after it was made; may change the network's values in place.
     Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not; for our

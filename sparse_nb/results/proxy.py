@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from .axes import WORDS, rule_colours
 from .plots import finish, panel_grid, rule_styles
 from .stats import mean_interval
-from .tables import NETWORK
+from .tables import NETWORK, PANEL
 
 # %% ../../nbs/7_results/15_proxy.ipynb #47f5cda8
 FORMATS = {"integer": "integers, one scale", "integer_per_channel": "integers, a scale per output", "float": "floats"}
@@ -40,6 +40,18 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     if len(ranks[0]) < 3 or min(r.nunique() for r in ranks) < 2:
         return float("nan")
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+COSTLY_BITS = {"integer": (4, 3, 2), "integer_per_channel": (4, 3, 2), "float": (3, 2, 1)}  # at which rounding costs
+
+
+def costly_correlations(increases: pd.DataFrame) -> pd.DataFrame:
+    """The rank correlation of both losses along each curve, a row for each `tables.PANEL`, format and seed, on the mean
+    over `COSTLY_BITS`; NaN where there is none. increases: of `loss_increases`."""
+    costly = [increases[(increases.format == form) & increases.bits.isin(bits)] for form, bits in COSTLY_BITS.items()]
+    by_bits = pd.concat(costly).groupby([*PANEL, "format", "seed", "bits"], sort=False)[["under_noise", "rounded"]]
+    found = by_bits.apply(lambda networks: rank_correlation(networks.under_noise, networks.rounded))
+    return found.groupby([*PANEL, "format", "seed"], sort=False).mean().rename("correlation").reset_index()
 
 
 def proxy_table(increases: pd.DataFrame) -> pd.DataFrame:

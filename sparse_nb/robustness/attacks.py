@@ -87,25 +87,36 @@ def _guarded(model):
         handle.remove()
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #88fed151
+def _at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _floats(network):
+    """{name: tensor}: the floating-point parameters and buffers of a network."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return {name: tensor for name, tensor in tensors if tensor.is_floating_point()}
+
+
 class _InFloat32(nn.Module):
     """Replaces a `network` of another type in an attack: it takes float32 images and returns float32 scores.
 
-    A float16 or bfloat16 network computes with its weights as float32 numbers, a float64 network as it is.
+    float16 and bfloat16 weights are used as float32 numbers, float64 weights as they are; so each layer of a network
+    of several types computes in its own type, or in float32 if that is wider.
     """
 
     def __init__(self, network):
         super().__init__()
         self.network, self.kind = network, torch.promote_types(_computes_in(network), torch.float32)
-        tensors = [*network.named_parameters(), *network.named_buffers()]
-        self.wide = {name: tensor.detach().to(self.kind) for name, tensor in tensors if tensor.is_floating_point()}
+        self.wide = {name: _at_least_float32(tensor.detach()) for name, tensor in _floats(network).items()}
 
     def forward(self, images):
         return torch.func.functional_call(self.network, self.wide, (images.to(self.kind),)).float()
 
 
 def _attackable(model):
-    """`model`, or an `_InFloat32` of it if it computes in another type."""
-    return model if _computes_in(model) == torch.float32 else _InFloat32(model)
+    """`model`, or an `_InFloat32` of it if a part of it has another type."""
+    same = all(tensor.dtype == torch.float32 for tensor in _floats(model).values())
+    return model if same else _InFloat32(model)
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #4523540f
 LONGER = 3  # times the steps of "pgd"
@@ -304,7 +315,7 @@ def _strongest(model, labels, attempts):
             outputs = model(found.to(_computes_in(model)))
         if not outputs.isfinite().all():
             raise ValueError("outputs of the network for attacked images are not finite")
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        outputs = _at_least_float32(outputs)
         wrong, loss = outputs.argmax(1) != labels, cross_entropy(outputs, labels, reduction="none")
         new = outputs, found, wrong, loss
         if best is not None:

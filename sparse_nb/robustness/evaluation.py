@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..data import ImageSet, as_float
-from ..networks.cross_entropy import cross_entropy
+from ..networks.cross_entropy import check_tensor, cross_entropy
 from ..randomness import generator
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #19679734
@@ -66,7 +66,7 @@ def logits(
     model.eval()
     try:
         inputs, used = (as_float(batch).to(_computes_in(model)) for batch in batches), dict(parameters or {})
-        outputs = torch.cat([_tensor(torch.func.functional_call(model, used, (batch,))) for batch in inputs])
+        outputs = torch.cat([check_tensor(torch.func.functional_call(model, used, (batch,))) for batch in inputs])
     finally:
         for module, mode in modes:
             module.training = mode
@@ -74,14 +74,6 @@ def logits(
     return outputs
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #4f342673
-def _tensor(outputs):
-    """The network's `outputs`. Raises TypeError unless they are a tensor."""
-    if not isinstance(outputs, torch.Tensor):
-        words = f"the network gives a {type(outputs).__name__}; accepted: a tensor (N, classes)"
-        raise TypeError(f"{words}, so wrap a network that gives more")
-    return outputs
-
-
 def _modes(model):
     """[(module, whether it is in training mode), …]"""
     return [(module, module.training) for module in model.modules()]

@@ -119,6 +119,8 @@ _EXPERIMENT_MORE = {
     "l1": finite_number(0),
     "beta": finite_number(0),
 }
+
+# %% ../../nbs/5_runs/02_schema.ipynb #schm0002
 _RESULT_MORE = {
     "diverged_at": _or_none(whole_number(0)),
     "epochs": _or_none(whole_number(0)),

@@ -106,16 +106,6 @@ class Store(Records):
         """Whether the run is finished."""
         return os.path.isfile(f"{self.root}/{experiment_hash(experiment)}/manifest.json")
 
-    def check_free(self, experiment: Experiment) -> None:
-        """Raise ValueError if something that is not a finished run lies where this one belongs, which would be found
-        only after its training."""
-        folder = self.folder(experiment)
-        if os.path.lexists(folder) and not self.has_run(experiment):
-            words = f"{folder} is in the way: it is not a finished run, but perhaps the copy of one"
-            raise ValueError(f"{words}; move it away, or delete it to train the network here")
-        if os.path.lexists(folder / "evaluations") and not (folder / "evaluations").is_dir():
-            raise ValueError(f"{folder / 'evaluations'} is in the way of measurements: it is no folder; move it away")
-
     def has_checkpoint(self, experiment: Experiment) -> bool:
         """Whether the run is finished and has its trained network; a run may have been merged without it."""
         return self.has_run(experiment) and os.path.exists(f"{self.folder(experiment)}/model.safetensors")
@@ -148,6 +138,16 @@ def described_experiment(about: Mapping) -> Experiment:
         return Experiment(**described | {"recipe": Recipe(**described["recipe"]), "version": version})
     except (TypeError, KeyError) as error:
         raise ValueError(f"this release does not know such an experiment ({error})") from error
+
+# %% ../../nbs/5_runs/06_store.ipynb #st0re002
+def check_free(store: Store, experiment: Experiment) -> None:
+    """Raise ValueError if something that is not a finished run lies where this one belongs."""
+    folder = store.folder(experiment)
+    if os.path.lexists(folder) and not store.has_run(experiment):
+        words = f"{folder} is in the way: it is not a finished run, but perhaps the copy of one"
+        raise ValueError(f"{words}; move it away, or delete it to train the network here")
+    if os.path.lexists(folder / "evaluations") and not (folder / "evaluations").is_dir():
+        raise ValueError(f"{folder}/evaluations is in the way of measurements: it is not a folder; move it away")
 
 # %% ../../nbs/5_runs/06_store.ipynb #5ab1724e
 def _same_positions(one, other):

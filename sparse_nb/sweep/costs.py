@@ -99,7 +99,7 @@ class Rates:
     def __bool__(self):
         return bool(self._work)
 
-
+# %% ../../nbs/6_sweep/01_costs.ipynb #c0st0002
 def _is_known(family: str) -> bool:
     """Whether networks of a family can be built here: the code of the user's own may belong to a study that is not
     opened."""

@@ -29,6 +29,7 @@ from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_p
 from ..runs.schema import read_about
 from sparse_nb.runs.store import (
     Store,
+    check_free,
     load_history,
     load_run,
     other_weights,
@@ -346,7 +347,7 @@ def run_job(
         if not alone:
             return Outcome("elsewhere")
         try:
-            store.check_free(e)
+            check_free(store, e)
             with logged(log), sound_kernels(e, device), with_threads(_threads_of(store, e, device)):
                 outcome = Outcome("done")
                 if job.train and not store.has_checkpoint(e):

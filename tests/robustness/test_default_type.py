@@ -1,5 +1,7 @@
 """No number depends on PyTorch's default type, which is the user's to set."""
 
+import copy
+
 import pytest
 import torch
 
@@ -81,3 +83,30 @@ def test_a_seed_that_is_text_is_refused(function):
     }
     with pytest.raises((TypeError, ValueError), match="seed is '0'"):
         calls[function]()
+
+
+class Mixed(torch.nn.Module):
+    """Layers of the types given, each fed in its own."""
+
+    def __init__(self, *kinds):
+        super().__init__()
+        sizes = zip(((784, 30), (30, 10)), kinds, strict=True)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(*size).to(kind) for size, kind in sizes)
+
+    def forward(self, images):
+        x = images.flatten(1)
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype)).relu()
+        return x
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_network_of_several_types_is_attacked_as_in_float64(first, second):
+    torch.manual_seed(0)
+    model, images = Mixed(first, second), evaluation.sample(data.load_images("digits", "test"), 50)
+    settings = dict(attacks=("fgsm", "pgd", "apgd"), epsilons=(0.1,))
+    found = attacks.evaluate(model, images, **settings)
+    exact = attacks.evaluate(copy.deepcopy(model).double(), images, **settings)
+    for one, other in zip(found, exact, strict=True):
+        assert abs(one.value - other.value) <= 0.05, one
