@@ -5,6 +5,7 @@ prepare` renews what stands between them, and `make test` fails where a page is 
 """
 
 import html
+import math
 import re
 import sys
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ def published_rows(name, preset=""):
     folder = RENDERED.parent / preset if preset else folder_of(name)
     rows = pd.read_csv(folder / f"{name}.csv", dtype={"claim": str})
     texts = [column for column in ("name", "numbers", "runs", "bound") if column in rows]
-    return rows.assign(**rows[texts].fillna(""))
+    return rows.assign(**rows[texts].astype(object).fillna(""))
 
 
 def _signed(value):
@@ -210,6 +211,30 @@ def proxy_table(preset="laptop2"):
     return _markdown(rows)
 
 
+def calibration_table():
+    """Calibration error and curvature of the dense networks, of those with a sixteenth of the weights, and of the
+    sparsest, for panels with three seeds or more, as Markdown."""
+    curves, words, shown = published_rows("fig17"), module("results.axes").WORDS, module("results.calibration_curves")
+    rows = []
+    for (dataset, rule, family), part in curves.groupby(["dataset", "rule", "family"], sort=False):
+        if part.seeds.min() < 3:
+            continue
+        cells = {}
+        for quantity, heading in shown.HEADINGS.items():
+            points, percent = part[part.quantity == quantity].set_index("density"), quantity != shown.CURVATURE
+            sixteenth = min(points.index, key=lambda density: abs(math.log2(16 * density)))
+            cells[heading] = " → ".join(
+                "{} [{},\N{NO-BREAK SPACE}{}]".format(
+                    *(f"{(100 if percent else 1) * points.loc[density, side]:.1f}" for side in ("mean", "low", "high"))
+                )
+                for density in (max(points.index), sixteenth, min(points.index))
+            )
+        rows.append(
+            {"panel": f"{words[family]} on {words[dataset]}, {words[rule]}", **cells, "seeds": part.seeds.min()}
+        )
+    return _markdown(rows)
+
+
 def claims_table():
     """Every claim with its verdict, as Markdown."""
     verdicts = module("claims.verdicts")
@@ -258,6 +283,7 @@ VALUES = {
     "families": families_table,
     "own size": own_size_table,
     "proxy": proxy_table,
+    "calibration": calibration_table,
     "contrasts": contrasts,
     "figures": figure_list,
     "costs": lambda: stored_table("| figure | shows |"),

@@ -61,12 +61,17 @@ def radius_text(epsilon: float) -> str:
     return f"{epsilon:g}" if round(epsilon, 3) == epsilon else f"{255 * epsilon:.3g}/255"
 
 
-def spread_text(point) -> str:
-    """The spread over the seeds of a point, in words. point: a row of `tables`."""
+def number_text(value: float, percent: bool = True) -> str:
+    """A plotted number: a share in percent, with one decimal, or any other with three digits."""
+    return f"{100 * value:.1f}" if percent else f"{value:.3g}"
+
+
+def spread_text(point, percent: bool = True) -> str:
+    """The spread over the seeds of a point, in words. point: a row of `tables`; percent: as in `number_text`."""
     if point.seeds > 2:
-        return f"{100 * point.low:.1f} to {100 * point.high:.1f}"
+        return f"{number_text(point.low, percent)} to {number_text(point.high, percent)}"
     if point.seeds == 2:
-        return f"two seeds: {100 * point.lowest:.1f} and {100 * point.highest:.1f}"
+        return f"two seeds: {number_text(point.lowest, percent)} and {number_text(point.highest, percent)}"
     return "no interval from one seed"
 
 # %% ../../nbs/7_results/03_axes.ipynb #7448589e

@@ -26,6 +26,7 @@ from sparse_nb.results.axes import (
     drawn_range,
     few,
     few_labels,
+    number_text,
     ordered_colours,
     place_points,
     spread_text,
@@ -38,7 +39,7 @@ class Line:
     """One line of a panel: the points with this quantity and strength, under this label, in this colour.
 
     strength: a number, or {dataset: number}. name: the records' name, None for any. dash, symbol: plotly's names
-    for the dash of the line and for its markers.
+    for the dash of the line and for its markers. percent: the values are shares, plotted in percent.
     """
 
     label: str
@@ -48,6 +49,12 @@ class Line:
     name: str | None = None
     dash: str = "solid"
     symbol: str = "circle"
+    percent: bool = True
+
+    @property
+    def unit(self) -> int:
+        """What a value is multiplied by when it is plotted."""
+        return 100 if self.percent else 1
 
     def among(self, points: pd.DataFrame) -> pd.Series:
         """Which rows of `points` are on the line, as a boolean Series."""
@@ -94,10 +101,11 @@ def lines_of_rules(
     }
 
 # %% ../../nbs/7_results/05_plots.ipynb #a7c10002
-def _hover(points: pd.DataFrame) -> list[str]:
-    """The hover text of each of `points`, as HTML."""
+def _hover(points: pd.DataFrame, percent: bool = True) -> list[str]:
+    """The hover text of each of `points`, as HTML. percent: as of `Line`."""
     return [
-        f"{100 * p.mean:.1f} % ({spread_text(p)})<br>{WORDS[p.rule]}, remaining weights {100 * p.density:.3g} %, "
+        f"{number_text(p.mean, percent)}{' %' * percent} ({spread_text(p, percent)})<br>"
+        f"{WORDS[p.rule]}, remaining weights {100 * p.density:.3g} %, "
         f"width {p.width}, depth {p.depth} × {p.repeat}<br>{p.ended}<br>{p.runs}"
         for p in points.itertuples()
     ]
@@ -109,7 +117,7 @@ def _add_dots(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, 
     if len(pairs):
         figure.add_scatter(
             x=[*pairs.x, *pairs.x],
-            y=[*(100 * pairs.lowest), *(100 * pairs.highest)],
+            y=[*(line.unit * pairs.lowest), *(line.unit * pairs.highest)],
             row=row,
             col=col,
             mode="markers",
@@ -137,7 +145,7 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
     above, below = (side.where(points.seeds > 2) for side in sides)
     figure.add_scatter(
         x=points.x,
-        y=100 * points["mean"],
+        y=line.unit * points["mean"],
         row=row,
         col=col,
         name=line.label,
@@ -145,9 +153,9 @@ def add_line(figure: go.Figure, points: pd.DataFrame, line: Line, *, row: int, c
         showlegend=legend,
         mode="lines+markers",
         line=dict(color=line.colour, width=2, dash=line.dash),
-        error_y=dict(array=100 * above, arrayminus=100 * below, color=bar, thickness=1, width=3),
+        error_y=dict(array=line.unit * above, arrayminus=line.unit * below, color=bar, thickness=1, width=3),
         marker=dict(color=line.colour, size=_marker_size(line.symbol), symbol=symbols),
-        customdata=_hover(points),
+        customdata=_hover(points, line.percent),
         hovertemplate=f"<b>{line.label}</b>: %{{customdata}}<extra></extra>",
     )
     _add_dots(figure, points, line, row=row, col=col)

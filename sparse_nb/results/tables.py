@@ -99,7 +99,8 @@ def finished(points: Sequence, store) -> tuple:
 
 # %% ../../nbs/7_results/02_tables.ipynb #0aec109f
 _RECALLS, _MEANS = ("recall", "lowest_recall"), ("mean_accuracy", "type_accuracy", "noisy_accuracy")
-SHARES = ("accuracy", *_RECALLS, *_MEANS)  # quantities in [0, 1]; a loss has no such bounds
+_GAPS = ("calibration_error", "corrupted_calibration_error")
+SHARES = ("accuracy", *_RECALLS, *_MEANS, *_GAPS)  # quantities in [0, 1]; a loss has no such bounds
 
 
 def _endings(networks: pd.DataFrame, by: list[str]) -> pd.DataFrame:

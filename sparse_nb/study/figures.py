@@ -103,6 +103,12 @@ _BEYOND = (
         rules=("water_filling",),
         also=("corruption",),
     ),
+    Figure(
+        "fig17_calibration",
+        "Does a sparse network know when it is wrong?",
+        "calibration",
+        also=("corruption", "curvature"),
+    ),
 )
 
 # %% ../../nbs/4_study/04_figures.ipynb #b118ea5561624da68c537baed56e602f

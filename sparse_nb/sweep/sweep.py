@@ -242,7 +242,7 @@ class Summary:
             parts.append(f"{self.late} not started (out of time)")
         return "; ".join(parts)
 
-
+# %% ../../nbs/6_sweep/04_sweep.ipynb #b2775353
 def _measured(experiment, evaluations, store):
     """Whether the store has a measurement of an experiment. evaluations: as of `run`."""
     asked = evaluations.get(experiment, ()) if isinstance(evaluations, Mapping) else evaluations
@@ -281,17 +281,6 @@ def check_engine(engine, workers, scheduler, minutes=None, limit=None, threads=N
         if time_given is not None and not (isinstance(time_given, (int, float)) and least <= time_given < math.inf):
             bound = "at least a second" if least else "not negative"
             raise ValueError(f"{name} is {time_given!r}; it must be a number of minutes, {bound}, or None")
-
-
-def _open_engine(engine, workers, scheduler, device, seconds, threads=None):
-    """A context manager of the `Engine` that `run` asks for."""
-    if engine == "dask":
-        memory = memory_share(workers) if scheduler is None and workers else None
-        return dask_cluster(scheduler, workers, memory=memory, seconds=seconds)
-    if workers is None:
-        return nullcontext(HERE)
-    memory = memory_share(workers) if device.type == "cpu" else None
-    return local_processes(workers, threads=threads, memory=memory, seconds=seconds)
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #c318882f
 def _check_bits(jobs, device):
@@ -337,6 +326,33 @@ def _own_texts(jobs, store):
         write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
     return now
 
+# %% ../../nbs/6_sweep/04_sweep.ipynb #0915ec9e
+def _check_jobs(jobs, store, device, root, remote):
+    """Raise what would otherwise end a sweep later: ValueError, RuntimeError, or an error of the images. Returns the
+    texts of own code, as of `_own_texts`."""
+    for job in jobs:
+        for description in ((job.experiment,) if job.train else ()) + job.evaluations:
+            check_version(description)
+    _check_bits(jobs, device)
+    _check_code(remote)
+    for dataset in dict.fromkeys(job.experiment.dataset for job in jobs):
+        for split in ("train", "test"):
+            images_of(dataset, split, root, torch.device("cpu") if remote else device)
+    texts = _own_texts(jobs, store)
+    check_rules([job.experiment for job in jobs if job.train])
+    return texts
+
+# %% ../../nbs/6_sweep/04_sweep.ipynb #7f384437
+def _open_engine(engine, workers, scheduler, device, seconds, threads=None):
+    """A context manager of the `Engine` that `run` asks for."""
+    if engine == "dask":
+        memory = memory_share(workers) if scheduler is None and workers else None
+        return dask_cluster(scheduler, workers, memory=memory, seconds=seconds)
+    if workers is None:
+        return nullcontext(HERE)
+    memory = memory_share(workers) if device.type == "cpu" else None
+    return local_processes(workers, threads=threads, memory=memory, seconds=seconds)
+
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4ec9599f
 def run(
     experiments: Iterable[Experiment],
@@ -371,17 +387,8 @@ def run(
     board = _Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:
         return _summarise(experiments, evaluations, board, store)
-    for job in board.waiting:
-        for description in ((job.experiment,) if job.train else ()) + job.evaluations:
-            check_version(description)
-    _check_bits(board.waiting, target)
     remote = engine == "dask" or workers is not None
-    _check_code(remote)
-    for dataset in dict.fromkeys(job.experiment.dataset for job in board.waiting):
-        for split in ("train", "test"):
-            images_of(dataset, split, root, torch.device("cpu") if remote else target)
-    texts = _own_texts(board.waiting, store)
-    check_rules([job.experiment for job in board.waiting if job.train])
+    texts = _check_jobs(board.waiting, store, target, root, remote)
     deadline = time.time() + 60 * minutes if minutes is not None else None
     if deadline:
         board.costs = costs_of(store.runs(), target)
