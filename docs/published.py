@@ -20,10 +20,12 @@ def notebook_of(name):
 
 
 def _statements(notebook):
-    """The statements of a notebook's code cells, and of its loops, but for its parameters."""
+    """The statements of a notebook's code cells, and of its loops and conditions, but for its parameters."""
     cells = (c for c in notebook.cells if c.cell_type == "code" and "parameters" not in c.metadata.get("tags", ()))
     statements = [statement for cell in cells for statement in ast.parse(cell.source).body]
-    return [inner for outer in statements for inner in (outer.body if isinstance(outer, ast.For) else [outer])]
+    return [
+        inner for outer in statements for inner in (outer.body if isinstance(outer, (ast.For, ast.If)) else [outer])
+    ]
 
 
 def _assigned(statements):

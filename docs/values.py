@@ -172,14 +172,14 @@ def corruptions_table():
     return _markdown(rows)
 
 
-def families_table():
-    """The gain of each family, as Markdown."""
-    pooled, words = pooled_effects(by=("family",)), module("results.axes").WORDS
+def gains_table(moderator):
+    """The gain of each "family" or "dataset", as Markdown."""
+    pooled, words = pooled_effects(by=(moderator,)), module("results.axes").WORDS
     gains, rows = pooled[(pooled.contrast == "gain") & pooled.disturbance.isin(_DISTURBANCES)], []
-    for (family, rule), part in gains.groupby(["family", "rule"], sort=False):
+    for (name, rule), part in gains.groupby([moderator, "rule"], sort=False):
         cells = {_DISTURBANCES[row.disturbance]: _with_interval(row) for _, row in part.iterrows()}
-        rows.append({"family": words[family], "rule": words[rule], **cells, "panels": f"{part.panels.max():.0f}"})
-    return _markdown(sorted(rows, key=lambda row: list(words.values()).index(row["family"])))
+        rows.append({moderator: words[name], "rule": words[rule], **cells, "panels": f"{part.panels.max():.0f}"})
+    return _markdown(sorted(rows, key=lambda row: list(words.values()).index(row[moderator])))
 
 
 def own_size_table():
@@ -280,7 +280,8 @@ VALUES = {
     "claims": claims_table,
     "effects": effects_table,
     "corruptions": corruptions_table,
-    "families": families_table,
+    "families": lambda: gains_table("family"),
+    "datasets": lambda: gains_table("dataset"),
     "own size": own_size_table,
     "proxy": proxy_table,
     "calibration": calibration_table,

@@ -197,6 +197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'sparse_nb.claims.forest': { 'sparse_nb.claims.forest._colour': ('8_claims/forest.html#_colour', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._diamond': ( '8_claims/forest.html#_diamond',
                                                                                'sparse_nb/claims/forest.py'),
+                                         'sparse_nb.claims.forest._heading': ( '8_claims/forest.html#_heading',
+                                                                               'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._label': ('8_claims/forest.html#_label', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._places': ('8_claims/forest.html#_places', 'sparse_nb/claims/forest.py'),
                                          'sparse_nb.claims.forest._plans': ('8_claims/forest.html#_plans', 'sparse_nb/claims/forest.py'),

@@ -98,6 +98,11 @@ def _label(row) -> str:
     return f"{WORDS[row.dataset]} {WORDS[row.family]}"
 
 
+def _heading(contrast: str, disturbance: str, rule: str) -> str:
+    """The title of a column. Only "layout" compares two rules."""
+    return f"{TITLES[disturbance]}<br>{'water-filling − proportional' if contrast == 'layout' else WORDS[rule]}"
+
+
 def _square(figure, row, where):
     """A panel: its mean and interval, cut at the edge of the axis by plotly."""
     hover = f"{_label(row)}: {_signed(row.effect)} [{_signed(row.low)}, {_signed(row.high)}], {row.seeds} seeds"
@@ -147,7 +152,7 @@ def draw_forest(
     order = found.drop_duplicates(["dataset", "family"]).sort_values(["dataset", "family"], key=_places)
     labels, together = [_label(row) for row in order.itertuples()], f"all {len(order)}"
     pooled = pooled_effects(found)
-    titles = [f"{TITLES[name]}<br>{WORDS[rule]}" for rule in rules for name in columns]
+    titles = [_heading(contrast, name, rule) for rule in rules for name in columns]
     figure = make_subplots(len(rules), len(columns), shared_yaxes=True, subplot_titles=titles, vertical_spacing=0.16)
     for i, rule in enumerate(rules, 1):
         for j, disturbance in enumerate(columns, 1):

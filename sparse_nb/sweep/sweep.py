@@ -242,7 +242,7 @@ class Summary:
             parts.append(f"{self.late} not started (out of time)")
         return "; ".join(parts)
 
-# %% ../../nbs/6_sweep/04_sweep.ipynb #b2775353
+# %% ../../nbs/6_sweep/04_sweep.ipynb #16180f76
 def _measured(experiment, evaluations, store):
     """Whether the store has a measurement of an experiment. evaluations: as of `run`."""
     asked = evaluations.get(experiment, ()) if isinstance(evaluations, Mapping) else evaluations
@@ -326,7 +326,7 @@ def _own_texts(jobs, store):
         write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
     return now
 
-# %% ../../nbs/6_sweep/04_sweep.ipynb #0915ec9e
+# %% ../../nbs/6_sweep/04_sweep.ipynb #c8c7b243
 def _check_jobs(jobs, store, device, root, remote):
     """Raise what would otherwise end a sweep later: ValueError, RuntimeError, or an error of the images. Returns the
     texts of own code, as of `_own_texts`."""
@@ -342,7 +342,7 @@ def _check_jobs(jobs, store, device, root, remote):
     check_rules([job.experiment for job in jobs if job.train])
     return texts
 
-# %% ../../nbs/6_sweep/04_sweep.ipynb #7f384437
+# %% ../../nbs/6_sweep/04_sweep.ipynb #9fa7585a
 def _open_engine(engine, workers, scheduler, device, seconds, threads=None):
     """A context manager of the `Engine` that `run` asks for."""
     if engine == "dask":
