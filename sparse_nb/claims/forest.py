@@ -99,8 +99,8 @@ def _label(row) -> str:
 
 
 def _heading(contrast: str, disturbance: str, rule: str) -> str:
-    """The title of a column. Only "layout" compares two rules."""
-    return f"{TITLES[disturbance]}<br>{'water-filling − proportional' if contrast == 'layout' else WORDS[rule]}"
+    """The title of a column, with the rule, unless the contrast compares two of them."""
+    return TITLES[disturbance] if contrast == "layout" else f"{TITLES[disturbance]}<br>{WORDS[rule]}"
 
 
 def _square(figure, row, where):
@@ -139,7 +139,7 @@ def _diamond(figure, row, label, where):
 
 # %% ../../nbs/8_claims/07_forest.ipynb #32bf43d8
 def draw_forest(
-    found: pd.DataFrame, *, title: str, footer: Sequence[str], contrast: str = "gain", reach: float = 10.0
+    found: pd.DataFrame, *, title: str, footer: Sequence[str], contrast: str = "gain", reach: float = 12.0
 ) -> go.Figure:
     """The forest plot of one contrast. found: of `effects.effects`; footer: lines of text; reach: points that fit.
 
@@ -150,8 +150,8 @@ def draw_forest(
         raise ValueError(f"there is no effect to draw: no panel with at least two seeds has the contrast {contrast!r}")
     rules, columns = list(dict.fromkeys(found.rule)), [name for name in TITLES if name in set(found.disturbance)]
     order = found.drop_duplicates(["dataset", "family"]).sort_values(["dataset", "family"], key=_places)
-    labels, together = [_label(row) for row in order.itertuples()], f"all {len(order)}"
-    pooled = pooled_effects(found)
+    pooled, labels = pooled_effects(found), [_label(row) for row in order.itertuples()]
+    below = [f"all {len(order)}"] if len(pooled) else []
     titles = [_heading(contrast, name, rule) for rule in rules for name in columns]
     figure = make_subplots(len(rules), len(columns), shared_yaxes=True, subplot_titles=titles, vertical_spacing=0.16)
     for i, rule in enumerate(rules, 1):
@@ -159,14 +159,15 @@ def draw_forest(
             where, here = dict(row=i, col=j), f"rule == {rule!r} and disturbance == {disturbance!r}"
             for row in found.query(here).itertuples():
                 _square(figure, row, where)
-            for _, row in pooled.query(here).iterrows() if len(pooled) else ():
-                _diamond(figure, row, together, where)
+            for _, row in pooled.query(here).iterrows() if below else ():
+                _diamond(figure, row, below[0], where)
                 said = f"<b>{_signed(row['mean'])}</b> [{_signed(row.low)}, {_signed(row.high)}]<br>{row.word}"
-                figure.add_annotation(x=0, y=together, yshift=-30, text=said, showarrow=False, font_size=11, **where)
+                figure.add_annotation(x=0, y=below[0], yshift=-30, text=said, showarrow=False, font_size=11, **where)
             figure.add_vrect(x0=-1, x1=1, fillcolor="#e9edf1", line_width=0, layer="below", **where)
             figure.add_vline(x=0, line=dict(color="#333333", width=1), layer="below", **where)
     figure.update_xaxes(range=[-reach, reach], zeroline=False, tickvals=[-reach / 2, 0, reach / 2])
-    figure.update_yaxes(categoryorder="array", categoryarray=[together, *labels[::-1]], range=[-1.9, len(labels) + 0.5])
+    ends = [-1.9 if below else -0.8, len(labels) + len(below) - 0.5]
+    figure.update_yaxes(categoryorder="array", categoryarray=[*below, *labels[::-1]], range=ends)
     finish(figure, title, "", [*footer, f"Contrasts {contrasts_hash()}."], len(rules), len(columns))
     figure.update_annotations(selector=dict(yanchor="bottom"), font_size=13)  # the panels' titles
     figure.update_layout(height=figure.layout.height + 40 + 14 * len(labels) * len(rules), margin_t=105)
