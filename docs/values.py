@@ -194,6 +194,22 @@ def own_size_table():
     return module("claims.verdicts").as_markdown(pd.DataFrame(rows).fillna(""))
 
 
+def panels_table(preset="laptop2"):
+    """The gain and the layout in each panel of a preset, as Markdown."""
+    found, words = published_rows("effects", preset), module("results.axes").WORDS
+    found = found[found.contrast.isin(["gain", "layout"]) & found.disturbance.isin(_DISTURBANCES)]
+    rows = []
+    for (family, dataset, contrast, rule), part in found.groupby(["family", "dataset", "contrast", "rule"], sort=False):
+        cells = {
+            _DISTURBANCES[row.disturbance]: _with_interval(row)
+            for _, row in part.rename(columns={"effect": "mean"}).iterrows()
+        }
+        what = words[rule] if contrast == "gain" else "water-filling minus proportional"
+        panel = f"{words[family]} on {words[dataset]}"
+        rows.append({"panel": panel, "": what, **cells, "seeds": f"{part.seeds.min():.0f}"})
+    return _markdown(rows)
+
+
 def proxy_table(preset="laptop2"):
     """Claim 13: rank correlations of the loss increases under noise and rounding, of panels with three seeds or more,
     as Markdown."""
@@ -283,6 +299,7 @@ VALUES = {
     "families": lambda: gains_table("family"),
     "datasets": lambda: gains_table("dataset"),
     "own size": own_size_table,
+    "second edition": panels_table,
     "proxy": proxy_table,
     "calibration": calibration_table,
     "contrasts": contrasts,

@@ -350,7 +350,8 @@ def export_command(command: options.Export) -> None:
 def _export_parts(store: Store, experiments: Iterable[Experiment], folder: Path):
     """Export runs, one folder for each dataset, family and seed, printing the files and what is no longer published.
 
-    A seed that is complete stays as it is in git's history. What was published as one folder for all seeds stays one.
+    So the files of a complete seed do not change any more, and git stores them only once. What was published as one
+    folder for all seeds stays one.
     """
     parts: dict[str, list[Experiment]] = {}
     for experiment in experiments:

@@ -106,7 +106,8 @@ def _open_streams() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 130 after Ctrl-C."""
+    """The command `sparse-nb`. args: default the command line's. Exits with 1 after an error, 2 for a wrong
+    or missing option, 130 after Ctrl-C, and 141 if the reader of its output has ended."""
     _open_streams()
     if shutil.get_terminal_size().columns < _NARROWEST:
         os.environ["COLUMNS"] = str(_NARROWEST)

@@ -110,7 +110,8 @@ class Export(OfFigures):
     """Publish finished runs under results/PRESET/DATASET-FAMILY-seedN: as an archive without checkpoints, which
     `merge` reads, and as compressed CSV.
 
-    Already published runs stay; if they are not in the runs folder, merge them first.
+    What was published before stays, except runs of an earlier version or of other data. It must be in the runs folder;
+    if it is not, `merge` it first.
     """
 
     out: Path = Path("results")
@@ -129,13 +130,14 @@ class OfFile(Study):
 class Claims(Drawing, OfFile):
     """Judge the paper's claims by what has been measured, and plot the verdicts. Nothing is trained.
 
-    Writes figures/rendered/PRESET/claims.{svg,png,html,csv,ipynb}, and the table as claims.tex.
+    Writes figures/rendered/PRESET/claims.{svg,png,html,csv,ipynb}, and the table as claims.tex; also effects, hero and
+    residuals, if enough is measured for them.
     """
 
     out: Path = Path("figures/rendered")
     """Folder that contains the preset's folder."""
     notebooks: Path | None = None
-    """Folder of claims.ipynb; default: that of this project."""
+    """Folder of claims, effects, hero and residuals.ipynb; default: that of this project."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def measured_points(
 ) -> dict[tuple[str, str], tuple[Point, ...]]:
     """{(schedule, measure): points} of all figures' curves under a `Study`, each once, that are measured or diverged.
 
-    root: folder of the datasets, see `figures.plan`.
+    root: folder of the datasets, see `plans.plan`.
     """
     measured = {}
     for (schedule, measure), points in _planned_points(preset, root).items():
@@ -517,7 +517,7 @@ def store_page(
     """`write_page` of everything that a store has of a `Study`'s figures; returns the paths written.
 
     root: of the datasets. judged, effects: of `claim_text`, by default of this store. others: studies that the page
-    shows too, behind a menu. Raises as `write_page` and `figures.plan`.
+    shows too, behind a menu. Raises as `write_page` and `plans.plan`.
     """
     studies, given, tables, lines = (preset, *others), {preset.name: (judged, effects)}, [], []
     for study in studies:

@@ -87,7 +87,8 @@ def _fill(control, options, value=None):
 
 # %% ../../nbs/9_explorer/05_widgets.ipynb #5c54a12d
 def _fill_choices(controls, catalogue, state=None):
-    """Follow the choices, or a `state`, as far as what they say exists, to a curve of the `catalogue`, and fill them.
+    """Fill the menus that choose a curve of the `catalogue`, one after the other. Each keeps its value, or gets that of
+    a `state`, if that exists; else it gets the first.
 
     Returns the chosen {choice: value}.
     """

@@ -302,8 +302,8 @@ NOISE_FOOTER = "Accuracy under noise: mean over all σ > 0."
 
 
 def strength_footer(drawn: Sequence, curves: pd.DataFrame) -> list[str]:
-    """A line for the footer where not all strengths of the accuracies in `curves` are `drawn`, a line of each; else
-    none.
+    """A line for the footer if `curves` has accuracies at more strengths than are plotted; else none. drawn: the
+    plotted lines, one for each strength.
     """
     measured = curves[curves.quantity == "accuracy"].strength.nunique()
     return [f"{len(drawn)} of {measured} strengths are drawn; the CSV file has all."] * (len(drawn) < measured)

@@ -165,7 +165,8 @@ class Rendering:
 
     @classmethod
     def from_parameters(cls, figure: str, scope: dict) -> "Rendering":
-        """Of a notebook's parameters. scope: its `globals()`. Nothing is trained or written.
+        """From a notebook's parameters. scope: its `globals()`. Nothing is trained or written, but the runs folder is
+        created if it is missing, unless `finished` is set.
 
         Raises ValueError or FileNotFoundError naming a parameter that cannot be used.
         """

@@ -155,6 +155,7 @@ def check_experiment(experiment):
 class Experiment:
     """One trained network's full description.
 
+    width, depth, repeat, batch_norm: see `models.build_model`; initial_scale: `scale` of `masks.initialise`.
     budget: counted weights kept, int. rule: how they are split over layers, one of `allocation.RULES` or an import
     path with its version (`own.find`); None where nothing is split (a dense network, global pruning). seed: int,
     names masks, initial weights and batches. schedule: "static", a random mask from the start; "magnitude", trained
@@ -280,8 +281,8 @@ class Clean(Evaluation):
 # %% ../../nbs/4_study/02_experiments.ipynb #a5d47b6c
 @dataclass(frozen=True)
 class WeightNoise(Evaluation):
-    """Accuracy and loss increase under weight noise; see `weight_noise.evaluate`. parts: of the test images, one for
-    each draw."""
+    """Accuracy and loss increase under weight noise; see `weight_noise.evaluate`. parts: each draw is measured
+    on its own part of the test images instead of on all of them."""
 
     sigmas: tuple[float, ...] = weight_noise.SIGMAS
     draws: int = 5
@@ -624,9 +625,12 @@ def train(
     """Train `experiment` on an `ImageSet` (its dataset's training split, on the device to train on).
 
     parent: the trained network of `parent_of` an "imp" experiment. Returns (model, `History`). on_epoch, resume, keep:
-    see `training.fit`. Raises ValueError for an earlier version, and for a ticket without its parent.
+    see `training.fit`. Raises ValueError for an earlier version, for an "imp" experiment without its parent, and for a
+    "magnitude" one, whose network `prune` makes from its trained parent.
     """
     check_version(experiment)
+    if not is_trained(experiment):
+        raise ValueError("an experiment with schedule magnitude is not trained; prune makes it from its trained parent")
     images = evaluation.sample(images, experiment.train_images)
     how: dict[str, Any] = dict(seed=experiment.seed, on_epoch=on_epoch, resume=resume, keep=keep)
     if experiment.schedule == "imp":
@@ -645,8 +649,10 @@ def prune(experiment: Experiment, model: torch.nn.Module) -> torch.nn.Module:
     """The trained dense network of a "magnitude" experiment, pruned to its budget: a sparse network. Do not use `model`
     afterwards.
 
-    Raises ValueError if the weights are not finite, as those of a diverged network.
+    Raises ValueError for another schedule, and if the weights are not finite, as those of a diverged network.
     """
+    if is_trained(experiment):
+        raise ValueError(f"schedule is {experiment.schedule!r}; only a magnitude experiment is pruned after training")
     kept = masks.magnitude_masks(model, experiment.budget, **_split(experiment))
     return sparse_layers.sparse_network(model, kept)
 
