@@ -20,6 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -72,13 +73,21 @@ def _check_index(index: torch.Tensor, labels: torch.Tensor) -> None:
     """Raise ValueError unless `index` has a position, int64, for each of the `labels`."""
     found = getattr(index, "dtype", type(index).__name__), tuple(getattr(index, "shape", ()))
     if found != (torch.int64, tuple(labels.shape)):
-        raise ValueError(f"index is {found[0]} {found[1]}; it must be torch.int64 {tuple(labels.shape)}")
+        needed = f"a tensor of torch.int64 {tuple(labels.shape)}"
+        raise ValueError(f"index is a {type(index).__name__} of {found[0]} {found[1]}; it must be {needed}")
 
 
 def _positions(indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """Numbers as int64 and booleans as they are. PyTorch would read bytes as booleans, and a tuple as several axes."""
-    found = torch.as_tensor(indices if hasattr(indices, "dtype") else list(indices))
-    return found.long() if found.dtype == torch.uint8 or not len(found) else found
+    """Numbers as int64 and booleans as they are. PyTorch would read bytes as booleans, and a tuple as several axes.
+    Raises TypeError for what is neither."""
+    try:
+        found = indices if isinstance(indices, torch.Tensor) else torch.as_tensor(np.array(indices))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"positions are {indices!r}; they must be whole numbers or booleans") from error
+    if found.ndim != 1 or found.is_floating_point() and len(found):
+        what = f"{found.dtype} {tuple(found.shape)}"
+        raise TypeError(f"positions are {what}; they must be a list of whole numbers or of booleans")
+    return found if found.dtype == torch.bool else found.long()
 
 # %% ../nbs/1_data/02_data.ipynb #e629fa65
 @dataclass(frozen=True, eq=False, repr=False)

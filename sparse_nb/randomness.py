@@ -9,6 +9,8 @@ __all__ = ['generator']
 import hashlib
 import json
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -43,3 +45,15 @@ def generator(*key: int | str) -> torch.Generator:
         raise TypeError(f"the seed is {key[0]!r}, which is text; it must be a whole number, as in generator(7, …)")
     digest = hashlib.sha256(json.dumps([_plain(part) for part in key]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+# %% ../nbs/1_data/01_randomness.ipynb #065501e1
+@contextmanager
+def globally_seeded(seed: int) -> Iterator[None]:
+    """A context in which PyTorch's global random state, of the CPU and of every GPU in use, starts from `seed`;
+    afterwards it is restored."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:  # torch.manual_seed would leave a seed for GPUs that are not in use yet
+            torch.cuda.manual_seed_all(seed)
+        yield

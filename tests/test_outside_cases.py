@@ -3,6 +3,7 @@
 What they met with networks of their own (frozen, unused, tied and emptied layers) is tried in the chapters of part 2.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -18,7 +19,16 @@ from torch import nn
 from sparse_nb import data
 from sparse_nb.networks import masks, sparse_layers
 from sparse_nb.networks.training import Recipe
-from sparse_nb.robustness import attacks, class_recall, curvature, evaluation
+from sparse_nb.robustness import (
+    attacks,
+    calibration,
+    class_recall,
+    curvature,
+    evaluation,
+    quantisation,
+    report,
+    weight_noise,
+)
 from sparse_nb.runs.attempts import lease
 from sparse_nb.runs.schema import check_experiment
 from sparse_nb.runs.store import Store
@@ -366,3 +376,84 @@ def test_a_sparse_layer_in_half_precision(kind):
     sparse = sparse_layers.sparse_network(model, kept)
     exact, rough = evaluation.logits(sparse, images), evaluation.logits(sparse.to(kind), images)
     assert rough.dtype == kind and (rough.float() - exact).abs().max() < 0.05
+
+
+def shared_layer(act=None):
+    """A network that uses one layer, or one activation, at two places."""
+    middle, act = nn.Linear(32, 32), act or nn.ReLU()
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), act, middle, act, middle, act, nn.Linear(32, 10))
+
+
+def test_an_activation_at_two_places_stays_at_both():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), act, nn.Linear(64, 64), act, nn.Linear(64, 10))
+    kept = masks.random_masks(model, 9000, seed=0)
+    masks.initialise(model, kept, seed=0)
+    images = evaluation.sample(data.load_images("digits", "test"), 50)
+    expected = evaluation.logits(model, images)
+    sparse = sparse_layers.sparse_network(copy.deepcopy(model), kept)
+    assert [name for name, _ in sparse.named_modules(remove_duplicate=False)][1:] == list("012345")
+    torch.testing.assert_close(evaluation.logits(sparse, images), expected)
+    dense, found = sparse_layers.dense_network(sparse)
+    torch.testing.assert_close(evaluation.logits(dense, images), expected)
+    assert all(torch.equal(found[name], mask) for name, mask in kept.items())
+    with pytest.raises(ValueError, match="layers share"):
+        sparse_layers.sparse_network(shared_layer(), masks.random_masks(shared_layer(), 5000, seed=0))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_measures_leave_a_layer_at_two_places_as_it_was(kind):
+    model, images = shared_layer(), evaluation.sample(data.load_images("digits", "test"), 40)
+    masks.initialise(model, None, seed=0)
+    model.to(kind)
+    before = copy.deepcopy(model.state_dict())
+    for measure in (weight_noise, quantisation, attacks, curvature, calibration, class_recall):
+        settings = dict(attacks=("fgsm",), epsilons=(0.1,)) if measure is attacks else {}
+        measure.evaluate(model, images, **settings)
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items()) and model[3] is model[5]
+    assert isinstance(model[3].weight, nn.Parameter)
+
+
+def test_noise_reaches_a_shared_layer_at_both_places():
+    model, images = shared_layer(), evaluation.sample(data.load_images("digits", "test"), 20)
+    masks.initialise(model, None, seed=0)
+    apart = copy.deepcopy(model)
+    apart[5] = copy.deepcopy(apart[3])
+    noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    found = evaluation.logits(model, images, parameters={"3.weight": noise})
+    expected = evaluation.logits(apart, images, parameters={"3.weight": noise, "5.weight": noise})
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_around_a_measure_has_no_effect_and_inference_mode_is_named():
+    model, images = shared_layer(), evaluation.sample(data.load_images("digits", "test"), 40)
+    masks.initialise(model, None, seed=0)
+
+    def numbers():
+        found = [*weight_noise.evaluate(model, images, sigmas=(0.3,), draws=1), *curvature.evaluate(model, images)]
+        return found + attacks.evaluate(model, images, attacks=("fgsm", "apgd"), epsilons=(0.1,))
+
+    expected = numbers()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert numbers() == expected
+    for measure in (attacks, calibration, curvature):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="torch.inference_mode is on"):
+            measure.evaluate(model, images)
+    with pytest.raises(ValueError, match="give its .module"):
+        evaluation.evaluate(nn.DataParallel(model), images)
+
+
+def test_a_report_names_a_network_that_returns_a_tuple_or_refuses_images():
+    class Wrapped(nn.Module):
+        def __init__(self, forward):
+            super().__init__()
+            self.layer, self.answer = nn.Linear(784, 10), forward
+
+        def forward(self, images):
+            return self.answer(self.layer(images.flatten(1)))
+
+    images = evaluation.sample(data.load_images("digits", "test"), 30)
+    for answer in (lambda y: (y,), lambda y: [y], lambda y: {"logits": y}):
+        with pytest.raises(ValueError, match="network 'odd' answers 2 images with"):
+            report.report({"odd": Wrapped(answer)}, images, quick=True)

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/cli/02_commands.ipynb #1be1f535
 import dataclasses
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ from ..study.experiments import Experiment, accept, ancestors, experiment_hash, 
 from ..study.figures import FIGURES, shown_families
 from ..study.grid import Study
 from ..study.plans import measurements, plan
-from ..study.studies import load, narrow
+from ..study.studies import PRESETS, load, narrow
 from ..sweep import sweep
 from ..sweep.costs import Costs, costs_of, seconds_for, seconds_together
 from ..sweep.jobs import images_of, missing_jobs, resolve_device, words
@@ -433,19 +434,28 @@ def _with_file(command):
     return dataclasses.replace(command, preset=named[0], **{name: others})
 
 
+def _new_study(path: Path) -> None:
+    """Write the template of a study. Raises ValueError for a name that no command would take for a study,
+    FileNotFoundError without its folder, and FileExistsError for a file that is there already."""
+    if path.suffix != ".toml" or path.stem in PRESETS:
+        presets = ", ".join(PRESETS)
+        raise ValueError(f"the file is {path}; accepted: a name that ends with .toml, other than those of {presets}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} is not there")
+    template = Path(sparse_nb.__path__[0], "study/template.toml").read_text(encoding="utf-8")
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(template)
+    except FileExistsError:
+        raise FileExistsError(f"{path} is there already, and stays as it is") from None
+    run = f"sparse-nb figures {shlex.quote(str(path))}"
+    print(f"{path} is written; `{run}` trains its networks and draws its figures")
+
+
 def study_command(command: options.StudyFile) -> None:
-    """Write the template of a study, or read a study and plan its figures. Raises FileExistsError for a file that is
-    there already."""
+    """Write the template of a study, or read a study and plan its figures. Raises as `_new_study` and `load`."""
     if command.action == "new":
-        template = Path(sparse_nb.__path__[0], "study/template.toml").read_text(encoding="utf-8")
-        try:
-            with open(command.file, "x", encoding="utf-8") as file:
-                file.write(template)
-        except FileExistsError:
-            raise FileExistsError(f"{command.file} is there already, and stays as it is") from None
-        print(
-            f"{command.file} is written; `sparse-nb figures {command.file}` trains its networks and draws its figures"
-        )
+        _new_study(command.file)
         return
     study = load(str(command.file) if command.file.suffix else command.file.name)
     for figure in FIGURES:

@@ -120,3 +120,9 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "
     if logits.device.type != "cpu" or logits.dtype not in (torch.float32, torch.float64):
         return F.cross_entropy(logits, labels, reduction=reduction)
     return _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), reduction)
+
+# %% ../../nbs/2_networks/12_cross_entropy.ipynb #91816591
+def check_gradients_allowed() -> None:
+    """Raise RuntimeError within `torch.inference_mode`, whose tensors can never have a gradient."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode is on, but this needs gradients; use torch.no_grad there, or neither")

@@ -153,7 +153,8 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[st
             raise ValueError(f"{wrong}none for its weight {name!r}")
         mask = masks[name]
         if mask.shape != weight.shape or mask.dtype != torch.bool:
-            found, needed = f"{mask.dtype} {tuple(mask.shape)}", f"torch.bool {tuple(weight.shape)}"
+            found = f"a {type(mask).__name__} of {mask.dtype} {tuple(mask.shape)}"
+            needed = f"a tensor of torch.bool {tuple(weight.shape)}"
             raise ValueError(f"{wrong}that of {name!r} is {found}; the weight needs {needed}")
     return weights
 

@@ -263,6 +263,11 @@ def _leave_out(modules: Sequence[nn.Module]) -> None:
             first.executed_outputs = second.executed_inputs = kept.remainder(second.in_features).unique()
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #00ae373e
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """{name: module} directly in `module`, one that has two names under both."""
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
 def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Module:
     """`model` with sparse layers in place of those that lose weights: the same outputs, gradients and names, stored and
     executed by kept weights.
@@ -270,26 +275,33 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
     model: any `nn.Module`; do not use it afterwards, since its other modules become part of the result. On the meta
     device ("weightless") no complete matrix is made: the new network is on the CPU, and its values must be set, for
     example by `masks.initialise(network, None, seed=…)`. masks: {weight name: bool mask} or `masks.random_positions`.
-    Returns the network. Raises ValueError for masks of another network or a weight that two layers share.
+    Returns the network. Raises ValueError for masks of another network, and for a weight that two layers share or a
+    layer that is used at two places.
     """
     positions, names = kept_positions(model, masks), {id(w): name for name, w in counted_weights(model).items()}
-    counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    counted = [m for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, (nn.Conv2d, nn.Linear))]
     if len(counted) > len(names):
         raise ValueError(f"{len(counted)} layers share {len(names)} weights; a sparse layer has its own")
+    done: dict[nn.Module, nn.Module] = {}  # a ReLU may be used at several places
 
     def converted(module):
+        if module not in done:
+            done[module] = convert(module)
+        return done[module]
+
+    def convert(module):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             kept = positions[names[id(module.weight)]]
             if len(kept) < module.weight.numel():
                 return _sparse_layer(module, kept)
-        for name, child in module.named_children():
+        for name, child in _children(module).items():
             setattr(module, name, converted(child))
         if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             module.to_empty(device="cpu", recurse=False)
         if type(module) is nn.BatchNorm2d:
             module = _as_type(_AnyLayoutNorm, module)
         if type(module) is nn.Sequential:
-            module = SparseSequential(OrderedDict(module.named_children())).train(module.training)
+            module = SparseSequential(OrderedDict(_children(module))).train(module.training)
             _leave_out(list(module))
         return module
 
@@ -337,9 +349,15 @@ def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]
 
     `model` itself does not change.
     """
-    masks = {}
+    masks: dict[str, torch.Tensor] = {}
+    done: dict[nn.Module, nn.Module] = {}
 
     def converted(module, path):
+        if module not in done:
+            done[module] = convert(module, path)
+        return done[module]
+
+    def convert(module, path):
         name = f"{path}.weight".lstrip(".")
         if isinstance(module, (SparseLinear, SparseConv2d)):
             layer, masks[name] = _dense_layer(module)
@@ -347,7 +365,7 @@ def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             masks[name] = torch.ones_like(module.weight, dtype=torch.bool)
             return copy.deepcopy(module)
-        children = {name: converted(child, f"{path}.{name}".lstrip(".")) for name, child in module.named_children()}
+        children = {name: converted(child, f"{path}.{name}".lstrip(".")) for name, child in _children(module).items()}
         if isinstance(module, SparseSequential):
             return nn.Sequential(OrderedDict(children)).train(module.training)
         module = _as_type(nn.BatchNorm2d, module) if isinstance(module, _AnyLayoutNorm) else copy.copy(module)

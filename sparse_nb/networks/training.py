@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import ImageSet, as_float
-from .cross_entropy import cross_entropy
+from .cross_entropy import check_gradients_allowed, cross_entropy
 from .masks import apply_masks, gradient_masks, mask_gradients
 from .sparse_layers import SparseLinear
-from ..randomness import generator
+from ..randomness import generator, globally_seeded
 
 # %% ../../nbs/2_networks/07_training.ipynb #7902699b
 DECAYS = ("constant", "cosine")
@@ -326,7 +326,8 @@ def _run_epochs(
         optimiser.param_groups[0]["lr"] = rate = _learning_rate(recipe, number)
         stream = generator(seed, "batches", number)
         how = dict(stream=stream, steps=number * batches, on_step=on_step)
-        losses, correct, sizes = _run_epoch(model, held, images, optimiser, recipe, **how)
+        with globally_seeded(generator(seed, "layers", number).initial_seed()):  # for dropout
+            losses, correct, sizes = _run_epoch(model, held, images, optimiser, recipe, **how)
         images_seen = int(sizes.sum())
         loss = math.fsum((losses.double() * sizes).tolist()) / images_seen  # exact, so independent of the order
         accuracy = int(correct.sum()) / images_seen
@@ -369,16 +370,21 @@ def fit(
     """Train `model` in place, its removed weights held at zero, and leave it in eval mode.
 
     model: any `nn.Module` from float (N, C, H, W) in [0, 1] to logits (N, classes). images: an `ImageSet` on the
-    model's device. seed: int, determines the order of batches and the augmentation; nothing else is random. masks:
-    {name: bool tensor} for its counted weights, or None if no weight must be held at zero, as in a network that stores
-    only kept weights. Frozen and unused layers do not change, and `torch.no_grad` around the call has no effect.
+    model's device. seed: int, determines the order of batches, the augmentation and dropout; nothing else is random.
+    masks: {name: bool tensor} for its counted weights, or None if no weight must be held at zero, as in a network that
+    stores only kept weights. Frozen and unused layers do not change; `torch.no_grad` and `torch.autocast` around the
+    call have no effect.
     on_epoch: called with each `Epoch` when it ends.
     keep: called with the `TrainingState` after each epoch but the last. resume: such a state, to continue from.
     on_step: called with each `Step` after it was made; may change the network's values in place.
     Returns `History`. On a CPU the same seed and number of threads give bit-identical weights, resumed or not; for our
     MLPs on any processor and with any number of threads. A GPU may round differently each time, and replays recorded
-    steps. Raises ValueError for masks of another network, or batches that cannot work. Paper, appendix A.
+    steps. Raises ValueError for masks of another network, or batches that cannot work, RuntimeError within
+    `torch.inference_mode`. Paper, appendix A.
     """
+    check_gradients_allowed()
+    if not isinstance(images, ImageSet):
+        raise TypeError(f"images are a {type(images).__name__}; they must be a data.ImageSet")
     held = gradient_masks(model, masks) if masks is not None else []
     _check_batches(model, images, recipe)
     if masks is not None:
@@ -390,7 +396,8 @@ def fit(
     epochs = list(resume.epochs) if resume else []
     model.train()
     calls: dict[str, Any] = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)
-    with nullcontext() if on_step else _recorded_steps(model, images, recipe):
+    recorded = nullcontext() if on_step else _recorded_steps(model, images, recipe)
+    with recorded, torch.autocast(images.pixels.device.type, enabled=False):
         losses = _run_epochs(model, held, images, optimiser, recipe, epochs, seed=seed, **calls)
     model.eval()
     return History(tuple(epochs), *_outcome(model, epochs, losses, recipe, len(images.labels)))

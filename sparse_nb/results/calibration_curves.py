@@ -43,15 +43,21 @@ def calibration_changes(means: pd.DataFrame, most: int = 4) -> pd.DataFrame:
     """What changes from the dense base to sparser networks of a curve, at up to `most` of them.
 
     means: of `calibration_means`. A row for each `tables.PANEL`, quantity and density: change (of an error in points;
-    of the curvature a ratio), low and high of its 95 % t-interval over seeds (NaN for fewer than three), and seeds.
+    of the curvature a ratio), low and high of its 95 % t-interval over seeds (NaN for fewer than three), and seeds that
+    have both networks; a curvature below 0 has no ratio. A curve without its dense base has no rows.
     """
-    rows = []
+    rows, bases = [], means.groupby(PANEL).density.max()
     for where, of_curve in means.dropna(subset="value").groupby([*PANEL, "quantity"], sort=False):
         ratio, values = where[-1] == CURVATURE, of_curve.pivot(index="seed", columns="density", values="value")
-        values = np.log(values) if ratio else 100 * values
-        base, *sparser = sorted(values, reverse=True)
+        values = np.log(values.where(values > 0)) if ratio else 100 * values
+        base = bases[where[:-1]]
+        sparser = sorted((density for density in values if density < base), reverse=True)
+        if base not in values:
+            continue
         for density in few(sparser, most):
             change = (values[density] - values[base]).dropna()
+            if change.empty:
+                continue
             found = mean_interval(change) if len(change) > 2 else (change.mean(), math.nan, math.nan)
             rows.append([*where, density, *(np.exp(found) if ratio else found), len(change)])
     return pd.DataFrame(rows, columns=[*PANEL, "quantity", "density", "change", "low", "high", "seeds"])
@@ -68,8 +74,8 @@ def _change_text(change) -> str:
 def changes_in_words(changes: pd.DataFrame) -> pd.DataFrame:
     """`calibration_changes` as a table to read: a row for each network, a column for each quantity."""
     said = changes.assign(text=[_change_text(change) for change in changes.itertuples()], weights=100 * changes.density)
-    said = said.assign(weights=said.weights.map("{:.3g} %".format), allocation=said.rule.map(WORDS.get))
-    said = said.assign(panel=said.dataset.map(WORDS.get) + ", " + said.family.map(WORDS.get))
+    said = said.assign(weights=said.weights.map("{:.3g} %".format), allocation=said.rule.map(WORDS.__getitem__))
+    said = said.assign(panel=said.dataset.map(WORDS.__getitem__) + ", " + said.family.map(WORDS.__getitem__))
     rows = ["panel", "allocation", "weights"]
     return said.pivot_table("text", rows, "quantity", aggfunc="first", sort=False).rename(columns=HEADINGS)
 

@@ -210,8 +210,10 @@ def footer_lines(
     missing.
 
     parts: the rules of all parts of a figure that has one for each. scattered: each plotted point is one network, not
-    a mean.
+    a mean. Raises ValueError without points.
     """
+    if not points:
+        raise ValueError("there is no point to draw: none was planned, or nothing of the study has been measured")
     before = " before pruning" if any(p.experiment.schedule == "magnitude" for p in points) else ""
     rules = " and ".join(WORDS[rule] for rule in dict.fromkeys(p.rule for p in points))
     fewest, most = _seed_range(points)

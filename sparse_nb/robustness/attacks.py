@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..data import ImageSet, as_float
-from ..networks.cross_entropy import cross_entropy
-from ..randomness import generator
+from ..networks.cross_entropy import check_gradients_allowed, cross_entropy
+from ..randomness import generator, globally_seeded
 from sparse_nb.robustness.evaluation import (
     Record,
     _computes_in,
@@ -25,6 +25,7 @@ from sparse_nb.robustness.evaluation import (
     _refuse_empty,
     _whole_number,
     accuracy_and_loss,
+    call_with,
     logits,
 )
 
@@ -50,12 +51,8 @@ def under_attack(model: nn.Module) -> Iterator[None]:
 def _seeded(seed):
     """A context in which PyTorch's global random state, of the CPU and of every GPU in use, starts from `seed`, and its
     default type is float32, that of the attacked images; afterwards both are restored."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     default = torch.get_default_dtype()
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:  # torch.manual_seed would leave a seed for GPUs that are not in use yet
-            torch.cuda.manual_seed_all(seed)
+    with globally_seeded(seed):
         torch.set_default_dtype(torch.float32)
         try:
             yield
@@ -110,7 +107,7 @@ class _InFloat32(nn.Module):
         self.wide = {name: _at_least_float32(tensor.detach()) for name, tensor in _floats(network).items()}
 
     def forward(self, images):
-        return torch.func.functional_call(self.network, self.wide, (images.to(self.kind),)).float()
+        return call_with(self.network, self.wide, images.to(self.kind)).float()
 
 
 def _attackable(model):
@@ -289,7 +286,8 @@ def _ask_package(network, images, labels, attack, epsilon, *, steps, seed, class
 
 def _search(climb, attacks, epsilon, *, steps, step_size, seed, classes=None):
     """{attack: images} of a `_Climb` under `attacks`, for a checked request."""
-    with under_attack(climb.network):
+    check_gradients_allowed()
+    with under_attack(climb.network), torch.autocast(climb.images.device.type, enabled=False):
         found = _follow(climb, attacks, epsilon, steps=steps, step_size=step_size, seed=seed)
         for attack in [attack for attack in attacks if attack not in found]:
             how = dict(steps=steps, seed=seed, classes=classes)
@@ -311,7 +309,7 @@ def _strongest(model, labels, attempts):
     """
     best = None
     for found in attempts:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(found.device.type, enabled=False):
             outputs = model(found.to(_computes_in(model)))
         if not outputs.isfinite().all():
             raise ValueError("outputs of the network for attacked images are not finite")

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from ..data import ImageSet
-from ..networks.cross_entropy import cross_entropy
+from ..networks.cross_entropy import check_gradients_allowed, cross_entropy
 from .evaluation import Record, _whole_number, logits
 
 # %% ../../nbs/3_robustness/06_calibration.ipynb #3c1d3869
 def _probabilities(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Softmax of logits (N, classes), in float64. labels: int64 (N,)."""
+    """Softmax of logits (N, classes), in float64. labels: int64 (N,). Raises RuntimeError within
+    `torch.inference_mode`."""
+    check_gradients_allowed()
     outputs = outputs.detach().double().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(cross_entropy(outputs, labels, reduction="sum"), outputs)

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from ..networks.connectivity import connectivity
 from ..networks.models import counted_weights
 from ..networks.sparse_layers import SparseConv2d, SparseLinear, dense_network
+from ..randomness import generator
 
 # %% ../../nbs/3_robustness/10_capacity.ipynb #2ae504a8
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -62,6 +63,18 @@ class Capacity:
         """Live over all counted weights, in [0, 1]; NaN if it is not known."""
         return float("nan") if self.live is None else self.live / self.counted
 
+# %% ../../nbs/3_robustness/10_capacity.ipynb #4ee4b0f2
+_HIDDEN = "no path to the output can be seen, although the output depends on the image (a softmax, or images centred?)"
+
+
+def _depends_on_images(network, image_shape) -> bool:
+    """Whether the outputs of a network for two random images differ; the network is not changed."""
+    copied, weight = copy.deepcopy(network).eval(), next(iter(counted_weights(network).values()))
+    images = torch.rand(2, *image_shape, generator=generator(0, "two images")).to(weight)
+    with torch.no_grad():
+        one, other = copied(images)
+    return bool((one != other).any())
+
 # %% ../../nbs/3_robustness/10_capacity.ipynb #9c893233
 def capacity(model: nn.Module, image_shape: tuple[int, int, int]) -> Capacity:
     """The `Capacity` of a network as from `plain_copy`, dense or of sparse layers, for images (C, H, W).
@@ -83,6 +96,9 @@ def capacity(model: nn.Module, image_shape: tuple[int, int, int]) -> Capacity:
     try:
         # a copy: a pass that fails may leave shared weights on the meta device
         found = connectivity(copy.deepcopy(network), masks, image_shape=image_shape)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        return Capacity(counted, kept, None, str(error).splitlines()[0])
-    return Capacity(counted, kept, sum(found.live_weights.values()))
+    except Exception as error:  # a network may raise anything
+        return Capacity(counted, kept, None, (str(error) or repr(error)).splitlines()[0])
+    live = sum(found.live_weights.values())
+    if not live and _depends_on_images(network, image_shape):
+        return Capacity(counted, kept, None, _HIDDEN)
+    return Capacity(counted, kept, live)

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..data import ImageSet, as_float
-from ..networks.cross_entropy import cross_entropy
+from ..networks.cross_entropy import check_gradients_allowed, cross_entropy
 from ..networks.models import counted_weights
 from ..randomness import generator
-from .evaluation import Record, _computes_in, _refuse_empty, _whole_number
+from .evaluation import Record, _computes_in, _refuse_empty, _whole_number, call_with
 
 # %% ../../nbs/3_robustness/07_curvature.ipynb #d8ecf5a8
 _STEP = 0.01  # length of the step in weight space
@@ -25,8 +25,8 @@ _STEP = 0.01  # length of the step in weight space
 def _gradient(model, weights, inputs, labels) -> torch.Tensor:
     """The gradient of the mean loss for the weights {name: tensor}, concatenated, in float64."""
     wanted = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    with torch.enable_grad():
-        loss = cross_entropy(torch.func.functional_call(model, wanted, (inputs.clone(),)), labels)
+    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        loss = cross_entropy(call_with(model, wanted, inputs.clone()), labels)
         found = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)  # zeros for an unused weight
     return torch.cat([part.flatten() for part in found]).double()
 
@@ -48,7 +48,8 @@ def _moved(weights, direction, length):
 def largest_eigenvalue(
     model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, *, iterations: int = 20, seed: int = 0
 ) -> float:
-    """The eigenvalue of largest magnitude of the Hessian of the mean loss for the counted weights of `model`.
+    """The eigenvalue of largest magnitude of the Hessian of the mean loss for the counted weights of `model` that are
+    not 0.
 
     inputs: (N, C, H, W) of the model's type. iterations: of power iteration, from a random direction of `seed`.
     The model's mode is kept; the model is not changed.
@@ -56,31 +57,47 @@ def largest_eigenvalue(
     weights = counted_weights(model)
     stream, count = generator(seed, "curvature"), sum(weight.numel() for weight in weights.values())
     direction = torch.randn(count, generator=stream, dtype=torch.float32).double()
-    direction, value = direction.to(inputs.device), 0.0
+    kept = torch.cat([weight.detach().flatten() != 0 for weight in weights.values()])
+    direction, value = direction.to(inputs.device) * kept, 0.0
+    if not _length(direction):
+        return 0.0
     for _ in range(iterations):
         direction = direction / _length(direction)
         ahead, behind = (
             _gradient(model, _moved(weights, direction, length), inputs, labels) for length in (_STEP, -_STEP)
         )
-        product = (ahead - behind) / (2 * _STEP)
+        product = (ahead - behind) / (2 * _STEP) * kept
         value = float((product * direction).cumsum(0)[-1])
         if not _length(product):
             return 0.0
         direction = product
     return value
 
+# %% ../../nbs/3_robustness/07_curvature.ipynb #7ecd4151
+def _wide(model):
+    """`model`, or a copy whose float16 and bfloat16 tensors are float32, if it has any."""
+    half = (torch.float16, torch.bfloat16)
+    if not any(tensor.dtype in half for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    copied = copy.deepcopy(model)
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        tensor.data = tensor.data.float() if tensor.dtype in half else tensor.data
+    return copied
+
 # %% ../../nbs/3_robustness/07_curvature.ipynb #575e7f94
 def evaluate(model: nn.Module, images: ImageSet, *, iterations: int = 20, seed: int = 0) -> list[Record]:
     """The largest eigenvalue of the Hessian of the loss on an `ImageSet`, for the counted weights of `model`, and their
     norm: two `Record`s.
 
-    iterations, seed: see `largest_eigenvalue`. In eval mode, in float32 or the model's own float64; the network is not
-    changed. Raises ValueError without images and for numbers that are not accepted.
+    iterations, seed: see `largest_eigenvalue`. In eval mode; weights in half precision are used as float32 numbers. The
+    network is not changed. Raises ValueError without images and for numbers that are not accepted, RuntimeError within
+    `torch.inference_mode`.
     """
     _refuse_empty(images)
+    check_gradients_allowed()
     how = dict(iterations=_whole_number("iterations", iterations, 1), seed=_whole_number("seed", seed))
     kind, modes = torch.promote_types(_computes_in(model), torch.float32), [(m, m.training) for m in model.modules()]
-    wide = model if _computes_in(model) == kind else copy.deepcopy(model).to(kind)
+    wide = _wide(model)
     wide.eval()
     try:
         value = largest_eigenvalue(wide, as_float(images.pixels).to(kind), images.labels, **how)

@@ -49,6 +49,27 @@ def _computes_in(model):
     tensors = [*model.parameters(), *model.buffers()]
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #c64201da
+def _in_every_layer(model, tensors):
+    """{name: tensor}: `tensors`, which replace parameters and buffers, once for each layer that has them."""
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    wanted = {id(own[name]): tensor for name, tensor in tensors.items()}
+    return {
+        f"{path}.{part}".lstrip("."): wanted[id(value)]
+        for path, module in model.named_modules()
+        for part, value in (*module._parameters.items(), *module._buffers.items())
+        if id(value) in wanted
+    }
+
+
+def call_with(model: nn.Module, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> object:
+    """`model(inputs)`, computed with `tensors` in place of its own parameters and buffers {name: tensor}, which stay.
+    Raises ValueError for a network in `nn.DataParallel`."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("the network is in nn.DataParallel, which hides its names; give its .module")
+    with torch.autocast(inputs.device.type, enabled=False):
+        return torch.func.functional_call(model, _in_every_layer(model, tensors), (inputs,), tie_weights=False)
+
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #f92deee8
 @torch.no_grad()
 def logits(
@@ -66,7 +87,7 @@ def logits(
     model.eval()
     try:
         inputs, used = (as_float(batch).to(_computes_in(model)) for batch in batches), dict(parameters or {})
-        outputs = torch.cat([check_tensor(torch.func.functional_call(model, used, (batch,))) for batch in inputs])
+        outputs = torch.cat([check_tensor(call_with(model, used, batch)) for batch in inputs])
     finally:
         for module, mode in modes:
             module.training = mode

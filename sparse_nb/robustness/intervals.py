@@ -86,12 +86,12 @@ def _resample(labels: torch.Tensor, count: int, stream: torch.Generator) -> torc
 def basic_interval(
     found: float, resampled: Sequence[float] | np.ndarray, bounds: tuple[float, float]
 ) -> tuple[float, float, float]:
-    """(found, low, high): the basic 95 % bootstrap interval of a number, cut to `bounds`.
+    """(found, low, high): the basic 95 % bootstrap interval of a number, cut to `bounds` and never without the number.
 
     found: the number for all images; resampled: the same for samples of them. For a difference give the differences.
     """
     outer = np.quantile(np.asarray(resampled, dtype=float), [0.5 - _LEVEL / 2, 0.5 + _LEVEL / 2])
-    low, high = 2 * found - outer[1], 2 * found - outer[0]
+    low, high = min(found, 2 * found - outer[1]), max(found, 2 * found - outer[0])
     return found, float(np.clip(low, *bounds)), float(np.clip(high, *bounds))
 
 
