@@ -46,7 +46,7 @@ def generator(*key: int | str) -> torch.Generator:
     digest = hashlib.sha256(json.dumps([_plain(part) for part in key]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
-# %% ../nbs/1_data/01_randomness.ipynb #065501e1
+# %% ../nbs/1_data/01_randomness.ipynb #8a154ec0
 @contextmanager
 def globally_seeded(seed: int) -> Iterator[None]:
     """A context in which PyTorch's global random state, of the CPU and of every GPU in use, starts from `seed`;

@@ -121,7 +121,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "
         return F.cross_entropy(logits, labels, reduction=reduction)
     return _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), reduction)
 
-# %% ../../nbs/2_networks/12_cross_entropy.ipynb #91816591
+# %% ../../nbs/2_networks/12_cross_entropy.ipynb #c0777a67
 def check_gradients_allowed() -> None:
     """Raise RuntimeError within `torch.inference_mode`, whose tensors can never have a gradient."""
     if torch.is_inference_mode_enabled():

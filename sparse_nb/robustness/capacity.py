@@ -63,7 +63,7 @@ class Capacity:
         """Live over all counted weights, in [0, 1]; NaN if it is not known."""
         return float("nan") if self.live is None else self.live / self.counted
 
-# %% ../../nbs/3_robustness/10_capacity.ipynb #4ee4b0f2
+# %% ../../nbs/3_robustness/10_capacity.ipynb #a80a837c
 _HIDDEN = "no path to the output can be seen, although the output depends on the image (a softmax, or images centred?)"
 
 

@@ -73,7 +73,7 @@ def largest_eigenvalue(
         direction = product
     return value
 
-# %% ../../nbs/3_robustness/07_curvature.ipynb #7ecd4151
+# %% ../../nbs/3_robustness/07_curvature.ipynb #f50b07a7
 def _wide(model):
     """`model`, or a copy whose float16 and bfloat16 tensors are float32, if it has any."""
     half = (torch.float16, torch.bfloat16)

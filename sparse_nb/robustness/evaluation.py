@@ -49,7 +49,7 @@ def _computes_in(model):
     tensors = [*model.parameters(), *model.buffers()]
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
-# %% ../../nbs/3_robustness/01_evaluation.ipynb #c64201da
+# %% ../../nbs/3_robustness/01_evaluation.ipynb #7acf0c88
 def _in_every_layer(model, tensors):
     """{name: tensor}: `tensors`, which replace parameters and buffers, once for each layer that has them."""
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
