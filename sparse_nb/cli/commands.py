@@ -322,8 +322,11 @@ def clean_command(command: options.CleanUp) -> None:
 # %% ../../nbs/cli/02_commands.ipynb #b58b38c5
 def merge_command(command: options.Merge) -> None:
     """Import finished runs. Raises RuntimeError if some were refused."""
+    store = Store(command.runs)
     with _run_bar(command.other) as bar:
-        taken = exchange.merge(Store(command.runs), command.other, on_file=lambda folder: bar.update())
+        taken = exchange.merge(store, command.other, on_file=lambda folder: bar.update())
+    _announce("Entering them in the index")
+    store.runs()  # commands that only read would build the index again each time, since they may not store it
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
     with_them = f"{_counted(taken.record_files, 'record file')} and {_counted(taken.checkpoints, 'checkpoint')}"
     print(f"{_counted(taken.runs, 'run')} merged, {taken.already_here} already here; {with_them} with them")
