@@ -85,9 +85,10 @@ def _bounds(drawn: pd.DataFrame, share: bool) -> list[float]:
     ends = pd.concat(
         [drawn["mean"], *(drawn[side][drawn.seeds > 2] for side in ("low", "high")), drawn.lowest, drawn.highest]
     )
-    if share:
-        return [0, 108 * ends.max()]
-    return [math.log10(ends[ends > 0].min()) - 0.1, math.log10(ends.max()) + 0.1]
+    ends = ends[ends > 0]
+    if ends.empty:  # all networks have diverged
+        return [0, 10] if share else [0, 1]
+    return [0, 108 * ends.max()] if share else [math.log10(ends.min()) - 0.1, math.log10(ends.max()) + 0.1]
 
 
 def _draw_cell(figure: go.Figure, points: pd.DataFrame, quantity: str, *, row: int, col: int) -> None:
