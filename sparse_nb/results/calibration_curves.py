@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .axes import WORDS, density_axis, few, few_labels, rule_colours
-from .plots import Line, add_diverged, add_line, finish, panel_grid, rule_styles
+from .plots import Line, add_diverged, add_line, draw_questions, rule_styles
 from .stats import mean_interval
 from .tables import PANEL, STRENGTH, _network_columns
 
@@ -106,14 +106,6 @@ def _draw_cell(figure: go.Figure, points: pd.DataFrame, quantity: str, *, row: i
 
 def draw_calibration(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Figure 17. curves: `tables.summarise_curves` of `calibration_means`; footer: lines of text underneath."""
-    rows = list(dict.fromkeys(zip(curves.dataset, curves.family, strict=True)))
-    places = [(row, col) for row in range(1, len(rows) + 1) for col in range(1, len(HEADINGS) + 1)]
-    figure = panel_grid(places, list(HEADINGS.values()), shared=False, gap=45)
-    for row, (dataset, family) in enumerate(rows, 1):
-        of_row = curves[(curves.dataset == dataset) & (curves.family == family)].assign(x=lambda p: 100 * p.density)
-        of_row = of_row.sort_values("x", ascending=False, kind="stable")
-        for col, quantity in enumerate(HEADINGS, 1):
-            _draw_cell(figure, of_row, quantity, row=row, col=col)
-        figure.update_xaxes(title="remaining weights (%)" * (row == len(rows)), row=row)
-        figure.update_yaxes(title=f"<b>{WORDS[dataset]}, {WORDS[family]}</b><br>calibration error (%)", row=row, col=1)
-    return finish(figure, title, "allocation", footer, len(rows), len(HEADINGS))
+    return draw_questions(
+        curves, HEADINGS, _draw_cell, value="calibration error (%)", title=title, legend="allocation", footer=footer
+    )

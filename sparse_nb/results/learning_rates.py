@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import pandas as pd
 import plotly.graph_objects as go
 
-from .axes import WORDS, density_axis, few_labels, ordered_colours
-from .plots import Line, add_diverged, add_line, drawn_range, finish, panel_grid
+from .axes import density_axis, few_labels, ordered_colours
+from .plots import Line, add_diverged, add_line, draw_questions, drawn_range
 from .stats import mean_interval
 from .tables import noise_means
 
@@ -76,23 +76,19 @@ def _lines(growths: Sequence[str], quantity: str) -> dict[str, Line]:
     return found | {BEST: Line(BEST, quantity, 0, "#222222", symbol="diamond")}
 
 
+def _draw_question(figure: go.Figure, points: pd.DataFrame, quantity: str, *, row: int, col: int) -> None:
+    """One panel. points: of one dataset and family, with a column x."""
+    for growth, line in _lines(list(dict.fromkeys(points.growth)), quantity).items():
+        add_line(figure, points[(points.growth == growth) & line.among(points)], line, faint=True, row=row, col=col)
+    bounds = drawn_range(points[points.quantity == quantity])
+    add_diverged(figure, points, height=bounds[0], row=row, col=col)
+    figure.update_xaxes(few_labels(density_axis(points.density)), row=row, col=col)
+    figure.update_yaxes(range=bounds, row=row, col=col)
+
+
 def draw_rates(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Figure 14, of one rule. curves: `tables.summarise_curves` of `tables.noise_means` and `at_best_rate`; footer:
     lines of text underneath."""
-    rows = list(dict.fromkeys(zip(curves.dataset, curves.family, strict=True)))
-    places = [(row, col) for row in range(1, len(rows) + 1) for col in range(1, len(QUESTIONS) + 1)]
-    figure = panel_grid(places, list(QUESTIONS.values()), shared=False, gap=45)
-    for row, (dataset, family) in enumerate(rows, 1):
-        of_row = curves[(curves.dataset == dataset) & (curves.family == family)].assign(x=lambda p: 100 * p.density)
-        of_row = of_row.sort_values("x", ascending=False, kind="stable")
-        for col, quantity in enumerate(QUESTIONS, 1):
-            for growth, line in _lines(list(dict.fromkeys(of_row.growth)), quantity).items():
-                shown = of_row[(of_row.growth == growth) & line.among(of_row)]
-                add_line(figure, shown, line, faint=True, row=row, col=col)
-            bounds = drawn_range(of_row[of_row.quantity == quantity])
-            add_diverged(figure, of_row, height=bounds[0], row=row, col=col)
-            figure.update_xaxes(few_labels(density_axis(of_row.density)), row=row, col=col)
-            figure.update_yaxes(range=bounds, row=row, col=col)
-        figure.update_xaxes(title="remaining weights (%)" * (row == len(rows)), row=row)
-        figure.update_yaxes(title=f"<b>{WORDS[dataset]}, {WORDS[family]}</b><br>accuracy (%)", row=row, col=1)
-    return finish(figure, title, "learning rate", footer, len(rows), len(QUESTIONS))
+    return draw_questions(
+        curves, QUESTIONS, _draw_question, value="accuracy (%)", title=title, legend="learning rate", footer=footer
+    )

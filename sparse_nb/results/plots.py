@@ -8,7 +8,7 @@ __all__ = ['draw_panels']
 # %% ../../nbs/7_results/05_plots.ipynb #d4735e3a
 import itertools
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -429,3 +429,32 @@ def template(dark: bool = False) -> go.layout.Template:
 
 
 templates["sparse_nb"], templates["sparse_nb_dark"] = template(), template(dark=True)
+
+# %% ../../nbs/7_results/05_plots.ipynb #c7a80b52
+def draw_questions(
+    curves: pd.DataFrame,
+    questions: Mapping[str, str],
+    draw_cell: Callable[..., None],
+    *,
+    value: str,
+    title: str,
+    legend: str,
+    footer: Sequence[str],
+) -> go.Figure:
+    """A row for each dataset and family of `curves` (of `tables.summarise_curves`), a column for each question
+    {quantity: heading}, fewer remaining weights to the right.
+
+    draw_cell: called for each panel with (figure, points of the row with a column x from left to right, quantity) and
+    its row and col. value: title of the vertical axes. title, legend, footer: see `finish`.
+    """
+    rows = list(dict.fromkeys(zip(curves.dataset, curves.family, strict=True)))
+    places = [(row, col) for row in range(1, len(rows) + 1) for col in range(1, len(questions) + 1)]
+    figure = panel_grid(places, list(questions.values()), shared=False, gap=45)
+    for row, (dataset, family) in enumerate(rows, 1):
+        of_row = curves[(curves.dataset == dataset) & (curves.family == family)].assign(x=lambda p: 100 * p.density)
+        of_row = of_row.sort_values("x", ascending=False, kind="stable")
+        for col, quantity in enumerate(questions, 1):
+            draw_cell(figure, of_row, quantity, row=row, col=col)
+        figure.update_xaxes(title="remaining weights (%)" * (row == len(rows)), row=row)
+        figure.update_yaxes(title=f"<b>{WORDS[dataset]}, {WORDS[family]}</b><br>{value}", row=row, col=1)
+    return finish(figure, title, legend, footer, len(rows), len(questions))

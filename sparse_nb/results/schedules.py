@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .axes import DISTINCT_COLOURS, DISTINCT_SYMBOLS, WORDS, density_axis, few_labels
-from .plots import Line, add_diverged, add_line, drawn_range, finish, panel_grid
+from .plots import Line, add_diverged, add_line, draw_questions, drawn_range
 from .stats import mean_interval
 from .tables import corruption_means, noise_means, summarise_curves
 
@@ -96,15 +96,6 @@ def _draw_question(figure: go.Figure, points: pd.DataFrame, quantity: str, *, ro
 
 def draw_schedules(curves: pd.DataFrame, *, title: str, footer: Sequence[str]) -> go.Figure:
     """Figure 16. curves: `tables.summarise_curves` of `schedule_means`; footer: lines of text underneath."""
-    rows = list(dict.fromkeys(zip(curves.dataset, curves.family, strict=True)))
-    places = {(row, col): None for row in range(1, len(rows) + 1) for col in range(1, len(QUESTIONS) + 1)}
-    figure = panel_grid(list(places), list(QUESTIONS.values()), shared=False, gap=45)
-    for row, (dataset, family) in enumerate(rows, 1):
-        of_row = curves[(curves.dataset == dataset) & (curves.family == family)].assign(x=lambda p: 100 * p.density)
-        of_row = of_row.sort_values("x", ascending=False, kind="stable")
-        for col, quantity in enumerate(QUESTIONS, 1):
-            _draw_question(figure, of_row, quantity, row=row, col=col)
-        figure.update_xaxes(title="remaining weights (%)" * (row == len(rows)), row=row)
-        heading = f"<b>{WORDS[dataset]}, {WORDS[family]}</b><br>accuracy (%)"
-        figure.update_yaxes(title=heading, row=row, col=1)
-    return finish(figure, title, "schedule", footer, len(rows), len(QUESTIONS))
+    return draw_questions(
+        curves, QUESTIONS, _draw_question, value="accuracy (%)", title=title, legend="schedule", footer=footer
+    )
