@@ -1,4 +1,5 @@
-"""What `make test` runs: every stage, a line for each, the log of a stage that failed, and last what pytest says.
+"""What `make test` runs: every stage, a line for each, the log of a stage that failed, what pytest says, and last the
+failed stages again with the ends of their logs.
 
 Logs: .stages/.
 """
@@ -19,6 +20,7 @@ LOGS = ROOT / ".stages"
 BIN = Path(sys.executable).parent
 WORKERS = 2
 SECONDS = 2400  # a stage that takes longer hangs
+LAST_LINES = 25  # of a failed stage's log, repeated at the end
 
 
 def run(command, log, cwd=ROOT, **variables):
@@ -132,7 +134,7 @@ def pytest(log):
 
 def main():
     LOGS.mkdir(exist_ok=True)
-    failed = False
+    failed = {}
     for stage in (in_step, lint, notebooks, outputs, timed_tests, book, pytest):
         name = stage.__name__.replace("_", " ")
         print(f"{name:<14}", end="", flush=True)
@@ -142,14 +144,16 @@ def main():
             print(f"{'FAILED' if status else 'ok':<8}{time.monotonic() - start:7.1f} s", flush=True)
             log.seek(0)
             said = log.read().splitlines()
-        failed |= bool(status)
         if status:
+            failed[name] = said[-LAST_LINES:]
             print(*said, sep="\n")
         else:
             print(*(f"{line}\n" for line in said if line.startswith("SKIPPED")), sep="", end="")
         if stage in (timed_tests, book, pytest) and not status:
             print(said[-1])  # 12 passed, 3 skipped in 4.5s
-    return int(failed)
+    for name, said in failed.items():  # whoever is shown only the end of this output sees the reason
+        print(f"\n{name} FAILED:", *said, sep="\n")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

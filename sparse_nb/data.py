@@ -288,17 +288,18 @@ def download(path: Path, md5: str, urls: Sequence[str]) -> None:
 
     Raises FileNotFoundError, saying what each address answered; no part of a file is left behind.
     """
-    from torchvision.datasets.utils import download_url
-
     answers = []
     for url in urls:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-                download_url(url, folder, path.name, md5)
-                os.replace(Path(folder) / path.name, path)
+                fetched = Path(folder) / path.name
+                torch.hub.download_url_to_file(url, str(fetched))
+                if (found := hashlib.md5(fetched.read_bytes()).hexdigest()) != md5:
+                    raise OSError(f"a file with md5 {found}")
+                os.replace(fetched, path)
             return
-        except (OSError, RuntimeError, HTTPException) as error:
+        except (OSError, HTTPException) as error:
             answers.append(f"{url} ({error})")
     raise FileNotFoundError(
         f"{path} is missing and could not be downloaded. Tried {'; '.join(answers)}. Check the network and call again, "

@@ -430,7 +430,7 @@ def template(dark: bool = False) -> go.layout.Template:
 
 templates["sparse_nb"], templates["sparse_nb_dark"] = template(), template(dark=True)
 
-# %% ../../nbs/7_results/05_plots.ipynb #c7a80b52
+# %% ../../nbs/7_results/05_plots.ipynb #b6496631
 def draw_questions(
     curves: pd.DataFrame,
     questions: Mapping[str, str],
