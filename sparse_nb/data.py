@@ -222,20 +222,58 @@ def _reader_of(dataset: str) -> Any:
     return {"mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
 
 # %% ../nbs/1_data/02_data.ipynb #688ece5a
-def published(dataset: str) -> dict[str, str]:
-    """The files of a set: a dict from path below the root to md5 sum, from torchvision's tables; empty for "digits".
+_SHA256 = {
+    "digits": _DIGITS_SHA256,
+    "mnist": "cd31fb6748fdceb4ab80bd6a616c9bb2c8516b951b5d8e347d307ddd706e144a",
+    "cifar10": "030ea44caf03cf7f20acfa74d8d265ae7d4637a46ce8eca33e76c36e209f1ce5",
+    "cifar100": "218f03adb7efef6be76e56f063ffad0ba55c7685ef5f1601cf2d2bd7c7347c8a",
+}
 
-    Raises ValueError for a name that is not in `DATASETS`.
-    """
+
+def _known(dataset: str) -> str:
+    """`dataset`. Raises ValueError unless it is in `DATASETS`."""
     if dataset not in DATASETS:
         raise ValueError(f"dataset is {dataset!r}; it must be one of {', '.join(DATASETS)}")
-    if dataset == "digits":
-        return {}
+    return dataset
+
+
+def checksum(dataset: str) -> str:
+    """The SHA-256, in hexadecimal, that stands for the exact data of `dataset`; reads no file.
+
+    It covers the published sums and paths; for "digits" the pixels, labels and split; for a user's own dataset the
+    images, which are loaded for this. Raises ValueError for any other name.
+    """
+    return _own_checksum(dataset) if own.is_own(dataset) else _SHA256[_known(dataset)]
+
+# %% ../nbs/1_data/02_data.ipynb #3d914f93
+def _sums(dataset: str) -> dict[str, str]:
+    """{path below the root: md5 sum} from torchvision's tables for "mnist", "cifar10" or "cifar100"."""
     reader = _reader_of(dataset)
     if dataset == "mnist":
         return {f"MNIST/raw/{name}": md5 for name, md5 in reader.resources}
     files = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
     return {f"{reader.base_folder}/{name}": md5 for name, md5 in files}
+
+
+def _sha256_of(sums: Mapping[str, str]) -> str:
+    """The SHA-256 of a table of sums, in hexadecimal."""
+    return hashlib.sha256("\n".join(f"{md5} {path}" for path, md5 in sums.items()).encode()).hexdigest()
+
+
+def published(dataset: str) -> dict[str, str]:
+    """The files of a set: a dict from path below the root to md5 sum; empty for "digits".
+
+    Raises ValueError for a name that is not in `DATASETS`, and if the installed torchvision knows other files.
+    """
+    if _known(dataset) == "digits":
+        return {}
+    sums = _sums(dataset)
+    if _sha256_of(sums) != _SHA256[dataset]:
+        raise ValueError(
+            f"the installed torchvision has other sums for the files of {dataset} than those that were published; "
+            "install the version that constraints.txt names"
+        )
+    return sums
 
 # %% ../nbs/1_data/02_data.ipynb #0b918943
 class _Facts(dict):
@@ -267,20 +305,6 @@ SIZES = _Facts(
     {"digits": {"train": 1437, "test": 360}, "mnist": _OF_MNIST, "cifar10": _OF_CIFAR, "cifar100": _OF_CIFAR},
     lambda sets: {split: len(images) for split, images in sets.items()},
 )
-
-# %% ../nbs/1_data/02_data.ipynb #3d914f93
-def checksum(dataset: str) -> str:
-    """The SHA-256, in hexadecimal, that stands for the exact data of `dataset`; reads no file.
-
-    It covers the published sums and paths; for "digits" the pixels, labels and split; for a user's own dataset the
-    images, which are loaded for this. Raises ValueError for any other name.
-    """
-    if own.is_own(dataset):
-        return _own_checksum(dataset)
-    files = published(dataset)
-    if not files:
-        return _DIGITS_SHA256
-    return hashlib.sha256("\n".join(f"{md5} {path}" for path, md5 in files.items()).encode()).hexdigest()
 
 # %% ../nbs/1_data/02_data.ipynb #71ee45a3
 def download(path: Path, md5: str, urls: Sequence[str]) -> None:
@@ -322,7 +346,7 @@ def _mnist_bytes(name: str, folder: Path) -> bytes:
     packed, plain, mnist = folder / f"{name}.gz", folder / name, _reader_of("mnist")
     if plain.is_file() and not packed.exists():
         return checked_bytes(plain, _DECOMPRESSED_MD5[name])
-    md5 = dict(mnist.resources)[packed.name]
+    md5 = published("mnist")[f"MNIST/raw/{packed.name}"]
     if not packed.exists():
         download(packed, md5, [mirror + packed.name for mirror in mnist.mirrors])
     return gzip.decompress(checked_bytes(packed, md5))
@@ -397,8 +421,8 @@ def load_images(
     ValueError for an unknown dataset or split and for a truncated or altered file, FileNotFoundError for a file that
     is missing and cannot be downloaded.
     """
-    if dataset not in DATASETS and not own.is_own(dataset):
-        raise ValueError(f"dataset is {dataset!r}; it must be one of {', '.join(DATASETS)}")
+    if not own.is_own(dataset):
+        _known(dataset)
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     if own.is_own(dataset):

@@ -53,6 +53,7 @@ def mnist(tmp_path, monkeypatch):
     for name, content in files.items():
         (raw / name).write_bytes(gzip.compress(content))
     monkeypatch.setattr(MNIST, "resources", [(name, md5((raw / name).read_bytes())) for name in files])
+    monkeypatch.setitem(data._SHA256, "mnist", data._sha256_of(data._sums("mnist")))
     return tmp_path / "root"
 
 
@@ -89,6 +90,8 @@ def publish(monkeypatch, reader, files, packed):
     monkeypatch.setattr(reader, "test_list", [[name, sums[name]] for name, _ in reader.test_list])
     monkeypatch.setattr(reader, "meta", reader.meta | {"md5": sums[reader.meta["filename"]]})
     monkeypatch.setattr(reader, "tgz_md5", md5(packed))
+    name = reader.__name__.lower()
+    monkeypatch.setitem(data._SHA256, name, data._sha256_of(data._sums(name)))
 
 
 @pytest.fixture(params=[CIFAR10, CIFAR100], ids=["cifar10", "cifar100"])
