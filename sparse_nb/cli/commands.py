@@ -320,11 +320,24 @@ def clean_command(command: options.CleanUp) -> None:
     print(f"{verify.remove(store, found):,} bytes removed" if asked else "nothing was removed; --yes removes it")
 
 # %% ../../nbs/cli/02_commands.ipynb #b58b38c5
+def _with_zoo(store: Store, taken: exchange.Taken, other: Path) -> exchange.Taken:
+    """`taken` from the folder or archive `other`, and the checkpoints for the runs in `store` from a folder zoo beside
+    it or one level up."""
+    for folder in other.absolute().parents[:2]:
+        try:
+            restored = taken.checkpoints + len(zoo.restore(store, folder / "zoo"))
+            taken = taken._replace(checkpoints=restored)
+        except ValueError as error:
+            taken = taken._replace(problems=(*taken.problems, str(error)))
+    return taken
+
+
 def merge_command(command: options.Merge) -> None:
     """Import finished runs. Raises RuntimeError if some were refused."""
     store = Store(command.runs)
     with _run_bar(command.other) as bar:
         taken = exchange.merge(store, command.other, on_file=lambda folder: bar.update())
+    taken = _with_zoo(store, taken, command.other)
     _announce("Entering them in the index")
     store.runs()  # commands that only read would build the index again each time, since they may not store it
     print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))

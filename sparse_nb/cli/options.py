@@ -216,7 +216,8 @@ class CleanUp(OfStore):
 class Merge(OfStore):
     """Import finished runs: from the runs folder of another machine, or from what `export` published.
 
-    Networks from an archive have no checkpoints; if a further measurement needs one, `sweep` trains the network again.
+    Networks from an archive have no checkpoints, except those of a folder `zoo` beside it; if a further measurement
+    needs one, `sweep` trains the network again.
     """
 
     other: Annotated[Path, tyro.conf.Positional] = Path()
