@@ -441,18 +441,20 @@ def load_images(
 def _own_set(name: str, split: str) -> ImageSet:
     """The images that a user's own function returns for a split, checked. Raises ValueError that says what it returned
     and what is accepted."""
+    made = own.call(name, split)
     try:
-        made = own.resolve(name)(split)
-        pixels, labels, *names = made
-        pixels, labels = torch.as_tensor(pixels), torch.as_tensor(labels)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        accepted = "(uint8 images (N, C, H, W), labels (N,)), and the names of the classes if there are any"
+        pixels, labels, classes_of = (*made, ()) if len(made) == 2 else made
+        pixels, labels, names = torch.as_tensor(pixels), torch.as_tensor(labels), tuple(classes_of)
+        if not all(isinstance(each, str) and each.isprintable() for each in names):
+            raise TypeError(f"classes are named {names!r:.80}")
+    except (ValueError, TypeError, RuntimeError) as error:
+        accepted = "(uint8 images (N, C, H, W), labels (N,)), and the names of the classes, texts, if there are any"
         raise ValueError(f"{name}({split!r}) does not give {accepted}: {error}") from error
     if labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
         labels = labels.long()
-    classes = len(names[0]) if names else int(labels.max()) + 1 if labels.numel() else 1
+    classes = len(names) or (int(labels.max()) + 1 if labels.numel() else 1)
     try:
-        images = ImageSet(pixels.cpu(), labels.cpu(), classes, name, split, tuple(names[0]) if names else ())
+        images = ImageSet(pixels.cpu(), labels.cpu(), classes, name, split, names)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}({split!r}): {error}") from error
     if not len(images) or images.shape[0] not in (1, 3):

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # %% ../nbs/1_data/03_own.ipynb #7cebee84
@@ -45,21 +46,46 @@ def permit(names: dict[str, tuple[str, ...]] | Iterable[str]) -> None:
     _PERMITTED.update(names if isinstance(names, dict) else dict.fromkeys(names, ()))
 
 # %% ../nbs/1_data/03_own.ipynb #cf85066e
+_TEXTS: dict[int, tuple[ModuleType, str]] = {}  # id of a module -> the module, its source when it was imported
+
+
+def _source(module: ModuleType) -> str:
+    """The text of a module's file as it is now; empty for a module that has none."""
+    file = getattr(module, "__file__", None) or ""
+    return Path(file).read_text(encoding="utf-8") if file.endswith(".py") else ""
+
+
+def _other_file(path, loaded, folder):
+    """The file of the module `path` in a folder, if that is not the file of the module `loaded`; else None."""
+    base = Path(folder, *path.split("."))
+    for file in (base.with_suffix(".py"), base / "__init__.py"):
+        if file.exists() and not (loaded.__file__ and file.samefile(loaded.__file__)):
+            return file
+    return None
+
+
 def _module(path, folders):
-    """The module of an import path. Raises ValueError, saying where it was looked for or why the import failed."""
-    for folder in dict.fromkeys((os.getcwd(), *folders)):
+    """The module of an import path. Raises ValueError, saying where it was looked for, why the import failed, or which
+    other file has the same name."""
+    places = tuple(dict.fromkeys((os.getcwd(), *folders)))
+    for folder in places:
         if folder not in sys.path:
             sys.path.append(folder)
     importlib.invalidate_caches()
     try:
-        return importlib.import_module(path)
+        loaded = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name and (path == error.name or path.startswith(f"{error.name}.")):
-            places = ", ".join(dict.fromkeys((os.getcwd(), *folders)))
-            raise ValueError(f"there is no module {path}: it is not installed, and not in {places}") from None
+            words = f"it is not installed, and not in {', '.join(places)}"
+            raise ValueError(f"there is no module {path}: {words}") from None
         raise ValueError(f"{path} cannot be imported: {error}") from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    for other in filter(None, (_other_file(path, loaded, folder) for folder in places)):
+        words = f"there are two modules {path}: {loaded.__file__}, which Python has imported, and {other}"
+        raise ValueError(f"{words}; rename one, and start Python again")
+    _TEXTS.setdefault(id(loaded), (loaded, _source(loaded)))
+    return loaded
 
 # %% ../nbs/1_data/03_own.ipynb #42047818
 def find(name: str, folders: tuple[str, ...] = ()) -> tuple[str, Callable]:
@@ -93,3 +119,20 @@ def resolve(name: str) -> Any:
     if name not in _PERMITTED:
         raise ValueError(f"{name} is code that no study opened here names; open its study first, with studies.load")
     return find(name, _PERMITTED[name])[1]
+
+
+def call(name: str, *arguments: Any, **named: Any) -> Any:
+    """What the function of a permitted name returns for these arguments. Raises ValueError, naming the function, for
+    whatever it raises."""
+    function = resolve(name)
+    try:
+        return function(*arguments, **named)
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
+        raise ValueError(f"{plain(name)}: {type(error).__name__}: {error}") from error
+
+
+def sources(name: str) -> tuple[str, str]:
+    """The text of the file of a permitted name's module: when it was imported here, and now."""
+    resolve(name)
+    module = sys.modules[name.partition(":")[0]]
+    return _TEXTS[id(module)][1], _source(module)

@@ -25,6 +25,7 @@ from ..results.reproducibility import every_published_run
 from ..results.tables import finished
 from ..runs import exchange, verify, zoo
 from ..runs.attempts import load_failures
+from ..runs.files import printable
 from ..runs.store import Store
 from ..study.experiments import Experiment, accept, ancestors, experiment_hash, is_trained
 from ..study.figures import FIGURES, shown_families
@@ -253,9 +254,9 @@ def failures_command(command: options.Failures) -> None:
     failures = load_failures(store)
     for failure in failures:
         tries = f"({failure['when']}, tries: {failure['tries']})"
-        print(f"{failure['run']} {failure['network']}: {failure['reason']} {tries}")
+        print(printable(f"{failure['run']} {failure['network']}: {failure['reason']} {tries}"))
         for line in failure["log"][-5:]:
-            print(f"    {line}")
+            print(f"    {printable(line)}")
         print(f"    all of it: {store.root / '.attempts' / failure['run'] / 'failure.json'}")
     print(f"{_counted(len(failures), 'failed network')}; a sweep tries them again")
 
@@ -273,7 +274,7 @@ def verify_command(command: options.Verify) -> None:
     store = Store(command.runs, write=False)
     with _run_bar(store.root) as bar:
         found = verify.verify(store, on_file=lambda folder: bar.update())
-    print(*found.problems, sep="\n", end="\n" * bool(found.problems))
+    print(*map(printable, found.problems), sep="\n", end="\n" * bool(found.problems))
     bare = f", {found.without_checkpoint} without a checkpoint" if found.without_checkpoint else ""
     files = f"{_counted(found.record_files, 'record file')} with {_counted(found.records, 'record')}"
     print(f"{_counted(found.runs, 'run')}{bare}, {files} checked")
@@ -340,12 +341,12 @@ def merge_command(command: options.Merge) -> None:
     taken = _with_zoo(store, taken, command.other)
     _announce("Entering them in the index")
     store.runs()  # commands that only read would build the index again each time, since they may not store it
-    print(*taken.problems, sep="\n", end="\n" * bool(taken.problems))
+    print(*map(printable, taken.problems), sep="\n", end="\n" * bool(taken.problems))
     with_them = f"{_counted(taken.record_files, 'record file')} and {_counted(taken.checkpoints, 'checkpoint')}"
     print(f"{_counted(taken.runs, 'run')} merged, {taken.already_here} already here; {with_them} with them")
     if taken.problems:
-        refused = f"{_counted(len(taken.problems), 'file')} of {command.other} not merged"
-        raise RuntimeError(f"{refused}, for the reasons above; all others are")
+        refused = f"{_counted(len(taken.problems), 'file')} not merged"
+        raise RuntimeError(f"{refused}, for the reasons above; all others of {command.other} are")
 
 
 def export_command(command: options.Export) -> None:

@@ -62,11 +62,8 @@ def _own_split(
     shapes: Mapping[str, tuple[int, ...]], budget: int, rule: str, seed: int
 ) -> dict[str, int | torch.Tensor]:
     """`kept_by_rule` for a rule of the user's own."""
-    function, called = own.resolve(rule), own.plain(rule)
-    try:
-        given = function(dict(shapes), budget, generator=generator(seed, "rule", called))
-    except Exception as error:  # a user's function may raise anything
-        raise ValueError(f"{called}: {type(error).__name__}: {error}") from error
+    called = own.plain(rule)
+    given = own.call(rule, dict(shapes), budget, generator=generator(seed, "rule", called))
     if not isinstance(given, Mapping) or set(given) != set(shapes):
         found = f"entries for {list(given)}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
         raise ValueError(f"{called} gives {found}; accepted: a dict with an entry for each of {list(shapes)}")

@@ -273,14 +273,13 @@ def _own_model(
         raise ValueError(
             f"{family} has repeat {repeat} and batch_norm {batch_norm}; a family of your own takes neither"
         )
-    build = own.resolve(family)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)  # of parameters that no `reset_parameters` samples
         try:
-            model = build(image_shape, classes, width=width, depth=depth)
-        except Exception as error:  # a user's function may raise anything
+            model = own.call(family, image_shape, classes, width=width, depth=depth)
+        except ValueError as error:
             asked = f"{image_shape}, {classes}, width={width}, depth={depth}"
-            raise ValueError(f"{family} cannot be built with ({asked}): {type(error).__name__}: {error}") from error
+            raise ValueError(f"{error} (called with {asked})") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{family} gives a {type(model).__name__}; accepted: a torch.nn.Module")
     return model.to(torch.get_default_device())

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from .provenance import Provenance
 from ..runs.exchange import published_folders
+from ..runs.files import printable
 from ..runs.schema import read_about
 from ..study.versions import versions_now
 from ..sweep.jobs import words
@@ -44,11 +45,6 @@ _ENDINGS = {
 }
 
 
-def _plain(text: str) -> str:
-    """`text` with whatever a terminal would not show as it is, written as an escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def run_line(run: str, root: Path) -> str:
     """A run in one line for people: its hash, the network in words, how it ended, its folder below `root`; or
     that it is damaged.
@@ -59,9 +55,9 @@ def run_line(run: str, root: Path) -> str:
         density = about["result"]["density"]
         network = SimpleNamespace(**about["experiment"], density=density)  # an older one may be no Experiment today
         ended = _ENDINGS[about["result"]["status"]].format(about["result"]["epochs"])
-        return f"{run} {_plain(words(network))}: {_plain(ended)}; {folder}"
+        return f"{run} {printable(words(network))}: {printable(ended)}; {folder}"
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{run} cannot be read: {_plain(str(error))}"
+        return f"{run} cannot be read: {printable(str(error))}"
 
 # %% ../../nbs/7_results/10_trace.ipynb #89177dc6
 def trace_lines(provenance: Provenance, root: Path) -> list[str]:

@@ -23,9 +23,12 @@ from typing import NamedTuple
 
 from .archive import ARCHIVE, pack_runs, unpacked
 from sparse_nb.runs.files import (
+    OWN_TEXTS,
     RUN_FILES,
+    add_own_texts,
     read_bytes,
     read_manifest,
+    read_own_texts,
     record_files,
     run_folders,
     sync_folder,
@@ -69,6 +72,17 @@ class Taken(NamedTuple):
     problems: tuple[str, ...] = ()
 
 # %% ../../nbs/5_runs/10_exchange.ipynb #89c6a66f
+def _disagreements(ours, theirs, records, missing):
+    """A sentence for each record file of two copies of a run that has other values in one than in the other."""
+    for name in records:
+        one, two = ours / "evaluations" / name, theirs / "evaluations" / name
+        if f"evaluations/{name}" not in missing and one.is_file():
+            (header, _, values), (_, _, others) = (read_bytes(path).partition(b"\n") for path in (one, two))
+            if values != others:
+                measure = json.loads(header).get("measure")
+                yield f"{two} has other values of {measure} than {one}, which stay"
+
+
 def _add_to_run(store: Store, folder: Path, check: RunCheck) -> Taken:
     """Merge the files that the run in `folder` has and the one in the store lacks. check: from `verify_run`."""
     ours, remedy = store.root / folder.name, "delete it and merge again"
@@ -93,7 +107,7 @@ def _add_to_run(store: Store, folder: Path, check: RunCheck) -> Taken:
             for name in missing:
                 write_whole(ours / name, read_bytes(copy / name))
     added = missing.count("model.safetensors")
-    return Taken(0, len(missing) - added, added, 1)
+    return Taken(0, len(missing) - added, added, 1, tuple(_disagreements(ours, folder, check.records, missing)))
 
 # %% ../../nbs/5_runs/10_exchange.ipynb #469fa200
 def _take_run(store: Store, folder: Path, check: RunCheck) -> Taken:
@@ -140,9 +154,19 @@ def _merge_folders(store, folders, on_file=None):
     return _together(done)
 
 # %% ../../nbs/5_runs/10_exchange.ipynb #cf280b3c
+_OWN_PUBLISHED = "own.json"  # beside an archive
+
+
 def published_folders(folder: Path) -> list[Path]:
     """The folders with an archive: `folder` itself, and those in it, sorted by name."""
     return [path.parent for path in (*folder.glob(ARCHIVE), *sorted(folder.glob(f"*/{ARCHIVE}")))]
+
+
+def _own_texts_of(other):
+    """The files with hashes of the user's own code that belong to a runs folder, an archive or a folder of archives."""
+    if not other.is_dir():
+        return [other.parent / _OWN_PUBLISHED]
+    return [other / OWN_TEXTS, *(folder / _OWN_PUBLISHED for folder in published_folders(other))]
 
 
 def _merge_archive(store, archive, on_file=None):
@@ -158,7 +182,8 @@ def merge(store: Store, other: Path | str, on_file: Callable[[Path], object] | N
     other: a runs folder, an archive that `export` wrote, or a folder with such archives in it or in its folders. Every
     file is verified first; damaged files are not merged. on_file: called with each run folder when its files are done.
     If merging is interrupted, the store is intact, and merging again completes it.
-    Raises FileNotFoundError or ValueError naming `other` if it is none of these, or is the store itself.
+    Raises FileNotFoundError or ValueError naming `other` if it is none of these, or is the store itself; ValueError if
+    code of the user's own differs under the same version.
     """
     check_writable(store)
     other = Path(other)
@@ -166,6 +191,8 @@ def merge(store: Store, other: Path | str, on_file: Callable[[Path], object] | N
         raise FileNotFoundError(f"there is no {other} to merge")
     if other.samefile(store.root):
         raise ValueError(f"{other} is the store itself; name the runs folder of another machine")
+    for texts in _own_texts_of(other):
+        add_own_texts(store.root / OWN_TEXTS, read_own_texts(texts))
     if not other.is_dir():
         return _merge_archive(store, other, on_file)
     if runs := run_folders(other):
@@ -273,6 +300,13 @@ def _exported_tables(runs):
         raise ValueError(f"{words}; they are not published")
     return tables
 
+# %% ../../nbs/5_runs/10_exchange.ipynb #b12159d5
+def _own_texts_behind(store, tables):
+    """The store's hashes of the user's own functions that the runs and measurements of some tables name."""
+    named = [row["description"] for row in tables["runs"]] + [row["settings"] for row in tables["evaluations"]]
+    known = read_own_texts(store.root / OWN_TEXTS)
+    return {name: text for name, text in known.items() if any(name in each for each in named)}
+
 # %% ../../nbs/5_runs/10_exchange.ipynb #8892f926
 def export(
     store: Store,
@@ -281,12 +315,12 @@ def export(
     on_outdated: Callable[[set[str]], object] | None = None,
 ) -> tuple[Path, ...]:
     """Write runs.tar.xz, runs.csv.gz, records.csv.gz and evaluations.csv.gz to `folder`, for the finished ones among
-    `experiments`, or for all runs if it is None.
+    `experiments`, or for all runs if it is None; and own.json, if code of the user's own is behind them.
 
     What was published in `folder` before stays published, except for runs of earlier code or other data: `on_outdated`
     is called with their names if there are any. Returns the four paths.
     Raises ValueError, and writes nothing, if no run is finished, a file was altered, `folder` has runs that the store
-    lacks, or a version is unfinished.
+    lacks, a version is unfinished, or code of the user's own was published with another hash.
     """
     folder = Path(folder)
     names = None if experiments is None else {experiment_hash(experiment) for experiment in experiments}
@@ -299,6 +333,7 @@ def export(
     files = {folder / f"{table}.csv.gz": _compressed_csv(EXPORTED[table], rows) for table, rows in tables.items()}
     files = {folder / ARCHIVE: pack_runs(runs), **files}
     folder.mkdir(parents=True, exist_ok=True)
+    add_own_texts(folder / _OWN_PUBLISHED, _own_texts_behind(store, tables))
     if on_outdated and (gone := outdated - {run.name for run in runs}):
         on_outdated(gone)
     for path, content in files.items():

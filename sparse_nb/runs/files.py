@@ -28,8 +28,10 @@ def write_whole(path: Path | str, content: bytes) -> None:
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(file.name)
+            if isinstance(error, OSError):  # that of a full disk does not say which disk
+                error.filename = error.filename or str(path)
             raise
     sync_folder(path.parent)
 
@@ -155,3 +157,37 @@ def read_manifest(folder: Path | str) -> dict[str, str]:
     if not sound:
         raise ValueError(f"{path} was altered: {found}; delete the folder {folder} to compute it again")
     return manifest
+
+# %% ../../nbs/5_runs/01_files.ipynb #72344b5b
+def printable(text: str) -> str:
+    """`text` with whatever a terminal would not show as it is, written as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+# %% ../../nbs/5_runs/01_files.ipynb #b40e8c04
+OWN_TEXTS = ".own.json"  # in a runs folder
+
+
+def read_own_texts(file: Path) -> dict[str, str]:
+    """{name of a function with its version: hash of its code}, as recorded in a file; empty if it is not there.
+
+    Raises ValueError naming a file that holds anything else.
+    """
+    try:
+        found = load_json(read_bytes(file)) if file.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(text, str) and is_name(text) for text in found.values()):
+            raise ValueError("accepted: 16 hexadecimal digits for each function")
+    except ValueError as error:
+        words = "without it, code that changed under the same version is not noticed"
+        raise ValueError(f"{file} does not hold hashes of code ({error}); restore or delete it: {words}") from error
+    return found
+
+
+def add_own_texts(file: Path, texts: Mapping[str, str]) -> None:
+    """Record more hashes in a file. Raises ValueError, changing nothing, for a function that has another hash there."""
+    known = read_own_texts(file)
+    for name in sorted(known.keys() & texts.keys()):
+        if known[name] != texts[name]:
+            words = f"{name} has other code than in {file}, under the same version"
+            raise ValueError(f"{words}; give one of them another version, and make its runs again")
+    if texts.keys() - known.keys():
+        write_whole(file, (json.dumps({**known, **texts}, indent=1, sort_keys=True) + "\n").encode())

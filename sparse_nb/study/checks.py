@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/4_study/06_checks.ipynb #f34d0bcb
 import dataclasses
+import inspect
 from collections.abc import Sequence
 
 import torch
@@ -148,9 +149,16 @@ def check_budgets(study: Study) -> None:
 # %% ../../nbs/4_study/06_checks.ipynb #07c1cc7f
 def check_own(study: Study) -> None:
     """Raise `reading.Wrong` for a family of the user's own whose base network does not turn two images of each dataset
-    into (2, classes) numbers, or has no portable form if bits are to be portable."""
+    into (2, classes) numbers, or has no portable form if bits are to be portable, and for a measure that does not take
+    a network, images and a seed."""
     from sparse_nb.networks.portable import check_portable  # needs numba, which plotting does not
 
+    for name in study.own_measures:
+        try:
+            inspect.signature(own.resolve(name)).bind(None, None, seed=0)
+        except TypeError as error:
+            words = f"{own.plain(name)} cannot be called with (model, images, seed=0): {error}"
+            raise Wrong(("own_measures",), f"own_measures: {words}") from error
     for dataset in study.datasets:
         for family in filter(own.is_own, study.families):
             setting, path = study.families[family], ("families", family)

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Experiment', 'parent_of', 'Evaluation', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption', 'Attack',
-           'Quantisation', 'Calibration', 'Curvature', 'CorrectImages', 'OwnMeasure', 'build', 'prepare', 'train',
-           'prune', 'experiment_hash', 'evaluation_hash']
+           'Quantisation', 'Calibration', 'Curvature', 'CorrectImages', 'build', 'prepare', 'train', 'prune',
+           'experiment_hash', 'evaluation_hash']
 
 # %% ../../nbs/4_study/02_experiments.ipynb #ad0ca5c2
+import copy
 import dataclasses
 import math
+import numbers
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from .. import data, own
@@ -38,15 +42,10 @@ from . import versions
 def named_shapes(dataset, family, width, depth, repeat=1, batch_norm=True):
     """((name, shape), …) of the counted weights, in order, of a network for the images of `dataset`; nothing is
     allocated."""
+    shape, classes = data.IMAGE_SHAPES[dataset], data.CLASSES[dataset]  # which may call the user's own loader
     with torch.device("meta"):
         model = models.build_model(
-            family,
-            data.IMAGE_SHAPES[dataset],
-            data.CLASSES[dataset],
-            width=width,
-            depth=depth,
-            repeat=repeat,
-            batch_norm=batch_norm,
+            family, shape, classes, width=width, depth=depth, repeat=repeat, batch_norm=batch_norm
         )
     return tuple((name, tuple(weight.shape)) for name, weight in models.counted_weights(model).items())
 
@@ -500,10 +499,23 @@ class CorrectImages(Evaluation):
         return correct_images.evaluate(model, images, sigma=self.sigma, seed=self.seed)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #f3539dd7
+def _number(value):
+    """A number, or an array or a tensor with one, as a float; None for anything else, and for a number that is not
+    finite."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
+
+
 @dataclass(frozen=True)
 class OwnMeasure(Evaluation):
     """A measure of the user's own. function: its import path with the version, as `own.find` gives it. seed: handed to
-    it. test_images: a random sample of the test set, None for all of it."""
+    it. test_images: a random sample of the test set, None for all of it.
+
+    The function gets copies: other measures use the same network and the same images.
+    """
 
     function: str = ""
     seed: int = 0
@@ -517,15 +529,18 @@ class OwnMeasure(Evaluation):
             raise ValueError(f"function is {self.function!r}; accepted: an import path, package.module:function")
 
     def run(self, model: torch.nn.Module, images: data.ImageSet) -> list[evaluation.Record]:
-        images = evaluation.sample(images, self.test_images)
-        found = own.resolve(self.function)(model, images, seed=self.seed)
+        images, called = evaluation.sample(images, self.test_images), own.plain(self.function)
+        lent = dataclasses.replace(images, pixels=images.pixels.clone(), labels=images.labels.clone())
+        found = own.call(self.function, copy.deepcopy(model), lent, seed=self.seed)
         if not isinstance(found, dict) or not found:
-            raise ValueError(f"{own.plain(self.function)} gives {found!r:.60}; accepted: a dict of numbers by name")
+            raise ValueError(f"{called} gives {found!r:.60}; accepted: a dict of numbers by name")
+        records = []
         for name, value in found.items():
-            if not isinstance(name, str) or not math.isfinite(value):
-                raise ValueError(f"{own.plain(self.function)} gives {value!r} as {name!r}; accepted: finite numbers")
-        label = own.label(self.function)
-        return [evaluation.Record("own", quantity, float(value), name=label) for quantity, value in found.items()]
+            number = _number(value)
+            if not isinstance(name, str) or not name.isprintable() or number is None:
+                raise ValueError(f"{called} gives {value!r:.60} as {name!r:.60}; accepted: finite numbers by name")
+            records.append(evaluation.Record("own", name, number, name=own.label(self.function)))
+        return records
 
 # %% ../../nbs/4_study/02_experiments.ipynb #5f17b5e7
 def check_measurable(experiment, measurement):

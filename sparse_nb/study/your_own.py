@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/4_study/09_your_own.ipynb #34727f14
 import ast
 import importlib.util
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -86,9 +87,18 @@ def _file_of(name):
     return Path(spec.origin), spec.name if spec.submodule_search_locations else spec.name.rpartition(".")[0]
 
 
-def _sources(module):
-    """{module: text} of a module and of those that it imports, in its own package or from its own folder, and so on."""
-    found, open_ends, top = {}, [module], module.partition(".")[0]
+def _is_beside(name, folder):
+    """Whether a module is a file in the folder, or in a package in it, and neither installed nor this package."""
+    place, top = _file_of(name), name.partition(".")[0]
+    if place is None or top == "sparse_nb" or "-packages" in str(folder):
+        return False
+    return place[0] == folder / f"{top}.py" or folder / top in place[0].parents
+
+
+def _sources(*modules):
+    """{module: text} of modules and of those that they import, in their own package or from their own folder, and so
+    on."""
+    found, open_ends, tops = {}, [*modules], {module.partition(".")[0] for module in modules}
     while open_ends:
         name = open_ends.pop()
         place = None if name in found else _file_of(name)
@@ -96,16 +106,17 @@ def _sources(module):
             continue
         file, package = place
         found[name] = file.read_text(encoding="utf-8")
-        beside = {path.stem for path in file.parent.glob("*.py")} if "-packages" not in str(file) else set()
-        imported = _imported(ast.parse(found[name]), package)
-        open_ends += [each for each in imported if each.partition(".")[0] in {top, *beside}]
+        for each in _imported(ast.parse(found[name]), package):
+            if each.partition(".")[0] in tops or _is_beside(each, file.parent):
+                open_ends.append(each)
     return found
 
 # %% ../../nbs/4_study/09_your_own.ipynb #8949e476
 def text_of(function: str) -> str:
-    """16 hexadecimal digits for the code of a function of the user's own: its module, and whatever that imports from
-    its package or its folder. Comments, docstrings and layout do not count."""
-    texts = _sources(own.resolve(function).__module__)
+    """16 hexadecimal digits for the code of a function of the user's own: its module, that in which it is defined, and
+    whatever they import from their packages or folders. Comments, docstrings and layout do not count."""
+    modules = {own.plain(function).partition(":")[0], getattr(own.resolve(function), "__module__", None) or ""}
+    texts = _sources(*(each for each in modules if each.partition(".")[0] not in sys.stdlib_module_names | {""}))
     return digest({name: code_hash(text) for name, text in texts.items()})
 
 
@@ -126,4 +137,8 @@ def checked_texts(functions: Iterable[str], datasets: Iterable[str], known: Mapp
                 f"{name} is not what it was when runs were made: {what} changed under the same version; if its numbers "
                 f"changed, give {function}.version another text; if not, delete the line of {name} in {where}"
             )
+    for name in own_functions:
+        imported, file = map(code_hash, own.sources(name))
+        if imported != file:
+            raise ValueError(f"{name} was imported before its file changed; start Python again (restart the kernel)")
     return now

@@ -26,6 +26,7 @@ import torch
 
 from .. import data, own
 from ..runs.attempts import forget_attempts, lease, load_state, log_path, note_progress, save_state
+from ..runs.files import OWN_TEXTS
 from ..runs.schema import read_about
 from sparse_nb.runs.store import (
     Store,
@@ -415,7 +416,7 @@ def run_elsewhere(job: Job, terms: Terms, gpu: tuple[int, float] | None = None) 
         raise FileNotFoundError(f"the runs folder {terms.runs} is not there on {platform.node()}; {needs}")
     device, store, e = torch.device(terms.device), Store(terms.runs), job.experiment
     own.permit(terms.own)
-    checked_texts(own_code(job), (e.dataset,), terms.texts, store.root / ".own.json")
+    checked_texts(own_code(job), (e.dataset,), terms.texts, store.root / OWN_TEXTS)
     if gpu and device.type == "cuda":
         device = torch.device("cuda", gpu[0])
         torch.cuda.set_device(device)

@@ -6,7 +6,6 @@
 __all__ = ['Summary', 'run']
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #4e074085
-import json
 import math
 import sys
 import textwrap
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from .. import own
 from ..runs.attempts import holder, read_progress, save_failure
-from ..runs.files import load_json, read_bytes, write_whole
+from ..runs.files import OWN_TEXTS, add_own_texts, read_own_texts
 from ..runs.store import Store, run_status
 from ..study import versions
 from ..study.experiments import Evaluation, Experiment, accept, check_version, parent_of
@@ -34,6 +33,7 @@ from .costs import Costs, Epochs, Rates, costs_of, job_work, seconds_for
 from .engines import ENGINES, HERE, dask_cluster, gpu_share, judge, local_processes, memory_share
 from sparse_nb.sweep.jobs import (
     KEEP_EVERY,
+    Job,
     Terms,
     images_of,
     missing_jobs,
@@ -311,25 +311,21 @@ def _check_code(remote):
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #7d88f84b
 def _own_texts(jobs, store):
-    """`your_own.checked_texts` of the datasets and all `jobs.own_code` of some `Job`s, recorded in the store's
-    `.own.json`.
+    """`your_own.checked_texts` of the datasets and all `jobs.own_code` of some `Job`s, recorded in the store.
 
     Raises ValueError, with what to do, if one of them differs from the store's record.
     """
-    file, experiments = store.root / ".own.json", [job.experiment for job in jobs]
+    file, datasets = store.root / OWN_TEXTS, {job.experiment.dataset for job in jobs}
     functions = set().union(*map(own_code, jobs))
-    if not functions and not any(own.is_own(e.dataset) for e in experiments):
+    if not functions and not any(map(own.is_own, datasets)):
         return {}
-    known = load_json(read_bytes(file)) if file.exists() else {}
-    now = checked_texts(functions, {e.dataset for e in experiments}, known, file)
-    if now.keys() - known.keys():
-        write_whole(file, (json.dumps(known | now, indent=1, sort_keys=True) + "\n").encode())
+    now = checked_texts(functions, datasets, read_own_texts(file), file)
+    add_own_texts(file, now)
     return now
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #c8c7b243
 def _check_jobs(jobs, store, device, root, remote):
-    """Raise what would otherwise end a sweep later: ValueError, RuntimeError, or an error of the images. Returns the
-    texts of own code, as of `_own_texts`."""
+    """Raise what would otherwise end a sweep later: ValueError, RuntimeError, or an error of the images."""
     for job in jobs:
         for description in ((job.experiment,) if job.train else ()) + job.evaluations:
             check_version(description)
@@ -338,9 +334,7 @@ def _check_jobs(jobs, store, device, root, remote):
     for dataset in dict.fromkeys(job.experiment.dataset for job in jobs):
         for split in ("train", "test"):
             images_of(dataset, split, root, torch.device("cpu") if remote else device)
-    texts = _own_texts(jobs, store)
     check_rules([job.experiment for job in jobs if job.train])
-    return texts
 
 # %% ../../nbs/6_sweep/04_sweep.ipynb #9fa7585a
 def _open_engine(engine, workers, scheduler, device, seconds, threads=None):
@@ -384,11 +378,13 @@ def run(
     """
     check_engine(engine, workers, scheduler, minutes, limit, threads)
     target, experiments = resolve_device(device), list(dict.fromkeys(experiments))
+    asked = evaluations if isinstance(evaluations, Mapping) else dict.fromkeys(experiments, evaluations)
+    texts = _own_texts([Job(experiment, True, tuple(asked[experiment])) for experiment in experiments], store)
     board = _Board(missing_jobs(experiments, evaluations, store))
     if not board.waiting:
         return _summarise(experiments, evaluations, board, store)
     remote = engine == "dask" or workers is not None
-    texts = _check_jobs(board.waiting, store, target, root, remote)
+    _check_jobs(board.waiting, store, target, root, remote)
     deadline = time.time() + 60 * minutes if minutes is not None else None
     if deadline:
         board.costs = costs_of(store.runs(), target)

@@ -160,7 +160,7 @@ MISTAKES = {
     "no function": ("stripes.toml", "nets:tiny", "nets:tinny", "has no function tinny; did you mean tiny?"),
     "no version": ("ourlab/nets.py", 'tiny.version = "1"', "", 'write tiny.version = "1" below the function'),
     "shape": ("ourlab/nets.py", "width, classes)", "width, 3)", "gives torch.float32 (2, 3) for images (2, 3, 8, 8)"),
-    "no network": ("ourlab/nets.py", "return nn.Sequential", "return len", "cannot be built with"),
+    "no network": ("ourlab/nets.py", "return nn.Sequential", "return len", "(called with "),
     "too narrow": (
         "stripes.toml",
         "[4, 8]",

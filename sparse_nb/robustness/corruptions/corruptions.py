@@ -196,11 +196,8 @@ def _looking_in(root: Path | str, corruption: CorruptionKind) -> CorruptionKind:
 def _own_pixels(name, pixels, severity, stream):
     """Pixels under a corruption of the user's own. Raises ValueError, in one sentence, if it fails or gives anything
     but uint8 of the same shape."""
-    function, called = own.resolve(name), own.plain(name)
-    try:
-        given = function(pixels.cpu().clone(), severity, generator=stream)
-    except Exception as error:  # a user's function may raise anything
-        raise ValueError(f"{called}: {type(error).__name__}: {error}") from error
+    called = own.plain(name)
+    given = own.call(name, pixels.cpu().clone(), severity, generator=stream)
     given = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     if not isinstance(given, torch.Tensor) or given.dtype != torch.uint8 or given.shape != pixels.shape:
         tensor = isinstance(given, torch.Tensor)
