@@ -102,6 +102,8 @@ def _shrink(model: nn.Module, *, rate: float, l1: float, beta: float) -> None:
     """Move every counted weight of `model` towards zero by rate · l1, and set those below beta · l1 to zero, in
     place. Neyshabur 2020, algorithm 1."""
     for weight in counted_weights(model).values():
+        if not weight.requires_grad:  # frozen
+            continue
         weight.sub_(rate * l1 * weight.sign())
         weight.mul_(weight.abs() >= beta * l1)
 

@@ -59,7 +59,8 @@ def _dense_gradients(model: nn.Module, inputs: torch.Tensor, labels: torch.Tenso
 
     names, dense = sparse_layers(model), like(dense_network(model)[0], model)
     cross_entropy(dense(inputs), labels).backward()
-    return {name: dense.get_submodule(name).weight.grad.flatten() for name in names}
+    weights = {name: dense.get_submodule(name).weight for name in names}
+    return {name: (torch.zeros_like(w) if w.grad is None else w.grad).flatten() for name, w in weights.items()}
 
 # %% ../../nbs/2_networks/08_dynamic.ipynb #3f95728b
 @torch.no_grad()
@@ -84,6 +85,8 @@ def _update(model: nn.Module, step: Step, method: str, share: float, *, seed: in
     layers = sparse_layers(model)
     gradients = _dense_gradients(model, step.inputs, step.labels) if method == "rigl" else {}
     for name, layer in layers.items():
+        if not layer.weight.requires_grad:  # frozen
+            continue
         count = min(round(share * len(layer.positions)), layer.shape.numel() - len(layer.positions))
         stays = _largest(layer.weight.detach().abs().nan_to_num(nan=0.0), len(layer.positions) - count)
         left = layer.positions[stays]
@@ -130,9 +133,12 @@ def fit_dynamic(
 
     model: from `sparse_layers.sparse_network`. method: "set" or "rigl". drop: share of a layer's weights replaced at
     first, in [0, 1]; it falls to zero along a cosine. every: steps between updates. until: epoch of the last one. For
-    the other arguments and for reproducibility see `training.fit`. Raises ValueError for other values.
+    the other arguments and for reproducibility see `training.fit`. Frozen layers stay as they are. Raises ValueError
+    for other values, and for a network without sparse layers.
     """
     check_updates(method, drop, every, until)
+    if not sparse_layers(model):
+        raise ValueError("the network has no sparse layer; make it with sparse_layers.sparse_network")
     last = _last_update(recipe, math.ceil(len(images.labels) / recipe.batch_size), until)
     if resume:
         model.load_state_dict(resume.network)

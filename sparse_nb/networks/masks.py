@@ -149,6 +149,9 @@ def _check_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[st
         if name not in masks:
             raise ValueError(f"{wrong}none for its weight {name!r}")
         mask = masks[name]
+        if not isinstance(mask, torch.Tensor):
+            needed = f"the weight needs a tensor of torch.bool {tuple(weight.shape)}"
+            raise TypeError(f"{wrong}that of {name!r} is a {type(mask).__name__}; {needed}")
         if mask.shape != weight.shape or mask.dtype != torch.bool:
             found = f"a {type(mask).__name__} of {mask.dtype} {tuple(mask.shape)}"
             needed = f"a tensor of torch.bool {tuple(weight.shape)}"
@@ -236,7 +239,7 @@ def _sample_layer(
 def apply_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Set the removed weights of `model` to zero, in place. Raises ValueError for masks of another network."""
     for name, weight in _check_masks(model, masks).items():
-        weight.mul_(masks[name])
+        weight.masked_fill_(~masks[name], 0)  # times 0, NaN would stay NaN
 
 # %% ../../nbs/2_networks/03_masks.ipynb #f4544e32
 def gradient_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from .. import own
 from .dense_kernels import PortableLinear
@@ -65,7 +66,8 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     model: any nn.Module. Returns dict of state_dict name ("classifier.weight") -> Parameter, shared with the model.
     Not included: biases, batch norm, embeddings, attention's packed projections.
     Raises TypeError if `model` is not a module, has convolutions other than Conv2d, recurrent or bilinear layers, or a
-    weight that is computed (parametrised); ValueError if there are no weights to count.
+    weight or bias of the counted layers that is computed (parametrised); ValueError if there are no weights to count or
+    they have no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"counted_weights takes a torch.nn.Module, not {type(model).__name__}")
@@ -78,15 +80,31 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             )
         if isinstance(module, _COUNTED):
             name = f"{layer}.weight" if layer else "weight"
-            if not isinstance(module.weight, nn.Parameter):
-                raise TypeError(
-                    f"{name} is computed from other tensors, not a Parameter; undo its parametrisation first"
-                )
+            for part in ("weight", "bias"):
+                if not isinstance(getattr(module, part), nn.Parameter | None):
+                    computed = f"{layer}.{part}" if layer else part
+                    raise TypeError(
+                        f"{computed} is computed from other tensors, not a Parameter; undo its parametrisation first"
+                    )
+            if is_lazy(module.weight):
+                raise ValueError(f"{name} belongs to a lazy layer and has no shape yet; give the network images once")
             if all(module.weight is not known for known in found.values()):
                 found[name] = module.weight
     if not found:
         raise ValueError(f"{type(model).__name__} has no Conv2d or Linear layer, so no weights to count")
     return found
+
+# %% ../../nbs/2_networks/01_models.ipynb #7405fcff
+def check_values(model: nn.Module, *, gradients: bool = False) -> None:
+    """Raise ValueError, naming it, for a parameter or buffer without values: of a lazy layer, or on the meta device.
+    gradients: also for one that was made in `torch.inference_mode` and can have no gradient."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise ValueError(f"{name} belongs to a lazy layer and has no shape yet; give the network images once")
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values; build the network on another device")
+        if gradients and value.is_inference():
+            raise ValueError(f"{name} was made in torch.inference_mode and has no gradients; build the network outside")
 
 # %% ../../nbs/2_networks/01_models.ipynb #4523540f
 def layer_table(model: nn.Module) -> pd.DataFrame:

@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'Recipe', 'Epoch', 'History', 'Step', 'TrainingState', 'fi
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch import nn
 from ..data import ImageSet, as_float
 from .cross_entropy import check_gradients_allowed, cross_entropy
 from .masks import apply_masks, gradient_masks, mask_gradients
+from .models import check_values
 from .sparse_layers import SparseLinear
 from ..randomness import generator, globally_seeded
 
@@ -52,6 +53,10 @@ class Recipe:
     def __post_init__(self):
         if self.decay not in DECAYS:
             raise ValueError(f"decay is {self.decay!r}; accepted: {', '.join(DECAYS)}")
+        for name, value in vars(self).items():
+            if type(value).__module__ == "numpy" and hasattr(value, "item"):
+                plain = value.item()  # of single precision, the decimal that it is printed as
+                object.__setattr__(self, name, float(str(value)) if isinstance(plain, float) else plain)
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < 2**63:
@@ -188,6 +193,7 @@ def _check_batches(model: nn.Module, images: ImageSet, recipe: Recipe) -> None:
         raise ValueError("there are no images to train on")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("all parameters are frozen (requires_grad is False); there is nothing to train")
+    check_values(model, gradients=True)
     normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if normalises and size == 1:
         raise ValueError("batch_size is 1, a poor mean for batch norm; it must be at least 2")
@@ -339,19 +345,37 @@ def _run_epochs(
     return losses
 
 # %% ../../nbs/2_networks/07_training.ipynb #53a0b2d3
+def _not_finite(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that have an entry that is infinite or NaN."""
+    values = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, value in values if not value.isfinite().all()}
+
+
 def _outcome(
-    model: nn.Module, epochs: Sequence[Epoch], losses: torch.Tensor | None, recipe: Recipe, images: int
+    model: nn.Module,
+    epochs: Sequence[Epoch],
+    losses: torch.Tensor | None,
+    recipe: Recipe,
+    images: int,
+    besides: Collection[str] = frozenset(),
 ) -> tuple[str, int | None]:
     """(status, diverged_at) of the `History` of `epochs`.
 
-    losses: of the steps of the last epoch, None if no epoch was run. images: their number.
+    losses: of the steps of the last epoch, None if no epoch was run. images: their number. besides: names of values
+    that were not finite before.
     """
     status, batches = _ending(epochs, recipe) or "epochs", math.ceil(images / recipe.batch_size)
     if status == "diverged" and losses is not None:
         return status, (len(epochs) - 1) * batches + 1 + int((~losses.isfinite()).nonzero()[0])
-    if status != "diverged" and not all(value.isfinite().all() for value in model.state_dict().values()):
+    if status != "diverged" and _not_finite(model) - set(besides):
         return "diverged", len(epochs) * batches
     return status, None
+
+# %% ../../nbs/2_networks/07_training.ipynb #83461c95
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor fills its memory, in some order. A slice of a larger tensor does not, and fused SGD would write
+    into the rest."""
+    return torch.empty_like(value, device="meta").stride() == value.stride()
 
 # %% ../../nbs/2_networks/07_training.ipynb #624b60c5
 @torch.enable_grad()
@@ -387,12 +411,16 @@ def fit(
         raise TypeError(f"images are a {type(images).__name__}; they must be a data.ImageSet")
     held = gradient_masks(model, masks) if masks is not None else []
     _check_batches(model, images, recipe)
-    if masks is not None:
-        apply_masks(model, masks)
+    before = _not_finite(model)
     rates = dict(lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    optimiser = torch.optim.SGD(model.parameters(), **rates, fused=True)
+    optimiser = torch.optim.SGD(model.parameters(), **rates, fused=all(map(_is_dense, model.parameters())))
     if resume:
         _restore_state(model, optimiser, resume)
+    if masks is not None:
+        apply_masks(model, masks)
+    for weight, kept in held:
+        if "momentum_buffer" in optimiser.state[weight]:
+            optimiser.state[weight]["momentum_buffer"].mul_(kept)
     epochs = list(resume.epochs) if resume else []
     model.train()
     calls: dict[str, Any] = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)
@@ -400,7 +428,7 @@ def fit(
     with recorded, torch.autocast(images.pixels.device.type, enabled=False):
         losses = _run_epochs(model, held, images, optimiser, recipe, epochs, seed=seed, **calls)
     model.eval()
-    return History(tuple(epochs), *_outcome(model, epochs, losses, recipe, len(images.labels)))
+    return History(tuple(epochs), *_outcome(model, epochs, losses, recipe, len(images.labels), before))
 
 # %% ../../nbs/2_networks/07_training.ipynb #71ee45a3
 RECIPES = {

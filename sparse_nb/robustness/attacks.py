@@ -16,8 +16,10 @@ from torch import nn
 
 from ..data import ImageSet, as_float
 from ..networks.cross_entropy import check_gradients_allowed, cross_entropy
+from ..networks.models import check_values
 from ..randomness import generator, globally_seeded
 from sparse_nb.robustness.evaluation import (
+    ALONE,
     Record,
     _computes_in,
     _distinct,
@@ -33,18 +35,20 @@ from sparse_nb.robustness.evaluation import (
 @contextmanager
 def under_attack(model: nn.Module) -> Iterator[None]:
     """A context in which `model` is in eval mode and its parameters need no gradients; afterwards modes and gradients
-    are restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, want in wanted:
-            parameter.requires_grad_(want)
+    are restored. One thread at a time. Raises ValueError for a network without values."""
+    check_values(model, gradients=True)
+    with ALONE:
+        modes = [(module, module.training) for module in model.modules()]
+        wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.eval()
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, want in wanted:
+                parameter.requires_grad_(want)
 
 # %% ../../nbs/3_robustness/03_attacks.ipynb #d9d9cf45
 @contextmanager
@@ -287,7 +291,8 @@ def _ask_package(network, images, labels, attack, epsilon, *, steps, seed, class
 def _search(climb, attacks, epsilon, *, steps, step_size, seed, classes=None):
     """{attack: images} of a `_Climb` under `attacks`, for a checked request."""
     check_gradients_allowed()
-    with under_attack(climb.network), torch.autocast(climb.images.device.type, enabled=False):
+    off = torch.autocast(climb.images.device.type, enabled=False)
+    with under_attack(climb.network), off, globally_seeded(seed):  # the network may be random in eval mode too
         found = _follow(climb, attacks, epsilon, steps=steps, step_size=step_size, seed=seed)
         for attack in [attack for attack in attacks if attack not in found]:
             how = dict(steps=steps, seed=seed, classes=classes)

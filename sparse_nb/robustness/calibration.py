@@ -32,8 +32,11 @@ _BINS = 15
 def calibration_error(outputs: torch.Tensor, labels: torch.Tensor, *, bins: int = _BINS) -> float:
     """Expected calibration error, in [0, 1], of logits (N, classes) against int64 labels (N,).
 
-    bins: number of bins with equally many images; if there are fewer images, each is a bin.
+    bins: number of bins with equally many images; if there are fewer images, each is a bin. Raises ValueError without
+    images.
     """
+    if not len(labels):
+        raise ValueError("there are no labels; the calibration error needs at least 1 image")
     bins = min(_whole_number("bins", bins, 1), len(labels))
     p = _probabilities(outputs, labels)
     sure, order = p.amax(1).sort(stable=True)

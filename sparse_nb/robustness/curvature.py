@@ -27,6 +27,10 @@ def _gradient(model, weights, inputs, labels) -> torch.Tensor:
     wanted = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
         loss = cross_entropy(call_with(model, wanted, inputs.clone()), labels)
+        if not loss.requires_grad:
+            raise ValueError(
+                "the network's outputs have no gradient with respect to its weights (torch.no_grad, argmax?)"
+            )
         found = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)  # zeros for an unused weight
     return torch.cat([part.flatten() for part in found]).double()
 

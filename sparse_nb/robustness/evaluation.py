@@ -7,6 +7,7 @@ __all__ = ['Record', 'evaluate']
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #915c71ae
 import operator
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from ..data import ImageSet, as_float
 from ..networks.cross_entropy import check_tensor, cross_entropy
-from ..randomness import generator
+from ..networks.models import check_values
+from ..randomness import generator, globally_seeded
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #19679734
 def _refuse_empty(images):
@@ -64,13 +66,22 @@ def _in_every_layer(model, tensors):
 
 def call_with(model: nn.Module, tensors: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> object:
     """`model(inputs)`, computed with `tensors` in place of its own parameters and buffers {name: tensor}, which stay.
-    Raises ValueError for a network in `nn.DataParallel`."""
+    Raises ValueError for a network in `nn.DataParallel`, or of `torch.jit` if there are tensors."""
     if isinstance(model, nn.DataParallel):
         raise ValueError("the network is in nn.DataParallel, which hides its names; give its .module")
+    if isinstance(model, torch.jit.ScriptModule):
+        if tensors:
+            raise ValueError(
+                "the network is compiled by torch.jit, so its weights cannot be replaced; give the original"
+            )
+        return model(inputs)
     with torch.autocast(inputs.device.type, enabled=False):
         return torch.func.functional_call(model, _in_every_layer(model, tensors), (inputs,), tie_weights=False)
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #f92deee8
+ALONE = threading.RLock()  # held while modes, parameters or gradients of a network are changed for a while
+
+
 @torch.no_grad()
 def logits(
     model: nn.Module, images: ImageSet, *, parameters: Mapping[str, torch.Tensor] | None = None, batch_size: int = 1000
@@ -83,14 +94,17 @@ def logits(
     not finite.
     """
     _refuse_empty(images)
-    batches, modes = images.pixels.split(_whole_number("batch_size", batch_size, 1)), _modes(model)
-    model.eval()
-    try:
-        inputs, used = (as_float(batch).to(_computes_in(model)) for batch in batches), dict(parameters or {})
-        outputs = torch.cat([check_tensor(call_with(model, used, batch)) for batch in inputs])
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    check_values(model)
+    batches, used = images.pixels.split(_whole_number("batch_size", batch_size, 1)), dict(parameters or {})
+    with ALONE, globally_seeded(0):  # for a network that is random in eval mode too
+        modes = _modes(model)
+        model.eval()
+        try:
+            inputs = (as_float(batch).to(_computes_in(model)) for batch in batches)
+            outputs = torch.cat([check_tensor(call_with(model, used, batch)) for batch in inputs])
+        finally:
+            for module, mode in modes:
+                module.training = mode
     _check_outputs(outputs, len(images))
     return outputs
 

@@ -78,7 +78,7 @@ def _device(wanted: str | torch.device | None) -> torch.device:
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device is {wanted!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device is {wanted!r}: {(str(error) or repr(error)).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {wanted!r}; accepted: cpu, cuda")
     return device
@@ -99,8 +99,9 @@ def _look(name: str, model: nn.Module, images: ImageSet) -> int:
         with torch.no_grad():
             outputs = model(two)
     except Exception as error:  # a network may raise anything
+        said = (str(error) or repr(error)).splitlines()[0]
         of = f"{two.dtype} (N, {', '.join(map(str, images.shape))})"
-        raise ValueError(f"network {name!r} does not take these images, {of}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"network {name!r} does not take these images, {of}: {said}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -241,7 +242,7 @@ def _measure_images(bench: _Bench, disturbances: Sequence[tuple[str, int]], epsi
             try:
                 scores[name] = attacked_right(network.model, few, attack, **how)
             except (ValueError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+                reason = (str(error) or repr(error)).splitlines()[0]
                 bench.notes.append(f"{measure}: {name} is left out, since {reason}.")
             bench.bar.update(len(few) * _passes(attack))
         bench.add_scores(measure, scores, len(few))
