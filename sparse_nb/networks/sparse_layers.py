@@ -46,6 +46,11 @@ _LANES_BELOW = 0.3  # density below which a single layer is walked, in single pr
 _SPARSE_BELOW = 0.03  # density below which the sparse product is used elsewhere
 
 
+def _refuse_width(x: torch.Tensor, wanted: int) -> None:
+    """Raise ValueError: the kernels would read beyond the end of `x` or overlook a part of it."""
+    raise ValueError(f"the input has {x.shape[-1]} features, in shape {tuple(x.shape)}; the layer takes {wanted}")
+
+
 def _in_lanes(x: torch.Tensor) -> bool:
     """Whether layers take `x` through the kernels in lanes."""
     return x.device.type == "cpu" and x.dtype == torch.float32
@@ -56,9 +61,9 @@ def _all_biases(layer: nn.Linear) -> torch.Tensor:
     return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
 
-def _executed_biases(layer: nn.Linear) -> torch.Tensor:
-    """The biases of the executed units of a linear layer."""
-    executed = getattr(layer, "executed_outputs", None)
+def _executed_biases(layer: nn.Linear, short: bool) -> torch.Tensor:
+    """The biases of a linear layer's units; only of the executed ones if `short`."""
+    executed = getattr(layer, "executed_outputs", None) if short else None
     return _all_biases(layer) if executed is None else _all_biases(layer)[executed.to(layer.weight.device)]
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #3332a5bb
@@ -67,33 +72,46 @@ class SparseLinear(nn.Linear):
     matrix of `shape`.
 
     executed_outputs, executed_inputs: the units executed, int64, ascending, None for all; set by `sparse_network`.
-    (N, inputs) in, (N, outputs) out.
+    link_in, link_out: the same object in two layers of which the second alone reads the first.
+    (N, inputs) in, (N, outputs) out, with all units, unless a `SparseSequential` asks for the executed ones. Raises
+    ValueError for another number of inputs.
     """
+
+    link_in: object = None
+    link_out: object = None
 
     def __init__(self, in_features: int, out_features: int, positions: torch.Tensor, bias: bool = True):
         super().__init__(in_features, out_features, bias, device="meta")
         _hold_kept(self, positions)
         self.executed_outputs = self.executed_inputs = None
 
-    def structure(self) -> MatrixStructure:
-        """The structure of the layer's executed weights, on its device."""
-        device = self.positions.device
-        if device not in self.plans:
-            executed = (u if u is None else u.to(device) for u in (self.executed_outputs, self.executed_inputs))
-            self.plans[device] = matrix_structure(self.positions, self.shape, *executed)
-        return self.plans[device]
+    def executed(self, short: Sequence[bool]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The (outputs, inputs) to execute, None for all. short: whether (inputs, outputs) are the executed ones."""
+        return self.executed_outputs if short[1] else None, self.executed_inputs if short[0] else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        s = self.structure()
+    def structure(self, short: Sequence[bool] = (False, False)) -> MatrixStructure:
+        """The structure of the layer's weights, on its device; `short` as in `executed`."""
+        device = self.positions.device
+        key = device, *short
+        if key not in self.plans:
+            executed = (units if units is None else units.to(device) for units in self.executed(short))
+            self.plans[key] = matrix_structure(self.positions, self.shape, *executed)
+        return self.plans[key]
+
+    def forward(self, x: torch.Tensor, short: Sequence[bool] = (False, False)) -> torch.Tensor:
+        s = self.structure(short)
+        if x.shape[-1] != s.shape[1]:
+            _refuse_width(x, s.shape[1])
         values = self.weight if len(s.index) == len(self.weight) else self.weight[s.index]
-        lanes, biases = _in_lanes(x), _executed_biases(self)
+        lanes, biases = _in_lanes(x), _executed_biases(self, short[1])
         if len(s.index) >= (_LANES_BELOW if lanes else _SPARSE_BELOW) * max(1, s.shape[0] * s.shape[1]):
             return linear(x, to_dense(values, s.rows * s.shape[1] + s.columns, s.shape), biases)
+        rows = x.reshape(-1, s.shape[1])
         if lanes:
-            product = walked_linear(x.flatten(0, -2), values, biases, s.starts, s.columns)
+            product = walked_linear(rows, values, biases, s.starts, s.columns)
         else:
-            product = SparseProduct.apply(x.flatten(0, -2), values, s) + biases
-        return product.unflatten(0, x.shape[:-1])
+            product = SparseProduct.apply(rows, values, s) + biases
+        return product.view(*x.shape[:-1], s.shape[0])
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #669c6a24
 WALK_BELOW = 0.3  # density of the first layer up to which walking beats the dense product on a CPU
@@ -112,6 +130,7 @@ def _can_walk(trio: Sequence[nn.Module], x: torch.Tensor) -> bool:
     return (
         type(trio[1]) is nn.ReLU
         and type(trio[2]) in (nn.Linear, PortableLinear, SparseLinear)
+        and trio[2].in_features == trio[0].out_features
         and x.device.type == "cpu"
         and x.dim() == 2
         and x.dtype in (torch.float32, torch.float64)
@@ -120,43 +139,68 @@ def _can_walk(trio: Sequence[nn.Module], x: torch.Tensor) -> bool:
     )
 
 
+def _can_shorten(modules: Sequence[nn.Module]) -> bool:
+    """Whether the first of these modules, which run one after the other, may output its executed units only: nothing
+    but the layer that they were determined for sees them.
+    """
+    if len(modules) < 3 or not isinstance(modules[0], SparseLinear) or modules[0].link_out is None:
+        return False
+    first, between, second = modules[:3]
+    return (
+        type(between) is nn.ReLU
+        and isinstance(second, SparseLinear)
+        and first.link_out is second.link_in
+        and not any(map(_has_hooks, (first, between, second)))
+        and (second.executed_outputs is None or _can_shorten(modules[2:]))
+    )
+
+
 class SparseSequential(nn.Sequential):
-    """A Sequential that walks linear layers in pairs where that is faster."""
+    """A Sequential that walks linear layers in pairs where that is faster, and leaves out units that nothing reads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        modules = list(self)
+        modules, short = list(self), False  # whether x has executed units only
         while modules:
+            after = _can_shorten(modules)
             if _can_walk(modules[:3], x):
                 first, _, second = modules[:3]
-                x, modules = _walked(first, second, x), modules[3:]
+                last = _can_shorten(modules[2:])
+                x, modules, short = _walked(first, second, x, (short, after, last)), modules[3:], last
+            elif isinstance(modules[0], SparseLinear):
+                x, modules, short = modules[0](x, (short, after)), modules[1:], after
             else:
                 x, modules = modules[0](x), modules[1:]
         return x
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #935aeb9d
-def _structure_of(layer: nn.Linear) -> MatrixStructure:
-    """The structure of a linear layer, sparse or not."""
+def _structure_of(layer: nn.Linear, short: Sequence[bool]) -> MatrixStructure:
+    """The structure of a linear layer, sparse or not; `short` as in `SparseLinear.executed`."""
     if isinstance(layer, SparseLinear):
-        return layer.structure()
+        return layer.structure(short)
     return matrix_structure(torch.arange(layer.weight.numel()), layer.weight.shape)
 
 
-def walk_inputs(first: SparseLinear, second: nn.Linear) -> tuple:
+def walk_inputs(first: SparseLinear, second: nn.Linear, short: Sequence[bool] = (True, True, True)) -> tuple:
     """The arguments of a walk of two layers besides the images: (weights, biases, weights_out, biases_out, `Walk`).
 
     weights, weights_out: (kept,) of either layer; biases of all units of the first, of the executed ones of the second.
+    short: whether only the executed ones of (inputs, hidden units, outputs) take part.
     """
-    reader, plan = first.plans.get("walk", (None, None))
+    key = "walk", *short
+    reader, plan = first.plans.get(key, (None, None))
     if reader is not second:
-        executed = first.executed_outputs, first.executed_inputs
-        plan = plan_walk(first.positions, first.shape, _structure_of(second), *executed)
-        first.plans["walk"] = second, plan
-    return first.weight, _all_biases(first), second.weight.flatten(), _executed_biases(second), plan
+        plan = plan_walk(first.positions, first.shape, _structure_of(second, short[1:]), *first.executed(short[:2]))
+        first.plans[key] = second, plan
+    return first.weight, _all_biases(first), second.weight.flatten(), _executed_biases(second, short[2]), plan
 
 
-def _walked(first, second, x):
-    """`second(relu(first(x)))` as one loop over the hidden units."""
-    return (walked_pair if _in_lanes(x) else WalkedPair.apply)(x, *walk_inputs(first, second))
+def _walked(first, second, x, short):
+    """`second(relu(first(x)))` as one loop over the hidden units; `short` as in `walk_inputs`."""
+    inputs = first.executed_inputs if short[0] else None
+    wanted = first.in_features if inputs is None else len(inputs)
+    if x.shape[-1] != wanted:
+        _refuse_width(x, wanted)
+    return (walked_pair if _in_lanes(x) else WalkedPair.apply)(x, *walk_inputs(first, second, short))
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #26059c85
 CONVOLUTION_WALK_BELOW = 0.1  # density up to which walking beats the dense convolution on a CPU
@@ -171,6 +215,8 @@ def _options(layer: nn.Conv2d) -> tuple:
 class SparseConv2d(nn.Conv2d):
     """A convolution that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a
     kernel of `shape`.
+
+    Raises ValueError, or PyTorch's RuntimeError, for images with other channels or smaller than the kernel.
     """
 
     def __init__(self, layer: nn.Conv2d, positions: torch.Tensor):
@@ -208,6 +254,12 @@ class SparseConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.walks(x):
             return self._conv_forward(x, self.kernel(), self.bias)
+        height, width = (side + 2 * more for side, more in zip(x.shape[2:], self.padding, strict=True))
+        if x.shape[1] != self.in_channels or height < self.shape[2] or width < self.shape[3]:
+            raise ValueError(
+                f"the input has shape {tuple(x.shape)}; the convolution takes (N, {self.in_channels}, H, W), "
+                f"padded at least {self.shape[2]} × {self.shape[3]}"
+            )
         y = WalkedConvolution.apply(x, self.weight, self.taps(), self.shape[0], self.stride[0], self.padding)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
@@ -255,12 +307,16 @@ def _leave_out(modules: Sequence[nn.Module]) -> None:
     """Tell the sparse linear layers among modules that run one after the other which of their units to execute, where
     only a ReLU lies between.
     """
+    for layer in modules:
+        if isinstance(layer, SparseLinear):
+            layer.executed_outputs = layer.executed_inputs = layer.link_in = layer.link_out = None
     for first, between, second in reversed(list(zip(modules, modules[1:], modules[2:], strict=False))):
         if isinstance(first, SparseLinear) and type(between) is nn.ReLU and isinstance(second, SparseLinear):
             kept = second.positions
             if second.executed_outputs is not None:
                 kept = kept[torch.isin(kept // second.in_features, second.executed_outputs)]
             first.executed_outputs = second.executed_inputs = kept.remainder(second.in_features).unique()
+            first.link_out = second.link_in = object()
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #00ae373e
 def _children(module: nn.Module) -> dict[str, nn.Module]:
