@@ -8,7 +8,7 @@ __all__ = ['SparseLinear', 'SparseConv2d', 'sparse_network', 'dense_network']
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #2f32ffe0
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,6 +41,25 @@ def _hold_kept(layer: nn.Module, positions: torch.Tensor) -> None:
     layer.register_buffer("positions", positions)
     layer.plans = {}  # computed once from the positions, for each device
 
+
+class _Kept(nn.Module):
+    """What both sparse layers do when a state is loaded: new positions make their plans wrong."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        before, found = self.positions.clone(), state_dict.get(f"{prefix}positions")
+        last = self.shape.numel() - 1
+        if found is not None and len(found) and not 0 <= int(found.min()) <= int(found.max()) <= last:
+            raise ValueError(f"{prefix}positions lie outside of 0 … {last}: the state belongs to another network")
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        if not torch.equal(before, self.positions):
+            _forget(self)
+
+
+def _forget(layer: nn.Module) -> None:
+    """Forget what a module has computed from its positions."""
+    getattr(layer, "plans", {}).clear()
+    layer.__dict__.pop("lane_plans", None)
+
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #734b20b2
 _LANES_BELOW = 0.3  # density below which a single layer is walked, in single precision on a CPU
 _SPARSE_BELOW = 0.03  # density below which the sparse product is used elsewhere
@@ -67,7 +86,7 @@ def _executed_biases(layer: nn.Linear, short: bool) -> torch.Tensor:
     return _all_biases(layer) if executed is None else _all_biases(layer)[executed.to(layer.weight.device)]
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #3332a5bb
-class SparseLinear(nn.Linear):
+class SparseLinear(_Kept, nn.Linear):
     """A linear layer that stores only its kept weights: `weight` is (kept,), the values at the flat `positions` of a
     matrix of `shape`.
 
@@ -158,6 +177,10 @@ def _can_shorten(modules: Sequence[nn.Module]) -> bool:
 class SparseSequential(nn.Sequential):
     """A Sequential that walks linear layers in pairs where that is faster, and leaves out units that nothing reads."""
 
+    def __init__(self, *modules):
+        super().__init__(*modules)
+        self.register_load_state_dict_post_hook(_after_loading)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules, short = list(self), False  # whether x has executed units only
         while modules:
@@ -212,7 +235,7 @@ def _options(layer: nn.Conv2d) -> tuple:
     return *shape, layer.groups, layer.bias is not None, layer.padding_mode
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #78cec8a0
-class SparseConv2d(nn.Conv2d):
+class SparseConv2d(_Kept, nn.Conv2d):
     """A convolution that stores the kept weights only: `weight` is (kept,), the values at the flat `positions` of a
     kernel of `shape`.
 
@@ -300,6 +323,9 @@ def _sparse_layer(layer: nn.Module, positions: torch.Tensor) -> nn.Module:
             sparse.weight.copy_(layer.weight.flatten()[positions])
             if layer.bias is not None:
                 sparse.bias.copy_(layer.bias)
+    sparse.weight.requires_grad_(layer.weight.requires_grad)
+    if layer.bias is not None:
+        sparse.bias.requires_grad_(layer.bias.requires_grad)
     return sparse.train(layer.training)
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #0a18384a
@@ -318,7 +344,83 @@ def _leave_out(modules: Sequence[nn.Module]) -> None:
             first.executed_outputs = second.executed_inputs = kept.remainder(second.in_features).unique()
             first.link_out = second.link_in = object()
 
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #51feb3f4
+def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that store only their kept weights: {path: layer}."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, (SparseLinear, SparseConv2d))}
+
+
+def _after_loading(modules: nn.Sequential, _) -> None:
+    """Forget the plans of layers that run together if the positions of one of them have changed; those of a recorded
+    GPU step are in use and must otherwise remain.
+    """
+    if any(isinstance(layer, SparseLinear) and not layer.plans for layer in modules):
+        forget_plans(modules)
+
+
+def forget_plans(model: nn.Module) -> None:
+    """Let `model`, whose layers' `positions` were changed in place, compute again what depends on them."""
+    for module in model.modules():
+        _forget(module)
+        if isinstance(module, SparseSequential):
+            _leave_out(list(module))
+
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #00ae373e
+_ACCEPTED = (nn.Conv2d, nn.Linear, PortableLinear)
+
+
+def _additions(module: nn.Module) -> list[str]:
+    """What `module` has beyond its class, which a module made in its place would not have."""
+    own = [name for name, value in vars(module).items() if name == "forward" or (name.endswith("_hooks") and value)]
+    children = () if isinstance(module, nn.Sequential) else module._modules
+    return [*own, *(set(module._parameters) - {"weight", "bias"}), *module._buffers, *children]
+
+
+def _held(value: object) -> Iterator[nn.Module]:
+    """The modules in a value: itself, or those in a list, tuple, set or dict."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, (list, tuple, set, frozenset, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _held(part)
+
+
+def _check_held(model: nn.Module, is_replaced: Callable[[nn.Module], bool]) -> None:
+    """Raise ValueError, naming it, for a module to be replaced that another one also holds in a plain list or the like;
+    those of sparse layers belong to their plans.
+    """
+    names = {module: name or "the network" for name, module in model.named_modules()}
+    for module, name in names.items():
+        known = ("_parameters", "_buffers", "_modules", *(("plans",) if isinstance(module, _Kept) else ()))
+        for attribute, value in vars(module).items():
+            for held in () if attribute in known else _held(value):
+                if held in names and is_replaced(held):
+                    raise ValueError(
+                        f"{name} holds {names[held]} in {attribute!r} too, where it cannot be replaced; "
+                        "accepted: modules in attributes, Sequential, ModuleList and ModuleDict only"
+                    )
+
+
+def _check_convertible(model: nn.Module, losing: Collection[nn.Module]) -> None:
+    """Raise ValueError, naming the module, if `model` would compute something else once its layers `losing` are
+    replaced by sparse ones.
+    """
+    names = {module: name or "the network" for name, module in model.named_modules()}
+    usual = ", ".join(kind.__name__ for kind in _ACCEPTED)
+    for module, name in names.items():
+        if module in losing and type(module) not in _ACCEPTED:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, of which no sparse form is known; accepted: {usual}, "
+                "or a layer that keeps all its weights"
+            )
+        if (module in losing or type(module) is nn.Sequential) and (found := _additions(module)):
+            raise ValueError(
+                f"{name} has {', '.join(found)}, which its sparse form would not have; accepted: {usual} and "
+                "Sequential without hooks or additions (register hooks on the sparse network)"
+            )
+    _check_held(model, lambda held: held in losing or type(held) is nn.BatchNorm2d)
+
+
 def _children(module: nn.Module) -> dict[str, nn.Module]:
     """{name: module} directly in `module`, one that has two names under both."""
     return {name: child for name, child in module._modules.items() if child is not None}
@@ -331,13 +433,15 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
     model: any `nn.Module`; do not use it afterwards, since its other modules become part of the result. On the meta
     device ("weightless") no complete matrix is made: the new network is on the CPU, and its values must be set, for
     example by `masks.initialise(network, None, seed=…)`. masks: {weight name: bool mask} or `masks.random_positions`.
-    Returns the network. Raises ValueError for masks of another network, and for a weight that two layers share or a
-    layer that is used at two places.
+    Returns the network. Raises ValueError for masks of another network, for a weight that two layers share or a layer
+    that is used at two places, and, naming the module, if one to be replaced has hooks, is of a subclass of Conv2d or
+    Linear, or is also held in a plain list.
     """
     positions, names = kept_positions(model, masks), {id(w): name for name, w in counted_weights(model).items()}
     counted = [m for _, m in model.named_modules(remove_duplicate=False) if isinstance(m, (nn.Conv2d, nn.Linear))]
     if len(counted) > len(names):
         raise ValueError(f"{len(counted)} layers share {len(names)} weights; a sparse layer has its own")
+    _check_convertible(model, {m for m in counted if len(positions[names[id(m.weight)]]) < m.weight.numel()})
     done: dict[nn.Module, nn.Module] = {}  # a ReLU may be used at several places
 
     def converted(module):
@@ -363,20 +467,6 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
 
     return converted(model)
 
-# %% ../../nbs/2_networks/06_sparse_layers.ipynb #51feb3f4
-def sparse_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of `model` that store only their kept weights: {path: layer}."""
-    return {path: layer for path, layer in model.named_modules() if isinstance(layer, (SparseLinear, SparseConv2d))}
-
-
-def forget_plans(model: nn.Module) -> None:
-    """Let `model`, whose layers' `positions` were changed in place, compute again what depends on them."""
-    for module in model.modules():
-        getattr(module, "plans", {}).clear()
-        module.__dict__.pop("lane_plans", None)
-        if isinstance(module, SparseSequential):
-            _leave_out(list(module))
-
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #318bd61d
 def pattern(model: nn.Module) -> dict[str, torch.Tensor]:
     """The flat positions of the kept weights of a network, sparse or not: {weight name: int64 (kept,), ascending}."""
@@ -393,18 +483,29 @@ def _dense_layer(sparse: nn.Module) -> tuple[nn.Module, torch.Tensor]:
         layer = PortableLinear(sparse.in_features, sparse.out_features, sparse.bias is not None, device="meta")
     else:
         layer = nn.Conv2d(*_options(sparse), device="meta")
-    layer.weight = nn.Parameter(to_dense(sparse.weight.detach(), sparse.positions, sparse.shape))
+    matrix = to_dense(sparse.weight.detach(), sparse.positions, sparse.shape)
+    layer.weight = nn.Parameter(matrix, requires_grad=sparse.weight.requires_grad)
     layer.bias = copy.deepcopy(sparse.bias)
     kept = torch.ones_like(sparse.positions, dtype=torch.bool)
     return layer.train(sparse.training), to_dense(kept, sparse.positions, sparse.shape)
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #fb0cf09d
+def _own_hooks(module: nn.Module) -> dict[str, dict]:
+    """{attribute: hooks} of `module`, as copies, without what loading a state does to a sparse network."""
+    hooks = {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
+    for key, hook in list(hooks["_load_state_dict_post_hooks"].items()):
+        if hook is _after_loading:
+            del hooks["_load_state_dict_post_hooks"][key]
+    return hooks
+
+
 def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A copy of `model` with complete matrices and kernels, zero where nothing is kept; and its masks, {weight name:
     bool tensor}.
 
-    `model` itself does not change.
+    `model` itself does not change. Raises ValueError, naming it, for a module that is also held in a plain list.
     """
+    _check_held(model, lambda held: True)
     masks: dict[str, torch.Tensor] = {}
     done: dict[nn.Module, nn.Module] = {}
 
@@ -417,16 +518,19 @@ def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]
         name = f"{path}.weight".lstrip(".")
         if isinstance(module, (SparseLinear, SparseConv2d)):
             layer, masks[name] = _dense_layer(module)
+            layer.__dict__.update(_own_hooks(module))
             return layer
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             masks[name] = torch.ones_like(module.weight, dtype=torch.bool)
             return copy.deepcopy(module)
         children = {name: converted(child, f"{path}.{name}".lstrip(".")) for name, child in _children(module).items()}
         if isinstance(module, SparseSequential):
-            return nn.Sequential(OrderedDict(children)).train(module.training)
+            made = nn.Sequential(OrderedDict(children)).train(module.training)
+            made.__dict__.update(_own_hooks(module))
+            return made
         module = _as_type(nn.BatchNorm2d, module) if isinstance(module, _AnyLayoutNorm) else copy.copy(module)
         own = {part: copy.deepcopy(module.__dict__[part]) for part in ("_parameters", "_buffers")}
-        module.__dict__.update(own, _modules=children)
+        module.__dict__.update(own, _modules=children, **_own_hooks(module))
         return module
 
     return converted(model, ""), masks
