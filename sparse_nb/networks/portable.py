@@ -6,6 +6,8 @@
 __all__ = ['PortableNetwork', 'portable']
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #44ed3750
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from .convolution_kernels import empty_chunks, to_chunks
 from .convolutions import Convolution, convolve
 from .lanes import _I64, _ZERO, WIDTH, compiled, load, operation, store
 from .models import Normalise, ResidualBlock
-from .sparse_layers import SparseSequential, _has_hooks
+from .sparse_layers import SparseConv2d, SparseSequential, _AnyLayoutNorm, _has_hooks
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #98958654
 @operation()
@@ -111,7 +113,14 @@ class _AveragePool(torch.autograd.Function):
         return to_x, None
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #1972532e
+def _check_channels(x, wanted):
+    """Raise ValueError for chunks of other channels, which the kernels would read beyond their end."""
+    if x.shape[1] != wanted:
+        raise ValueError(f"the images have {x.shape[1]} channels here; the layer takes {wanted}")
+
+
 def _convolution(layer, x):
+    _check_channels(x, layer.in_channels)
     size = x.shape[2] - 2, x.shape[3] - 2
     plans = layer.__dict__.setdefault("lane_plans", {})
     if size not in plans:
@@ -138,6 +147,7 @@ def _run(layers, images):
         if isinstance(layer, nn.Conv2d):
             x = _convolution(layer, x)
         elif isinstance(layer, nn.BatchNorm2d):
+            _check_channels(x, layer.num_features)
             x = normalise(x, layer, len(images), gates=isinstance(layers[n + 1], nn.ReLU))
         elif isinstance(layer, ResidualBlock):
             x = _block(layer, x, len(images))
@@ -188,21 +198,36 @@ def _in_order(layers, height, width):
     return None, height, width
 
 # %% ../../nbs/2_networks/18_portable_networks.ipynb #7c63830e
-_KNOWN = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, ResidualBlock)
+_LAYERS = (nn.Conv2d, SparseConv2d, nn.BatchNorm2d, _AnyLayoutNorm, nn.ReLU)
+_KNOWN = (*_LAYERS, nn.MaxPool2d, ResidualBlock)
+
+
+def _check_types(name: str, layer: nn.Module, known: Sequence[type]) -> None:
+    """Raise ValueError, naming it, for a layer of another class or one with a `forward` of its own: its computation is
+    unknown. The same for the layers in a residual block.
+    """
+    if type(layer) not in known or "forward" in vars(layer):
+        raise ValueError(f"{name} is a {type(layer).__name__} that has no portable form")
+    if isinstance(layer, ResidualBlock):
+        for inner, part in layer.named_modules():
+            if part is not layer:
+                _check_types(f"{name}.{inner}", part, (*_LAYERS, nn.Sequential, SparseSequential, nn.Identity))
 
 
 def check_portable(network: nn.Module) -> None:
     """Raise ValueError, naming the layer, for a network that has no portable form."""
+    _check_types("the network", network, (nn.Sequential, SparseSequential, PortableNetwork))
+    if _has_hooks(network):
+        raise ValueError("the network has hooks, which its portable form would not have; register them on that")
     layers = list(network.named_children())
-    if not layers or not isinstance(layers[0][1], Normalise):
+    if not layers or type(layers[0][1]) is not Normalise:
         raise ValueError("a portable network begins with models.Normalise, as those of build_model do")
-    names = [name for name, layer in layers if isinstance(layer, nn.AdaptiveAvgPool2d)]
+    names = [name for name, layer in layers if type(layer) is nn.AdaptiveAvgPool2d]
     if len(names) != 1 or network.get_submodule(names[0]).output_size not in (1, (1, 1)):
         raise ValueError("a portable network averages all pixels once, before its linear layers")
     end = [name for name, _ in layers].index(names[0])
     for n, (name, layer) in enumerate(layers[1:end], start=1):
-        if not isinstance(layer, _KNOWN):
-            raise ValueError(f"{name} is a {type(layer).__name__}, which has no portable form")
+        _check_types(name, layer, _KNOWN)
         if isinstance(layer, nn.ReLU) and not isinstance(layers[n - 1][1], nn.BatchNorm2d):
             raise ValueError(f"{name} does not follow batch norm; it has no portable form of its own")
     (_, height, width), (left, right, up, down) = layers[0][1].image_shape, layers[0][1].frame
@@ -213,10 +238,10 @@ def check_portable(network: nn.Module) -> None:
 class PortableNetwork(SparseSequential):
     """A convolutional network run by this chapter in float32 on a CPU, and by its layers otherwise."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, any_layout: bool = False) -> torch.Tensor:
         hooked = any(_has_hooks(module) for module in self.modules() if module is not self)
         if x.device.type != "cpu" or x.dtype != torch.float32 or hooked or not len(x):
-            return super().forward(x)
+            return super().forward(x, any_layout)
         return _run(list(self), x)
 
 

@@ -26,7 +26,7 @@ from sparse_nb.networks.kernels import (
     to_dense,
 )
 from .masks import kept_positions
-from .models import counted_weights
+from .models import ResidualBlock, counted_weights
 from .walks import walked_linear, walked_pair
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #dd621a09
@@ -158,6 +158,11 @@ def _can_walk(trio: Sequence[nn.Module], x: torch.Tensor) -> bool:
     )
 
 
+def _is_contiguous_images(x: object) -> bool:
+    """Whether `x` is a tensor (N, C, H, W) in the usual layout."""
+    return isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_contiguous()
+
+
 def _can_shorten(modules: Sequence[nn.Module]) -> bool:
     """Whether the first of these modules, which run one after the other, may output its executed units only: nothing
     but the layer that they were determined for sees them.
@@ -175,13 +180,24 @@ def _can_shorten(modules: Sequence[nn.Module]) -> bool:
 
 
 class SparseSequential(nn.Sequential):
-    """A Sequential that walks linear layers in pairs where that is faster, and leaves out units that nothing reads."""
+    """A Sequential that walks linear layers in pairs where that is faster, and leaves out units that nothing reads.
+
+    any_layout: whether its caller takes images in any layout; otherwise contiguous images give contiguous ones.
+    """
+
+    any_layout = False
 
     def __init__(self, *modules):
         super().__init__(*modules)
         self.register_load_state_dict_post_hook(_after_loading)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, any_layout: bool = False) -> torch.Tensor:
+        free = any_layout or self.any_layout or not _is_contiguous_images(x)
+        x = self._computed(x)
+        return x.contiguous() if not free and isinstance(x, torch.Tensor) and x.dim() == 4 else x
+
+    def _computed(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of `forward`, in the layout in which it is computed."""
         modules, short = list(self), False  # whether x has executed units only
         while modules:
             after = _can_shorten(modules)
@@ -191,6 +207,8 @@ class SparseSequential(nn.Sequential):
                 x, modules, short = _walked(first, second, x, (short, after, last)), modules[3:], last
             elif isinstance(modules[0], SparseLinear):
                 x, modules, short = modules[0](x, (short, after)), modules[1:], after
+            elif isinstance(modules[0], (SparseConv2d, SparseSequential)):
+                x, modules = modules[0](x, any_layout=True), modules[1:]
             else:
                 x, modules = modules[0](x), modules[1:]
         return x
@@ -274,7 +292,12 @@ class SparseConv2d(_Kept, nn.Conv2d):
             self.plans[device] = (o * size + tap) * inputs + i
         return to_dense(self.weight, self.plans[device], (outputs, height, width, inputs)).permute(0, 3, 1, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, any_layout: bool = False) -> torch.Tensor:
+        y = self._computed(x)
+        return y if any_layout or not x.is_contiguous() else y.contiguous()
+
+    def _computed(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of `forward`, in the layout in which it is computed."""
         if not self.walks(x):
             return self._conv_forward(x, self.kernel(), self.bias)
         height, width = (side + 2 * more for side, more in zip(x.shape[2:], self.padding, strict=True))
@@ -456,6 +479,10 @@ def sparse_network(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> nn.Mo
                 return _sparse_layer(module, kept)
         for name, child in _children(module).items():
             setattr(module, name, converted(child))
+        if type(module) is ResidualBlock:  # nothing in it depends on the layout
+            for child in module.children():
+                if isinstance(child, SparseSequential):
+                    child.any_layout = True
         if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             module.to_empty(device="cpu", recurse=False)
         if type(module) is nn.BatchNorm2d:
@@ -491,19 +518,16 @@ def _dense_layer(sparse: nn.Module) -> tuple[nn.Module, torch.Tensor]:
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #fb0cf09d
 def _own_hooks(module: nn.Module) -> dict[str, dict]:
-    """{attribute: hooks} of `module`, as copies, without what loading a state does to a sparse network."""
-    hooks = {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
-    for key, hook in list(hooks["_load_state_dict_post_hooks"].items()):
-        if hook is _after_loading:
-            del hooks["_load_state_dict_post_hooks"][key]
-    return hooks
+    """{attribute: hooks} of `module`, as copies: a hook on a copy of the module must not be called by the module."""
+    return {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
 
 
 def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """A copy of `model` with complete matrices and kernels, zero where nothing is kept; and its masks, {weight name:
     bool tensor}.
 
-    `model` itself does not change. Raises ValueError, naming it, for a module that is also held in a plain list.
+    `model` itself does not change. Hooks of sparse layers and of the `Sequential` around them are not copied. Raises
+    ValueError, naming it, for a module that is also held in a plain list.
     """
     _check_held(model, lambda held: True)
     masks: dict[str, torch.Tensor] = {}
@@ -518,16 +542,13 @@ def dense_network(model: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]
         name = f"{path}.weight".lstrip(".")
         if isinstance(module, (SparseLinear, SparseConv2d)):
             layer, masks[name] = _dense_layer(module)
-            layer.__dict__.update(_own_hooks(module))
             return layer
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             masks[name] = torch.ones_like(module.weight, dtype=torch.bool)
             return copy.deepcopy(module)
         children = {name: converted(child, f"{path}.{name}".lstrip(".")) for name, child in _children(module).items()}
         if isinstance(module, SparseSequential):
-            made = nn.Sequential(OrderedDict(children)).train(module.training)
-            made.__dict__.update(_own_hooks(module))
-            return made
+            return nn.Sequential(OrderedDict(children)).train(module.training)
         module = _as_type(nn.BatchNorm2d, module) if isinstance(module, _AnyLayoutNorm) else copy.copy(module)
         own = {part: copy.deepcopy(module.__dict__[part]) for part in ("_parameters", "_buffers")}
         module.__dict__.update(own, _modules=children, **_own_hooks(module))
