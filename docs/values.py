@@ -5,6 +5,7 @@ prepare` renews what stands between them, and `make test` fails where a page is 
 """
 
 import html
+import json
 import math
 import re
 import sys
@@ -248,11 +249,12 @@ def calibration_table():
         for quantity, heading in shown.HEADINGS.items():
             points, percent = part[part.quantity == quantity].set_index("density"), quantity != shown.CURVATURE
             sixteenth = min(points.index, key=lambda density: abs(math.log2(16 * density)))
+            shown_densities = dict.fromkeys((max(points.index), sixteenth, min(points.index)))
             cells[heading] = " → ".join(
                 "{} [{},\N{NO-BREAK SPACE}{}]".format(
                     *(f"{(100 if percent else 1) * points.loc[density, side]:.1f}" for side in ("mean", "low", "high"))
                 )
-                for density in (max(points.index), sixteenth, min(points.index))
+                for density in shown_densities
             )
         rows.append(
             {"panel": f"{words[family]} on {words[dataset]}, {words[rule]}", **cells, "seeds": part.seeds.min()}
@@ -288,6 +290,25 @@ def stored_table(header):
     raise ValueError(f"nbs/published.ipynb has no stored output that begins with {header!r}, which docs/*.md shows")
 
 
+def zoo_table():
+    """The published trained networks, as Markdown."""
+    networks, words = json.loads((ROOT / "results/zoo/zoo.json").read_bytes()), module("results.axes").WORDS
+    rows = []
+    for name, entry in networks.items():
+        described, result = entry["about"]["experiment"], entry["about"]["result"]
+        rows.append(
+            {
+                "name": f"`{name}`",
+                "network": f"{words[described['family']]} on {words[described['dataset']]}",
+                "weights": f"{described['budget']:,}",
+                "density": f"{100 * result['density']:.3g} %",
+                "accuracy": f"{100 * entry['accuracy']:.1f} %",
+                "size": f"{entry['bytes'] / 1e6:.1f} MB",
+            }
+        )
+    return _markdown(sorted(rows, key=lambda row: (-float(row["density"].split()[0]), row["name"])))
+
+
 def figure_list():
     """A card for each figure: a link with a small picture, if one is published, and the title."""
     cards = []
@@ -314,6 +335,7 @@ VALUES = {
     "calibration": calibration_table,
     "contrasts": contrasts,
     "figures": figure_list,
+    "zoo": zoo_table,
     "costs": lambda: stored_table("| figure | shows |"),
     "reproducibility": lambda: stored_table("| question | answer |"),
     "gain": gain,

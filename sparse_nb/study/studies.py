@@ -29,6 +29,7 @@ from .grid import FamilySetting, Study
 from .reading import Wrong, dotted, fill, located, merged, read_toml, refuse_unknown, table_of, value_of
 
 # %% ../../nbs/4_study/07_studies.ipynb #7d0efe9b
+_LONGEST_NAME = 100
 _HIDDEN = ("version", "origins", "epsilons", "only_rules", "file")  # fields that no file names
 
 
@@ -172,6 +173,11 @@ def load(study: "Study | Path | str") -> Study:
         if study in STUDIES:
             return study_of(table, study)
         made = study_of(table, file.stem, str(file.absolute()))
+        if len(made.name.encode()) > _LONGEST_NAME:
+            words = (
+                f"name has {len(made.name.encode())} bytes; accepted: at most {_LONGEST_NAME}, since it names a folder"
+            )
+            raise Wrong(("name",), words)
         if made.name in STUDIES:
             words = (
                 f"name is {made.name!r}, which is a study of the package; accepted: another, as name = or of the file"
