@@ -178,7 +178,7 @@ def _can_shorten(modules: Sequence[nn.Module]) -> bool:
         and (second.executed_outputs is None or _can_shorten(modules[2:]))
     )
 
-
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #76b2ce5d
 class SparseSequential(nn.Sequential):
     """A Sequential that walks linear layers in pairs where that is faster, and leaves out units that nothing reads.
 
@@ -388,7 +388,7 @@ def forget_plans(model: nn.Module) -> None:
         if isinstance(module, SparseSequential):
             _leave_out(list(module))
 
-# %% ../../nbs/2_networks/06_sparse_layers.ipynb #00ae373e
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #db4c53c4
 _ACCEPTED = (nn.Conv2d, nn.Linear, PortableLinear)
 
 
@@ -443,7 +443,7 @@ def _check_convertible(model: nn.Module, losing: Collection[nn.Module]) -> None:
             )
     _check_held(model, lambda held: held in losing or type(held) is nn.BatchNorm2d)
 
-
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #00ae373e
 def _children(module: nn.Module) -> dict[str, nn.Module]:
     """{name: module} directly in `module`, one that has two names under both."""
     return {name: child for name, child in module._modules.items() if child is not None}
