@@ -217,10 +217,11 @@ def draw_hero(points: pd.DataFrame, *, footer: Sequence[str]) -> go.Figure:
     figure = make_subplots(1, len(panels), horizontal_spacing=0.09)
     for col, panel in enumerate(panels, 1):
         _draw_panel(figure, panel, _colours(points), col)
-    text = [part for line in footer for part in textwrap.wrap(line, 78 * len(panels))]
+    width = max(780, 60 + 420 * len(panels))  # for the title
+    text = [part for line in footer for part in textwrap.wrap(line, 78 * (width - 60) // 420)]
     bottom = 92 + 17 * len(text)
     height = 126 + _PLOT_HEIGHT + bottom
-    figure.update_layout(template=template(), width=60 + 420 * len(panels), height=height, showlegend=False)
+    figure.update_layout(template=template(), width=width, height=height, showlegend=False)
     figure.update_layout(margin=dict(l=66, r=14, t=126, b=bottom), font_color=_INK)
     left = dict(x=0, xref="paper", yref="paper", xanchor="left", align="left", showarrow=False, xshift=-54)
     grey, fractions = NEUTRAL_COLOUR, "½, ¼ or ⅛" if set(points.density) == {1, 0.5, 0.25, 0.125} else "a part"
