@@ -2325,6 +2325,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'sparse_nb/robustness/evaluation.py'),
                                                  'sparse_nb.robustness.evaluation.logits': ( '3_robustness/evaluation.html#logits',
                                                                                              'sparse_nb/robustness/evaluation.py'),
+                                                 'sparse_nb.robustness.evaluation.one_at_a_time': ( '3_robustness/evaluation.html#one_at_a_time',
+                                                                                                    'sparse_nb/robustness/evaluation.py'),
                                                  'sparse_nb.robustness.evaluation.sample': ( '3_robustness/evaluation.html#sample',
                                                                                              'sparse_nb/robustness/evaluation.py')},
             'sparse_nb.robustness.intervals': { 'sparse_nb.robustness.intervals._means': ( '3_robustness/intervals.html#_means',

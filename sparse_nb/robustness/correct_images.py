@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data import ImageSet
 from ..networks.models import counted_weights
-from .evaluation import Record, logits
+from .evaluation import Record, logits, one_at_a_time
 from .weight_noise import add_noise, check_sigmas, draw_noise
 
 # %% ../../nbs/3_robustness/08_correct_images.ipynb #4617aef3
@@ -28,6 +28,7 @@ def unpack_bits(text: str, count: int) -> torch.Tensor:
     return torch.from_numpy(np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8))[:count].astype(bool))
 
 
+@one_at_a_time
 @torch.no_grad()
 def evaluate(model: nn.Module, images: ImageSet, *, sigma: float = 0.3, seed: int = 0) -> list[Record]:
     """Which images are classified correctly, undisturbed and under one draw of weight noise of `sigma`.

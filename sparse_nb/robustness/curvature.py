@@ -16,7 +16,7 @@ from ..data import ImageSet, as_float
 from ..networks.cross_entropy import check_gradients_allowed, cross_entropy
 from ..networks.models import counted_weights
 from ..randomness import generator
-from .evaluation import Record, _computes_in, _refuse_empty, _whole_number, call_with
+from .evaluation import Record, _computes_in, _refuse_empty, _whole_number, call_with, one_at_a_time
 
 # %% ../../nbs/3_robustness/07_curvature.ipynb #d8ecf5a8
 _STEP = 0.01  # length of the step in weight space
@@ -89,6 +89,7 @@ def _wide(model):
     return copied
 
 # %% ../../nbs/3_robustness/07_curvature.ipynb #575e7f94
+@one_at_a_time
 def evaluate(model: nn.Module, images: ImageSet, *, iterations: int = 20, seed: int = 0) -> list[Record]:
     """The largest eigenvalue of the Hessian of the loss on an `ImageSet`, for the counted weights of `model`, and their
     norm: two `Record`s.

@@ -8,8 +8,10 @@ __all__ = ['Record', 'evaluate']
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #915c71ae
 import operator
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -80,6 +82,19 @@ def call_with(model: nn.Module, tensors: Mapping[str, torch.Tensor], inputs: tor
 
 # %% ../../nbs/3_robustness/01_evaluation.ipynb #f92deee8
 ALONE = threading.RLock()  # held while modes, parameters or gradients of a network are changed for a while
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, during which no other thread measures: it reads weights that others replace for a while."""
+
+    @wraps(function)
+    def alone(*arguments: P.args, **named: P.kwargs) -> R:
+        with ALONE:
+            return function(*arguments, **named)
+
+    return alone
 
 
 @torch.no_grad()

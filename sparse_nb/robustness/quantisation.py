@@ -13,7 +13,15 @@ from torch import nn
 
 from ..data import ImageSet
 from ..networks.models import counted_weights
-from .evaluation import Record, _distinct, _refuse_empty, _whole_number, accuracy_and_loss, logits
+from sparse_nb.robustness.evaluation import (
+    Record,
+    _distinct,
+    _refuse_empty,
+    _whole_number,
+    accuracy_and_loss,
+    logits,
+    one_at_a_time,
+)
 
 # %% ../../nbs/3_robustness/05_quantisation.ipynb #2fe83931
 def _channels(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,6 +93,7 @@ def check_bits(name: str, bits: Sequence[int], least: int) -> tuple[int, ...]:
     return found
 
 # %% ../../nbs/3_robustness/05_quantisation.ipynb #4095c31b
+@one_at_a_time
 def evaluate(
     model: nn.Module,
     images: ImageSet,

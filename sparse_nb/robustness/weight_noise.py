@@ -22,6 +22,7 @@ from sparse_nb.robustness.evaluation import (
     _whole_number,
     accuracy_and_loss,
     logits,
+    one_at_a_time,
 )
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #2c624232
@@ -84,6 +85,7 @@ def _parts(images: ImageSet, count: int) -> list[torch.Tensor]:
     return list(order[: len(images) // count * count].view(count, -1))
 
 # %% ../../nbs/3_robustness/02_weight_noise.ipynb #9ddac526
+@one_at_a_time
 def evaluate(
     model: nn.Module,
     images: ImageSet,
