@@ -2829,8 +2829,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sparse_nb/study/experiments.py'),
                                              'sparse_nb.study.experiments._corrupted_passes': ( '4_study/experiments.html#_corrupted_passes',
                                                                                                 'sparse_nb/study/experiments.py'),
-                                             'sparse_nb.study.experiments._number': ( '4_study/experiments.html#_number',
-                                                                                      'sparse_nb/study/experiments.py'),
                                              'sparse_nb.study.experiments._split': ( '4_study/experiments.html#_split',
                                                                                      'sparse_nb/study/experiments.py'),
                                              'sparse_nb.study.experiments._train_lasso': ( '4_study/experiments.html#_train_lasso',

@@ -57,13 +57,13 @@ def _source(module: ModuleType) -> str:
 
 def _other_file(path, loaded, folder):
     """The file of the module `path` in a folder, if that is not the file of the module `loaded`; else None."""
-    base = Path(folder, *path.split("."))
+    base, found = Path(folder, *path.split(".")), getattr(loaded, "__file__", None)
     for file in (base.with_suffix(".py"), base / "__init__.py"):
-        if file.exists() and not (loaded.__file__ and file.samefile(loaded.__file__)):
+        if file.exists() and not (found and file.samefile(found)):
             return file
     return None
 
-
+# %% ../nbs/1_data/03_own.ipynb #68970fc7
 def _module(path, folders):
     """The module of an import path. Raises ValueError, saying where it was looked for, why the import failed, or which
     other file has the same name."""
@@ -82,7 +82,8 @@ def _module(path, folders):
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     for other in filter(None, (_other_file(path, loaded, folder) for folder in places)):
-        words = f"there are two modules {path}: {loaded.__file__}, which Python has imported, and {other}"
+        first = getattr(loaded, "__file__", None) or "Python's own"
+        words = f"there are two modules {path}: {first}, which Python has imported, and {other}"
         raise ValueError(f"{words}; rename one, and start Python again")
     _TEXTS.setdefault(id(loaded), (loaded, _source(loaded)))
     return loaded

@@ -191,7 +191,7 @@ def initialise(model: nn.Module, masks: Mapping[str, torch.Tensor] | None, *, se
     Weights and biases of counted layers are uniform in ±1/√fan-in, PyTorch's default; other modules are reset to their
     defaults, if they have a `reset_parameters`. A weight that several layers share is sampled once, for the layer that
     it is counted for; each of them gets biases of its own. Independent of the global random state. Raises ValueError
-    for an unknown scale or masks of another network.
+    for an unknown scale or masks of another network, TypeError for a computed bias.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; accepted: {', '.join(SCALES)}")
@@ -199,6 +199,9 @@ def initialise(model: nn.Module, masks: Mapping[str, torch.Tensor] | None, *, se
     names, counted = {id(weight): name for name, weight in weights.items()}, []
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if not isinstance(module.bias, nn.Parameter | None):
+                computed = f"{path}.bias".lstrip(".")
+                raise TypeError(f"{computed} is computed from other tensors, not a Parameter; it cannot be sampled")
             counted.append((path, module))
         elif hasattr(module, "reset_parameters"):
             with torch.random.fork_rng(devices=[]):

@@ -66,8 +66,7 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     model: any nn.Module. Returns dict of state_dict name ("classifier.weight") -> Parameter, shared with the model.
     Not included: biases, batch norm, embeddings, attention's packed projections.
     Raises TypeError if `model` is not a module, has convolutions other than Conv2d, recurrent or bilinear layers, or a
-    weight or bias of the counted layers that is computed (parametrised); ValueError if there are no weights to count or
-    they have no shape yet.
+    weight that is computed (parametrised); ValueError if there are no weights to count or they have no shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"counted_weights takes a torch.nn.Module, not {type(model).__name__}")
@@ -80,12 +79,10 @@ def counted_weights(model: nn.Module) -> dict[str, nn.Parameter]:
             )
         if isinstance(module, _COUNTED):
             name = f"{layer}.weight" if layer else "weight"
-            for part in ("weight", "bias"):
-                if not isinstance(getattr(module, part), nn.Parameter | None):
-                    computed = f"{layer}.{part}" if layer else part
-                    raise TypeError(
-                        f"{computed} is computed from other tensors, not a Parameter; undo its parametrisation first"
-                    )
+            if not isinstance(module.weight, nn.Parameter):
+                raise TypeError(
+                    f"{name} is computed from other tensors, not a Parameter; undo its parametrisation first"
+                )
             if is_lazy(module.weight):
                 raise ValueError(f"{name} belongs to a lazy layer and has no shape yet; give the network images once")
             if all(module.weight is not known for known in found.values()):

@@ -389,16 +389,6 @@ def forget_plans(model: nn.Module) -> None:
             _leave_out(list(module))
 
 # %% ../../nbs/2_networks/06_sparse_layers.ipynb #db4c53c4
-_ACCEPTED = (nn.Conv2d, nn.Linear, PortableLinear)
-
-
-def _additions(module: nn.Module) -> list[str]:
-    """What `module` has beyond its class, which a module made in its place would not have."""
-    own = [name for name, value in vars(module).items() if name == "forward" or (name.endswith("_hooks") and value)]
-    children = () if isinstance(module, nn.Sequential) else module._modules
-    return [*own, *(set(module._parameters) - {"weight", "bias"}), *module._buffers, *children]
-
-
 def _held(value: object) -> Iterator[nn.Module]:
     """The modules in a value: itself, or those in a list, tuple, set or dict."""
     if isinstance(value, nn.Module):
@@ -422,6 +412,16 @@ def _check_held(model: nn.Module, is_replaced: Callable[[nn.Module], bool]) -> N
                         f"{name} holds {names[held]} in {attribute!r} too, where it cannot be replaced; "
                         "accepted: modules in attributes, Sequential, ModuleList and ModuleDict only"
                     )
+
+# %% ../../nbs/2_networks/06_sparse_layers.ipynb #1ae9bf5b
+_ACCEPTED = (nn.Conv2d, nn.Linear, PortableLinear)
+
+
+def _additions(module: nn.Module) -> list[str]:
+    """What `module` has beyond its class, which a module made in its place would not have."""
+    own = [name for name, value in vars(module).items() if name == "forward" or (name.endswith("_hooks") and value)]
+    children = () if isinstance(module, nn.Sequential) else module._modules
+    return [*own, *(set(module._parameters) - {"weight", "bias"}), *module._buffers, *children]
 
 
 def _check_convertible(model: nn.Module, losing: Collection[nn.Module]) -> None:

@@ -419,8 +419,8 @@ def fit(
     if masks is not None:
         apply_masks(model, masks)
     for weight, kept in held:
-        if "momentum_buffer" in optimiser.state[weight]:
-            optimiser.state[weight]["momentum_buffer"].mul_(kept)
+        if (momentum := optimiser.state.get(weight, {}).get("momentum_buffer")) is not None:
+            momentum.mul_(kept)
     epochs = list(resume.epochs) if resume else []
     model.train()
     calls: dict[str, Any] = dict(on_epoch=on_epoch, keep=keep, on_step=on_step)

@@ -4,21 +4,18 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Experiment', 'parent_of', 'Evaluation', 'Clean', 'WeightNoise', 'ClassRecall', 'Corruption', 'Attack',
-           'Quantisation', 'Calibration', 'Curvature', 'CorrectImages', 'build', 'prepare', 'train', 'prune',
-           'experiment_hash', 'evaluation_hash']
+           'Quantisation', 'Calibration', 'Curvature', 'CorrectImages', 'OwnMeasure', 'build', 'prepare', 'train',
+           'prune', 'experiment_hash', 'evaluation_hash']
 
 # %% ../../nbs/4_study/02_experiments.ipynb #ad0ca5c2
 import copy
 import dataclasses
 import math
-import numbers
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from .. import data, own
@@ -499,16 +496,6 @@ class CorrectImages(Evaluation):
         return correct_images.evaluate(model, images, sigma=self.sigma, seed=self.seed)
 
 # %% ../../nbs/4_study/02_experiments.ipynb #f3539dd7
-def _number(value):
-    """A number, or an array or a tensor with one, as a float; None for anything else, and for a number that is not
-    finite."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic) and math.prod(value.shape) == 1:
-        value = value.item()
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None
-    return float(value) if abs(value) <= sys.float_info.max else None
-
-
 @dataclass(frozen=True)
 class OwnMeasure(Evaluation):
     """A measure of the user's own. function: its import path with the version, as `own.find` gives it. seed: handed to
@@ -536,8 +523,11 @@ class OwnMeasure(Evaluation):
             raise ValueError(f"{called} gives {found!r:.60}; accepted: a dict of numbers by name")
         records = []
         for name, value in found.items():
-            number = _number(value)
-            if not isinstance(name, str) or not name.isprintable() or number is None:
+            try:
+                number = float(evaluation._number(called, value))
+            except (ValueError, OverflowError):
+                number = math.nan
+            if not isinstance(name, str) or not name.isprintable() or not math.isfinite(number):
                 raise ValueError(f"{called} gives {value!r:.60} as {name!r:.60}; accepted: finite numbers by name")
             records.append(evaluation.Record("own", name, number, name=own.label(self.function)))
         return records

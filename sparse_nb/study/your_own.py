@@ -89,10 +89,12 @@ def _file_of(name):
 
 def _is_beside(name, folder):
     """Whether a module is a file in the folder, or in a package in it, and neither installed nor this package."""
-    place, top = _file_of(name), name.partition(".")[0]
-    if place is None or top == "sparse_nb" or "-packages" in str(folder):
-        return False
-    return place[0] == folder / f"{top}.py" or folder / top in place[0].parents
+    top = name.partition(".")[0]
+    file, package = folder / f"{top}.py", folder / top
+    if top == "sparse_nb" or "-packages" in str(folder) or not (file.exists() or package.is_dir()):
+        return False  # and Python need not look for it, which would import the packages around it
+    place = _file_of(name)
+    return place is not None and (place[0] == file or package in place[0].parents)
 
 
 def _sources(*modules):

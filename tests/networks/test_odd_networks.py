@@ -200,7 +200,10 @@ META = build_model("mlp", (1, 6, 6), 3, width=4, depth=1, weightless=True)
             lambda images: attacks.evaluate(in_inference_mode(), images, epsilons=(0.1,)),
             "1.weight was made in torch.inference_mode",
         ),
-        (lambda images: masks.initialise(with_computed_bias(), None, seed=0), "1.bias is computed from other tensors"),
+        (
+            lambda images: masks.initialise(with_computed_bias(), None, seed=0),
+            "1.bias is computed from other tensors, not a Parameter; it cannot be sampled",
+        ),
         (lambda images: curvature.evaluate(Ungraded(), images), "no gradient with respect to its weights"),
         (lambda images: masks.apply_masks(small(), {"1.weight": [[True]], "3.weight": 1}), "is a list; the weight"),
         (lambda images: calibration.calibration_error(torch.zeros(0, 3), torch.zeros(0).long()), "there are no labels"),
